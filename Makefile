@@ -1,0 +1,32 @@
+# make demo [TASK=det|seg|cls]   train, evaluate and look at a small model
+# make test                      all checks and tests
+# make lint / make format        style only
+# Every target sets .venv up by itself; see .dev_scripts/setup_env.sh.
+SHELL := /bin/bash
+TASK ?= det
+BIN := .venv/bin
+NATIVE := $(wildcard ops/csrc/*.cpp ops/csrc/*.h ops/csrc/cpu/* ops/csrc/cuda/*.cu)
+
+.PHONY: setup demo test lint format clean
+
+setup:
+	@.dev_scripts/setup_env.sh
+
+demo: setup
+	$(BIN)/python tools/demo/run_demo.py --task $(TASK)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+clean:
+	rm -rf .venv build *.egg-info grootvl_mm/_C*.so grootvl_mm/.mim

@@ -1,0 +1,15 @@
+"""GrootV (GrootVL / MambaTree) for OpenMMLab: a state space model that scans images along a spanning tree.
+
+Importing the package registers its modules, also under their bare names (``type='GrootV'``), and allows safe loading of
+the checkpoints that mmengine writes. It works without the compiled operators (see :mod:`grootvl_mm.ops`).
+"""
+
+from grootvl_mm import models, ops
+from grootvl_mm.engine.checkpoint_safety import allow_mmengine_checkpoints
+from grootvl_mm.registry import expose_bare_names
+from grootvl_mm.version import __version__
+
+allow_mmengine_checkpoints()
+expose_bare_names()
+
+__all__ = ["__version__", "models", "ops"]

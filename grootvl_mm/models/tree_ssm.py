@@ -1,0 +1,116 @@
+"""The tree state space layer, GrootV's token mixer (section 3.2 and figure 2 of the paper)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_scan
+from grootvl_mm.ops.scan import PROPAGATIONS
+from grootvl_mm.ops.tree import METRICS
+
+ROOTS = ("first", "last")
+
+
+def linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
+    """A linear layer as GrootV starts it: weights truncated normal with deviation 0.02, bias 0."""
+    layer = nn.Linear(in_features, out_features, bias=bias)
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class TreeSSM(BaseModule):
+    """Selective state space model along a minimum spanning tree of the feature map; state size 1.
+
+    Args:
+        channels: C, channels of input and output. Inside there are D = 2 * C.
+        tree_metric: dissimilarity that the tree minimises, ``cosine``, ``euclidean`` or ``manhattan``.
+        tree_root: ``first`` or ``last`` vertex.
+        propagation: ``all``, ``up`` or ``down``, see :func:`grootvl_mm.ops.tree_scan`.
+        init_cfg: mmengine's.
+
+    Raises:
+        ValueError: an unknown metric, root or propagation.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        tree_metric: str = "cosine",
+        tree_root: str = "first",
+        propagation: str = "all",
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        for name, value, choices in (
+            ("tree_metric", tree_metric, METRICS),
+            ("tree_root", tree_root, ROOTS),
+            ("propagation", propagation, PROPAGATIONS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        self.tree_metric = tree_metric
+        self.tree_root = tree_root
+        self.propagation = propagation
+
+        inner = 2 * channels
+        self.dt_rank = math.ceil(channels / 16)
+        self.in_proj = linear(channels, 2 * inner, bias=False)
+        self.conv2d = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, bias=False)
+        self.x_proj = linear(inner, self.dt_rank + 2, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, inner)
+        self.A_log = nn.Parameter(torch.zeros(inner))
+        self.Ds = nn.Parameter(torch.ones(inner))
+        self.h_norm = nn.LayerNorm(inner)
+        self.out_norm = nn.LayerNorm(inner)
+        self.out_proj = linear(inner, channels, bias=False)
+        self._init_dt_proj()
+
+    def _init_dt_proj(self, dt_min: float = 0.001, dt_max: float = 0.1, floor: float = 1e-4) -> None:
+        """Start delta = softplus(bias) log-uniformly between dt_min and dt_max."""
+        bound = self.dt_rank**-0.5
+        nn.init.uniform_(self.dt_proj.weight, -bound, bound)
+        uniform = torch.rand(self.dt_proj.out_features)
+        dt = torch.exp(uniform * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).clamp(min=floor)
+        inverse_softplus = dt + torch.log(-torch.expm1(-dt))
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(inverse_softplus)
+
+    def forward(self, inputs: Tensor, tree: Tree | None = None) -> tuple[Tensor, Tree]:
+        """Mix the positions of a feature map.
+
+        Args:
+            inputs: (B, H, W, C).
+            tree: trees to scan along; by default those of this layer's own features.
+
+        Returns:
+            (B, H, W, C), and the trees that were used.
+        """
+        x, gate = self.in_proj(inputs).chunk(2, dim=-1)
+        x = F.silu(self.conv2d(x.permute(0, 3, 1, 2)))
+        if tree is None:
+            tree = self.build_tree(x)
+        x = x.permute(0, 2, 3, 1).flatten(1, 2)
+        y = self._selective_scan(x, tree).view(gate.shape)
+        return self.out_proj(y.to(gate.dtype) * F.silu(gate)), tree
+
+    def build_tree(self, feature: Tensor) -> Tree:
+        """The trees of (B, D, H, W) features."""
+        height, width = feature.shape[2:]
+        # exp cannot overflow for the cosine; for the distances it does, so their exponents are compared.
+        weight = grid_edge_weight(feature.detach(), self.tree_metric, log=self.tree_metric != "cosine")
+        return grid_tree(weight, height, width, root=0 if self.tree_root == "first" else height * width - 1)
+
+    def _selective_scan(self, x: Tensor, tree: Tree) -> Tensor:
+        """Scan and read-out of (B, L, D) in float32, also under autocast."""
+        dt, b, c = self.x_proj(x).split([self.dt_rank, 1, 1], dim=-1)
+        with torch.autocast(x.device.type, enabled=False):
+            dt, b, c, x = dt.float(), b.float(), c.float(), x.float()
+            delta = F.softplus(self.dt_proj(dt))
+            decay = torch.exp(-torch.exp(self.A_log) * delta)
+            h = tree_scan(delta * b * x, decay, tree, self.propagation)
+            return self.out_norm(self.h_norm(h) * c + self.Ds * x)

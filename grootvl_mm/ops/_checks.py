@@ -1,0 +1,43 @@
+"""Checks of what users pass to the operators: each error says what came, what was expected and what to do."""
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check_tensor(name: str, value: Tensor, shape: str, dim: int, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:
+    """A tensor of the given rank and of one of the dtypes.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another rank.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor {shape}, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be of dtype {expected}, got {value.dtype}")
+    if value.dim() != dim:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """One of a few words.
+
+    Raises:
+        ValueError: another one.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_same_device(**tensors: Tensor) -> None:
+    """All tensors on one device.
+
+    Raises:
+        ValueError: they are on several.
+    """
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"all inputs must be on one device, got {found}")

@@ -1,0 +1,194 @@
+"""Loads the compiled operators and tells PyTorch what it has to know about them.
+
+The extension ``grootvl_mm/_C*.so`` defines ``torch.ops.grootvl.*`` with CPU and, where built, CUDA kernels. Where it is
+missing, or has no kernel for a device, the reference of the same name takes its place. What holds for either (shapes of
+the results, gradients, autocast, FLOPs) is registered here once.
+"""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from grootvl_mm.ops import reference
+
+NAMESPACE = "grootvl"
+REFERENCES: dict[str, Callable] = {
+    function.__name__: function
+    for function in (
+        reference.grid_edge_weight,
+        reference.grid_tree,
+        reference.tree_scan,
+        reference.tree_scan_backward,
+    )
+}
+
+
+def extension_error() -> str | None:
+    """Why the compiled operators are not in use, or None when they are."""
+    return _EXTENSION_ERROR
+
+
+def _load_extension() -> str | None:
+    folder = Path(__file__).resolve().parent.parent
+    libraries = sorted(path for suffix in ("so", "pyd") for path in folder.glob(f"_C*.{suffix}"))
+    if not libraries:
+        return f"no compiled library in {folder}"
+    try:
+        torch.ops.load_library(libraries[0])
+    except (OSError, RuntimeError) as error:
+        return f"{libraries[0].name} does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+def _install_references(library: torch.library.Library) -> None:
+    """Give every operator that lacks kernels of its own those of the reference."""
+    for name, function in REFERENCES.items():
+        qualified = f"{NAMESPACE}::{name}"
+        if _EXTENSION_ERROR is not None:
+            library.define(name + torch.library.infer_schema(function, mutates_args=()))
+            library.impl(name, function, "CompositeExplicitAutograd")
+        elif not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
+            library.impl(name, function, "CUDA")
+
+
+_EXTENSION_ERROR = _load_extension()
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_install_references(_LIBRARY)
+if _EXTENSION_ERROR is not None:
+    warnings.warn(
+        f"grootvl_mm runs on its slow PyTorch operators: {_EXTENSION_ERROR}. "
+        "Install it with a C++ compiler at hand: pip install --no-build-isolation grootvl_mm",
+        stacklevel=2,
+    )
+
+
+def _operator(name: str) -> torch._ops.OpOverload:
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+@torch.library.register_fake(f"{NAMESPACE}::grid_edge_weight")
+def _(feature: Tensor, metric: str, log: bool) -> Tensor:
+    batch, _, height, width = feature.shape
+    num_edges = (height - 1) * width + height * (width - 1)
+    return feature.new_empty((batch, num_edges), dtype=torch.float32)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::grid_tree")
+def _(edge_weight: Tensor, height: int, width: int, root: int) -> tuple[Tensor, Tensor]:
+    shape = (edge_weight.shape[0], height * width)
+    parent = edge_weight.new_empty(shape, dtype=torch.int32)
+    return parent, torch.empty_like(parent)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::tree_scan")
+def _(x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagation: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::tree_scan_backward")
+def _(
+    grad_h: Tensor, x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagation: str
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(decay, memory_format=torch.contiguous_format),
+    )
+
+
+def _no_gradient(name: str) -> None:
+    """The tree is a choice, not a function with a slope: nothing flows back through its operators."""
+
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.num_inputs = len(inputs)
+        ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        return (None,) * ctx.num_inputs
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
+
+
+_no_gradient("grid_edge_weight")
+_no_gradient("grid_tree")
+
+
+def _save_scan(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.propagation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _scan_backward(ctx: Any, grad_h: Tensor) -> tuple:
+    grads = _operator("tree_scan_backward")(grad_h, *ctx.saved_tensors, ctx.propagation)
+    return (*grads, None, None, None)
+
+
+def _scan_double_backward(ctx: Any, grad_grad_x: Tensor, grad_grad_decay: Tensor) -> tuple:
+    """Differentiates the formula of the backward, written with differentiable scans of the module's reference."""
+    *differentiable, parent, order = ctx.saved_tensors
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in differentiable]
+        outputs = _composed_backward(*leaves, parent, order, ctx.propagation)
+        grads = torch.autograd.grad(outputs, leaves, (grad_grad_x, grad_grad_decay), allow_unused=True)
+    return (*grads, None, None, None)
+
+
+def _composed_backward(
+    grad_h: Tensor, x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagation: str
+) -> tuple[Tensor, Tensor]:
+    """``tree_scan_backward`` as a differentiable composition of ``tree_scan``."""
+
+    def scan(value: Tensor, direction: str) -> Tensor:
+        return _operator("tree_scan")(value, decay, parent, order, direction)
+
+    index = parent.long().unsqueeze(-1).expand_as(x)
+    below_root = (index[..., :1] != torch.arange(x.shape[1], device=x.device).view(-1, 1)).to(x.dtype)
+    if propagation == "up":
+        grad_x = scan(grad_h, "down")
+        grad_decay = scan(x, "up") * grad_x.gather(1, index)
+    elif propagation == "down":
+        grad_x = scan(grad_h, "up")
+        grad_decay = grad_x * scan(x, "down").gather(1, index)
+    else:
+        u, e = scan(x, "up"), scan(grad_h, "up")
+        h, grad_x = scan(x, "all"), scan(grad_h, "all")
+        grad_decay = e * (h.gather(1, index) - decay * u) + u * (grad_x.gather(1, index) - decay * e)
+    return grad_x, grad_decay * below_root
+
+
+torch.library.register_autograd(f"{NAMESPACE}::tree_scan", _scan_backward, setup_context=_save_scan)
+torch.library.register_autograd(f"{NAMESPACE}::tree_scan_backward", _scan_double_backward, setup_context=_save_scan)
+
+for _device_type in ("cpu", "cuda"):
+    torch.library.register_autocast(f"{NAMESPACE}::tree_scan", _device_type, torch.float32)
+
+
+# Operations for each element of x, a multiplication and an addition counting two. The choice of the tree counts none:
+# it compares, it does not calculate.
+_SCAN_FLOPS = {"up": 2, "down": 2, "all": 6}
+_SCAN_BACKWARD_FLOPS = {"up": 5, "down": 5, "all": 15}
+_WEIGHT_FLOPS = {"cosine": 6, "euclidean": 6, "manhattan": 4}
+
+
+@register_flop_formula(torch.ops.grootvl.grid_edge_weight)
+def _(feature_shape: torch.Size, metric: str, log: bool, **kwargs: Any) -> int:
+    return _WEIGHT_FLOPS[metric] * feature_shape.numel()
+
+
+@register_flop_formula(torch.ops.grootvl.grid_tree)
+def _(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+@register_flop_formula(torch.ops.grootvl.tree_scan)
+def _(x_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return _SCAN_FLOPS[args[-1]] * x_shape.numel()
+
+
+@register_flop_formula(torch.ops.grootvl.tree_scan_backward)
+def _(x_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return _SCAN_BACKWARD_FLOPS[args[-1]] * x_shape.numel()

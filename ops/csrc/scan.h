@@ -1,0 +1,77 @@
+// Scans along rooted trees: what the operators promise on every device, and the checks they share.
+//
+// tree_scan(x, decay, parent, order, propagation) -> h
+//   x, decay (B, L, D), one floating dtype; parent, order (B, L) int32 as grid_tree returns them; any strides. h (B, L,
+//   D) contiguous:
+//     up    u_v = x_v + sum over children c of decay_c * u_c;  h = u
+//     down  h_root = x_root;  h_v = x_v + decay_v * h_parent(v)
+//     all   h_root = u_root;  h_v = u_v + decay_v * (h_parent(v) - decay_v * u_v)
+//   16-bit values are accumulated in float32.
+// tree_scan_backward(grad_h, x, decay, parent, order, propagation) -> (grad_x, grad_decay)
+//   for the gradient of h; each (B, L, D) contiguous; that of the root's decay is 0.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string_view>
+
+namespace grootvl {
+
+enum class Propagation { kAll, kUp, kDown };
+
+inline Propagation parse_propagation(std::string_view name) {
+  if (name == "all") {
+    return Propagation::kAll;
+  }
+  TORCH_CHECK_VALUE(name == "up" || name == "down", "propagation must be one of all, up, down, got '", name, "'");
+  return name == "up" ? Propagation::kUp : Propagation::kDown;
+}
+
+inline void check_scan_inputs(
+    const at::Tensor& x, const at::Tensor& decay, const at::Tensor& parent, const at::Tensor& order) {
+  TORCH_CHECK_VALUE(
+      x.dim() == 3 && decay.sizes() == x.sizes(),
+      "x and decay must have the same shape (B, L, D), got ",
+      x.sizes(),
+      " and ",
+      decay.sizes());
+  TORCH_CHECK_TYPE(
+      decay.scalar_type() == x.scalar_type(),
+      "decay must have the dtype of x ",
+      x.scalar_type(),
+      ", got ",
+      decay.scalar_type());
+  for (const at::Tensor& vertices : {parent, order}) {
+    TORCH_CHECK_TYPE(
+        vertices.scalar_type() == at::kInt, "parent and order must be int32, got ", vertices.scalar_type());
+    TORCH_CHECK_VALUE(
+        vertices.sizes() == x.sizes().slice(0, 2),
+        "parent and order must have the shape (B, L) of x ",
+        x.sizes(),
+        ", got ",
+        vertices.sizes());
+  }
+  for (const at::Tensor& other : {decay, parent, order}) {
+    TORCH_CHECK_VALUE(
+        other.device() == x.device(), "all inputs must be on the device of x ", x.device(), ", got ", other.device());
+  }
+}
+
+inline void check_scan_gradient(const at::Tensor& grad_h, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(
+      grad_h.sizes() == x.sizes() && grad_h.scalar_type() == x.scalar_type() && grad_h.device() == x.device(),
+      "grad_h must have the shape, dtype and device of x ",
+      x.sizes(),
+      ' ',
+      x.scalar_type(),
+      ' ',
+      x.device(),
+      ", got ",
+      grad_h.sizes(),
+      ' ',
+      grad_h.scalar_type(),
+      ' ',
+      grad_h.device());
+}
+
+}  // namespace grootvl

@@ -1,0 +1,12 @@
+// The schemas of all operators. Kernels are registered beside their implementation; shapes of results, gradients and
+// autocast in grootvl_mm/ops/_library.py.
+#include <torch/library.h>
+
+TORCH_LIBRARY(grootvl, m) {
+  m.def("grid_edge_weight(Tensor feature, str metric, bool log) -> Tensor");
+  m.def("grid_tree(Tensor edge_weight, SymInt height, SymInt width, SymInt root) -> (Tensor, Tensor)");
+  m.def("tree_scan(Tensor x, Tensor decay, Tensor parent, Tensor order, str propagation) -> Tensor");
+  m.def(
+      "tree_scan_backward(Tensor grad_h, Tensor x, Tensor decay, Tensor parent, Tensor order, str propagation)"
+      " -> (Tensor, Tensor)");
+}

@@ -1,0 +1,177 @@
+"""Builds the compiled operators and the ``.mim`` folder that openmim looks for; see docs of each command class.
+
+Environment variables: ``FORCE_CUDA=1`` builds the CUDA operators without a GPU at hand, ``TORCH_CUDA_ARCH_LIST`` says
+for which architectures, ``GROOTVL_NO_EXTENSION=1`` leaves the compiled operators out.
+"""
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+from setuptools.errors import SetupError
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "grootvl_mm"
+SOURCES = Path("ops", "csrc")
+MIM_CONTENT = ("configs", "tools", "model-index.yml")
+
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+log = logging.getLogger(PACKAGE)
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError:
+    torch = None
+
+
+def version() -> str:
+    """The version as grootvl_mm/version.py states it."""
+    text = (ROOT / PACKAGE / "version.py").read_text(encoding="utf-8")
+    return re.search(r'__version__ = "(.+)"', text).group(1)
+
+
+def requirements(name: str) -> list[str]:
+    """The ranges of requirements/NAME.txt."""
+    lines = (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+class BuildPyWithMim(build_py):
+    """Adds ``grootvl_mm/.mim`` with configs, tools and model index: copies in a wheel, links in an editable install."""
+
+    def run(self) -> None:
+        """Build, then fill ``.mim``."""
+        super().run()
+        if getattr(self, "editable_mode", False):
+            target = ROOT / PACKAGE / ".mim"
+        else:
+            target = Path(self.build_lib, PACKAGE, ".mim")
+        if target.exists():
+            shutil.rmtree(target)
+        target.mkdir(parents=True)
+        for name in MIM_CONTENT:
+            source = ROOT / name
+            if getattr(self, "editable_mode", False):
+                (target / name).symlink_to(os.path.relpath(source, target))
+            elif source.is_dir():
+                shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy2(source, target / name)
+
+
+def compiler() -> str | None:
+    """The C++ compiler that will be used, or None."""
+    command = os.environ.get("CXX", "cl" if os.name == "nt" else "c++").split()[0]
+    return shutil.which(command)
+
+
+def cuda_reason() -> str | None:
+    """Why the CUDA operators are not built, or None when they are."""
+    if not list((ROOT / SOURCES / "cuda").glob("*.cu")):
+        return "this version has no CUDA sources; CUDA tensors use the PyTorch operators"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if cpp_extension.CUDA_HOME is None:
+        return "no CUDA toolkit found (CUDA_HOME)"
+    wanted = os.environ.get("FORCE_CUDA") == "1" or os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not (wanted or torch.cuda.is_available()):
+        return "no GPU here and neither FORCE_CUDA=1 nor TORCH_CUDA_ARCH_LIST set"
+    return None
+
+
+def supports_openmp(command: str) -> bool:
+    """Whether the compiler takes ``-fopenmp``."""
+    check = subprocess.run(
+        [command, "-fopenmp", "-x", "c++", "-fsyntax-only", "-"], input="int main() {}", text=True, capture_output=True
+    )
+    return check.returncode == 0
+
+
+def extensions() -> list:
+    """The extension ``grootvl_mm._C``: a library of dispatcher operators without Python symbols."""
+    if os.environ.get("GROOTVL_NO_EXTENSION") == "1":
+        log.info("grootvl_mm: GROOTVL_NO_EXTENSION=1, leaving the compiled operators out.")
+        return []
+    command = compiler()
+    if command is None:
+        log.warning("grootvl_mm: no C++ compiler found; installing the slow PyTorch operators only.")
+        return []
+    flags = [] if os.name == "nt" else ["-O3", "-fvisibility=hidden", "-g0"]
+    # Compiled for OpenMP but not linked to it: the symbols come from the runtime that torch itself brings, so that
+    # torch.set_num_threads counts here too and one thread pool serves both.
+    if supports_openmp(command):
+        flags.append("-fopenmp")
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / SOURCES).glob("*.cpp"))
+    sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / SOURCES / "cpu").glob("*.cpp"))
+    reason = cuda_reason()
+    log.info("grootvl_mm: building for the CPU %s", "and CUDA." if reason is None else f"only: {reason}.")
+    extension = cpp_extension.CppExtension
+    if reason is None:
+        extension = cpp_extension.CUDAExtension
+        sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / SOURCES / "cuda").glob("*.cu"))
+        flags = {"cxx": flags, "nvcc": ["-O3"]}
+    return [
+        extension(
+            f"{PACKAGE}._C",
+            sources,
+            include_dirs=[str(ROOT / SOURCES)],
+            extra_compile_args=flags,
+            py_limited_api=True,
+        )
+    ]
+
+
+def build_ext_command() -> type:
+    """The build command of torch, without the export of a Python module that does not exist."""
+
+    class BuildOperators(cpp_extension.BuildExtension):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, no_python_abi_suffix=True, **kwargs)
+
+        def get_export_symbols(self, ext) -> list[str]:
+            return ext.export_symbols
+
+    return BuildOperators
+
+
+def main() -> None:
+    """Run setuptools."""
+    command_classes = {"build_py": BuildPyWithMim}
+    modules = []
+    if torch is not None:
+        modules = extensions()
+        command_classes["build_ext"] = build_ext_command()
+    elif not {"sdist", "egg_info", "dist_info"} & set(sys.argv):
+        raise SetupError(
+            "grootvl_mm needs torch to build its operators, and cannot see it. Install torch first, then run "
+            "pip install --no-build-isolation ."
+        )
+    setup(
+        name=PACKAGE,
+        version=version(),
+        description="GrootV (GrootVL / MambaTree), a tree state space backbone for OpenMMLab",
+        long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+        long_description_content_type="text/markdown",
+        license="Apache-2.0",
+        python_requires=">=3.10",
+        packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
+        install_requires=requirements("runtime"),
+        extras_require={
+            "mim": requirements("mminstall"),
+            "optional": requirements("optional"),
+            "tests": requirements("tests"),
+        },
+        ext_modules=modules,
+        cmdclass=command_classes,
+        zip_safe=False,
+    )
+
+
+main()

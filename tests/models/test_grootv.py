@@ -1,0 +1,250 @@
+"""The backbone: what it computes, what its options do, what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+from grootvl_mm.models import GrootV, TreeSSM
+
+MICRO = {"channels": 8, "depths": [1, 2, 1]}
+
+
+def make(**options) -> GrootV:
+    return GrootV(**{"arch": MICRO, "out_indices": (0, 1, 2)} | options)
+
+
+def same_weights(source: nn.Module, **options) -> GrootV:
+    model = make(**options)
+    model.load_state_dict(source.state_dict())
+    return model
+
+
+@pytest.mark.parametrize(("arch", "millions"), [("pico", 1.07), ("tiny", 28.38), ("small", 49.29), ("base", 87.48)])
+def test_parameter_counts(arch: str, millions: float) -> None:
+    """Those of the paper, and of pico, which is ours."""
+    with torch.device("meta"):
+        model = GrootV(arch)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (67, 50), (1, 1), (5, 129)])
+def test_any_image_size(device: torch.device, size: tuple[int, int]) -> None:
+    model = make().to(device).eval()
+    for batch in (2, 1, 0):
+        maps = model(torch.randn(batch, 3, *size, device=device))
+        for index, feature in enumerate(maps):
+            stride = 4 * 2**index
+            expected = (batch, 8 * 2**index, -(-size[0] // stride), -(-size[1] // stride))
+            assert feature.shape == expected
+            assert feature.isfinite().all()
+
+
+def test_images_of_a_batch_do_not_mix(device: torch.device) -> None:
+    model = make().to(device).eval()
+    images = torch.randn(3, 3, 40, 36, device=device)
+    together = model(images)
+    for index, image in enumerate(images):
+        for alone, batched in zip(model(image[None]), together, strict=True):
+            torch.testing.assert_close(alone[0], batched[index], rtol=1e-4, atol=1e-5)
+
+
+def test_memory_format_of_the_image_does_not_matter(device: torch.device) -> None:
+    model = make().to(device).eval()
+    image = torch.randn(2, 3, 32, 40, device=device)
+    for a, b in zip(model(image), model(image.contiguous(memory_format=torch.channels_last)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("out_indices", [(0,), (1,), (0, 2), (0, 1, 2), 1, (-1,)])
+def test_every_parameter_gets_a_gradient(device: torch.device, out_indices) -> None:
+    model = make(out_indices=out_indices).to(device).train()
+    maps = model(torch.randn(2, 3, 48, 40, device=device))
+    sum(feature.square().mean() for feature in maps).backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_only_the_stages_that_are_needed_exist() -> None:
+    model = make(out_indices=(0,))
+    assert len(model.stages) == 1
+    assert model.stages[0].downsample is None
+
+
+def test_checkpointing_gives_the_same_gradients(device: torch.device) -> None:
+    plain = make().to(device)
+    checkpointed = same_weights(plain, with_cp=True).to(device)
+    image = torch.randn(2, 3, 32, 32, device=device)
+    for model in (plain, checkpointed):
+        sum(feature.square().mean() for feature in model(image)).backward()
+    for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+@pytest.mark.parametrize("frozen_stages", [-1, 0, 1, 3])
+def test_frozen_stages(frozen_stages: int) -> None:
+    model = make(frozen_stages=frozen_stages, drop_path_rate=0.5)
+    model.train()
+    frozen = ["stem.", *(f"stages.{i}." for i in range(frozen_stages))] if frozen_stages >= 0 else []
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad != name.startswith(tuple(frozen) or "-"), name
+    assert model.stem.training == (frozen_stages < 0)
+    assert [stage.training for stage in model.stages] == [i >= frozen_stages for i in range(3)]
+    maps = model(torch.randn(1, 3, 32, 32))
+    if frozen_stages < 3:
+        maps[-1].sum().backward()
+        assert all((p.grad is None) != p.requires_grad for p in model.parameters())
+
+
+def test_norm_eval() -> None:
+    model = make(norm_eval=True).train()
+    assert model.training
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    assert norms
+    assert not any(norm.training for norm in norms)
+
+
+def test_drop_path_rises_linearly_and_only_acts_in_training() -> None:
+    model = make(drop_path_rate=0.3)
+    rates = [block.drop_path.drop_prob for stage in model.stages for block in stage.blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    image = torch.randn(4, 3, 32, 32)
+    model.eval()
+    assert torch.equal(model(image)[-1], model(image)[-1])
+    model.train()
+    assert not torch.equal(model(image)[-1], model(image)[-1])
+
+
+def test_layer_scale() -> None:
+    model = make(layer_scale=0.0)
+    x = torch.randn(1, 4, 4, 8)
+    assert torch.equal(model.stages[0].blocks[0](x, None)[0], x)
+    assert model.stages[0].blocks[0].gamma1.requires_grad
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"tree_metric": "euclidean"},
+        {"tree_metric": "manhattan"},
+        {"tree_root": "last", "propagation": "up"},
+        {"propagation": "up"},
+        {"propagation": "down"},
+        {"tree_sharing": "stage"},
+    ],
+)
+def test_options_change_the_result(option: dict) -> None:
+    plain = make().eval()
+    for parameter in plain.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.3)
+    other = same_weights(plain, **option).eval()
+    image = torch.randn(1, 3, 64, 64)
+    assert not torch.allclose(plain(image)[-1], other(image)[-1], rtol=1e-3, atol=1e-5)
+
+
+def test_root_changes_nothing_but_whose_decay_an_edge_has() -> None:
+    layer = TreeSSM(8)
+    other = TreeSSM(8, tree_root="last")
+    feature = torch.randn(1, 8, 6, 6)
+    first, last = layer.build_tree(feature), other.build_tree(feature)
+    assert torch.equal(first.edges(), last.edges())
+    assert first.order[0, 0] == 0
+    assert last.order[0, 0] == 35
+
+
+def test_shared_tree_is_that_of_the_first_block() -> None:
+    model = make(tree_sharing="stage").eval()
+    used = []
+    for block in model.stages[1].blocks:
+        block.mixer.register_forward_hook(lambda module, inputs, output: used.append(output[1]))
+    model(torch.randn(1, 3, 32, 32))
+    assert len(used) == 2
+    assert used[0].parent is used[1].parent
+
+
+def test_autocast_uses_the_same_precision_for_the_scan(device: torch.device) -> None:
+    model = make().to(device)
+    image = torch.randn(2, 3, 32, 32, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss = sum(feature.float().square().mean() for feature in model(image))
+    loss.backward()
+    exact = sum(feature.square().mean() for feature in model(image))
+    assert loss.isfinite()
+    torch.testing.assert_close(loss, exact, rtol=0.05, atol=0.0)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_features_that_are_not_numbers_neither_hang_nor_crash(device: torch.device) -> None:
+    model = make().to(device).eval()
+    image = torch.randn(2, 3, 32, 32, device=device)
+    image[0, 0, 3, 3] = float("nan")
+    maps = model(image)
+    assert maps[-1][0].isnan().any()
+    assert maps[-1][1].isfinite().all()
+
+
+def test_is_one_graph_for_the_compiler(device: torch.device) -> None:
+    model = make().to(device).eval()
+    image = torch.randn(1, 3, 32, 32, device=device)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(image), model(image), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_copies() -> None:
+    model = make()
+    image = torch.randn(1, 3, 32, 32)
+    assert torch.equal(copy.deepcopy(model)(image)[-1], model(image)[-1])
+
+
+@pytest.mark.parametrize("scope", ["mmengine", "mmdet", "mmseg", "mmpretrain"])
+@pytest.mark.parametrize("name", ["GrootV", "grootvl_mm.GrootV"])
+def test_builds_in_every_scope(scope: str, name: str) -> None:
+    with DefaultScope.overwrite_default_scope(scope):
+        assert isinstance(MODELS.build({"type": name, "arch": "pico"}), GrootV)
+
+
+def test_layer_depth() -> None:
+    model = make()
+    expected = {
+        "stem.conv1.weight": 0,
+        "stages.0.blocks.0.mixer.A_log": 1,
+        "stages.0.norm.weight": 1,
+        "stages.0.downsample.conv.weight": 1,
+        "stages.1.blocks.0.norm1.weight": 2,
+        "stages.1.blocks.1.mlp.fc1.bias": 3,
+        "stages.2.norm.bias": 4,
+        "head.fc.weight": 5,
+    }
+    assert {name: model.get_layer_depth(name) for name in expected} == {k: (v, 6) for k, v in expected.items()}
+    assert model.get_layer_depth("backbone.stages.1.blocks.0.norm1.weight", "backbone.") == (2, 6)
+    assert model.get_layer_depth("neck.conv.weight", "backbone.") == (5, 6)
+    depths = {model.get_layer_depth(name)[0] for name, _ in model.named_parameters()}
+    assert depths == set(range(5))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arch": "huge"}, "pico, tiny, small, base or a dict, got 'huge'"),
+        ({"arch": {"channels": 8}}, "keys channels and depths"),
+        ({"arch": {"channels": 7, "depths": [1]}, "out_indices": (0,)}, "even number of channels"),
+        ({"arch": {"channels": 8, "depths": [1, 0]}, "out_indices": (0,)}, "at least one block"),
+        ({"out_indices": (0, 3)}, r"0..2, got \(0, 3\)"),
+        ({"out_indices": (1, 0)}, "ascending"),
+        ({"out_indices": ()}, "ascending"),
+        ({"frozen_stages": 4}, "-1..3, got 4"),
+        ({"drop_path_rate": 1.0}, r"\[0, 1\), got 1.0"),
+        ({"tree_metric": "l2"}, "tree_metric must be one of cosine, euclidean, manhattan, got 'l2'"),
+        ({"tree_root": "centre"}, "tree_root must be one of first, last, got 'centre'"),
+        ({"propagation": "both"}, "propagation must be one of all, up, down, got 'both'"),
+        ({"tree_sharing": "model"}, "tree_sharing must be one of block, stage, got 'model'"),
+    ],
+)
+def test_bad_options_are_explained(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**options)

@@ -1,0 +1,185 @@
+"""Published checkpoints: their names, and a model computed with the authors' semantics."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from grootvl_mm.models import GrootV, GrootVNeck
+from grootvl_mm.models.published import convert_published
+
+MICRO = {"channels": 8, "depths": [1, 1, 2, 1]}
+# The inverse of the conversion, written down a second time: ours to published, for the parts that are renamed.
+RENAMES = (
+    (r"^stem\.norm(\d)\.", r"patch_embed.norm\1.1."),
+    (r"^stem\.", "patch_embed."),
+    (r"^stages\.(\d)\.norm\.", r"levels.\1.norm.0."),
+    (r"^stages\.(\d)\.downsample\.norm\.", r"levels.\1.downsample.norm.1."),
+    (r"^stages\.", "levels."),
+    (r"\.(norm[12])\.(weight|bias)$", r".\1.0.\2"),
+    (r"\.mixer\.x_proj\.weight", ".TreeSSM.x_proj_weight"),
+    (r"\.mixer\.dt_proj\.", ".TreeSSM.dt_projs_"),
+    (r"\.mixer\.A_log$", ".TreeSSM.A_logs"),
+    (r"\.mixer\.", ".TreeSSM."),
+)
+
+
+def publish(backbone: GrootV, neck: GrootVNeck | None = None) -> dict[str, Tensor]:
+    """The weights under the published names and in the published shapes."""
+    published = {}
+    for name, value in backbone.state_dict().items():
+        key = name
+        if not name.startswith("stem.norm"):
+            for pattern, replacement in RENAMES[1:]:
+                key = re.sub(pattern, replacement, key)
+        else:
+            key = re.sub(*RENAMES[0], key)
+        if "x_proj_weight" in key or "dt_projs" in key:
+            value = value[None]
+        published[key] = value[:, None] if "A_logs" in key else value
+    if neck is not None:
+        for name, value in neck.state_dict().items():
+            published[name.replace("conv.", "conv_head.0.").replace("norm.", "conv_head.1.0.")] = value
+        published["head.weight"] = torch.randn(5, neck.conv.out_channels)
+        published["head.bias"] = torch.randn(5)
+    return published
+
+
+@pytest.fixture
+def models() -> tuple[GrootV, GrootVNeck]:
+    backbone, neck = GrootV(MICRO), GrootVNeck(64, 96)
+    for module in (backbone, neck):
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.05)
+    return backbone, neck
+
+
+def assert_same(model: nn.Module, other: nn.Module) -> None:
+    for (name, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_published_names_of_some_parameters(models: tuple) -> None:
+    names = set(publish(*models))
+    assert {
+        "patch_embed.conv1.weight",
+        "patch_embed.norm2.1.bias",
+        "levels.0.blocks.0.norm1.0.weight",
+        "levels.2.blocks.1.TreeSSM.x_proj_weight",
+        "levels.0.blocks.0.TreeSSM.dt_projs_bias",
+        "levels.0.blocks.0.TreeSSM.A_logs",
+        "levels.3.norm.0.weight",
+        "levels.1.downsample.norm.1.bias",
+        "conv_head.0.weight",
+        "conv_head.1.0.running_mean",
+        "head.weight",
+    } <= names
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("parallel", ["", "module."])
+def test_a_published_file_loads_as_pretrained(models: tuple, tmp_path: Path, wrapped: bool, parallel: str) -> None:
+    weights = {parallel + key: value for key, value in publish(*models).items()}
+    file = tmp_path / "published.pth"
+    torch.save({"model": weights, "epoch": 300} if wrapped else weights, file)
+    init_cfg = {"type": "Pretrained", "checkpoint": str(file)}
+    backbone = GrootV(MICRO, init_cfg=init_cfg)
+    neck = GrootVNeck(64, 96, init_cfg=init_cfg)
+    backbone.init_weights()
+    neck.init_weights()
+    assert_same(backbone, models[0])
+    assert_same(neck, models[1])
+
+
+def test_nothing_of_a_published_file_is_left_over(models: tuple) -> None:
+    backbone, neck = models
+    weights = publish(backbone, neck)
+    converted = convert_published({"model": weights})
+    expected = [f"backbone.{name}" for name in backbone.state_dict()]
+    expected += [f"neck.{name}" for name in neck.state_dict()]
+    assert sorted(converted) == sorted([*expected, "head.fc.weight", "head.fc.bias"])
+    assert len(converted) == len(weights)
+
+
+def test_published_weights_load_inside_a_larger_model(models: tuple) -> None:
+    detector = nn.Module()
+    detector.backbone = GrootV(MICRO)
+    detector.load_state_dict({f"backbone.{key}": value for key, value in publish(models[0]).items()})
+    assert_same(detector.backbone, models[0])
+
+
+def test_own_weights_load_unchanged(models: tuple) -> None:
+    backbone = GrootV(MICRO)
+    backbone.load_state_dict(models[0].state_dict())
+    assert_same(backbone, models[0])
+
+
+def test_a_backbone_with_fewer_outputs_loads_the_whole(models: tuple) -> None:
+    backbone = GrootV(MICRO, out_indices=(0, 1))
+    result = backbone.load_state_dict(publish(models[0]), strict=False)
+    assert result.missing_keys == []
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {},
+        {"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)},
+        publish(GrootV({"channels": 16, "depths": [1, 1, 2, 1]})),
+    ],
+    ids=["empty", "another model", "another size"],
+)
+def test_a_file_that_does_not_fit_is_an_error(weights: dict, tmp_path: Path) -> None:
+    file = tmp_path / "wrong.pth"
+    torch.save({"state_dict": weights}, file)
+    backbone = GrootV(MICRO, init_cfg={"type": "Pretrained", "checkpoint": str(file)})
+    with pytest.raises(ValueError, match=r"does not fit GrootV: \d+ of \d+ parameters match"):
+        backbone.init_weights()
+
+
+REFERENCE = Path(__file__).parent / "data"
+
+
+def test_reproduces_a_model_with_the_published_semantics() -> None:
+    """Features, logits and gradients of a model that was computed apart from this code (tests/models/data)."""
+    case = torch.load(REFERENCE / "grootv_micro.pt")
+    channels = case["config"]["channels"]
+    backbone = GrootV({"channels": channels, "depths": case["config"]["depths"]})
+    neck = GrootVNeck(8 * channels, 12 * channels)
+    backbone.load_state_dict(dict(case["state_dict"]))
+    neck.load_state_dict(dict(case["state_dict"]))
+    head = nn.Linear(12 * channels, case["config"]["num_classes"])
+    head.load_state_dict({name: case["state_dict"][f"head.{name}"] for name in ("weight", "bias")})
+    model = nn.ModuleList([backbone, neck, head]).eval()
+
+    features = backbone(case["input"])
+    logits = head(neck(features)[0])
+    torch.testing.assert_close(list(features), case["features"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits, case["logits"], rtol=1e-4, atol=1e-5)
+
+    (logits.flatten() * torch.linspace(-1, 1, logits.numel())).sum().backward()
+    torch.testing.assert_close(backbone.stem.conv1.weight.grad, case["patch_embed_conv1_grad"], rtol=1e-4, atol=1e-5)
+    names = convert_published({key: case["state_dict"][key] for key in case["grad_norms"]})
+    parameters = {f"backbone.{name}": p for name, p in backbone.named_parameters()}
+    parameters |= {f"neck.{name}": p for name, p in neck.named_parameters()}
+    parameters |= {f"head.fc.{name}": p for name, p in head.named_parameters()}
+    assert set(names) == set(parameters)
+    for name, norm in zip(names, case["grad_norms"].values(), strict=True):
+        assert parameters[name].grad.norm().item() == pytest.approx(norm, rel=1e-4), name
+    assert not model.training
+
+
+@pytest.mark.parametrize(("letter", "arch"), [("t", "tiny"), ("s", "small"), ("b", "base")])
+def test_every_name_and_shape_of_the_published_sizes(letter: str, arch: str) -> None:
+    shapes = json.loads((REFERENCE / f"grootv_{letter}_checkpoint_keys.json").read_text())
+    with torch.device("meta"):
+        converted = convert_published({name: torch.empty(shape) for name, shape in shapes.items()})
+        backbone = GrootV(arch)
+        neck = GrootVNeck(8 * backbone.channels, 12 * backbone.channels)
+    expected = {f"backbone.{name}": value.shape for name, value in backbone.state_dict().items()}
+    expected |= {f"neck.{name}": value.shape for name, value in neck.state_dict().items()}
+    expected |= {"head.fc.weight": (1000, 12 * backbone.channels), "head.fc.bias": (1000,)}
+    assert {name: value.shape for name, value in converted.items()} == expected

@@ -1,0 +1,165 @@
+"""The operators as PyTorch sees them: registration, compilation, and what happens without the compiled ones."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import grootvl_mm
+from grootvl_mm.ops import _library, extension_error, grid_edge_weight, grid_tree, reference, tree_scan
+from tests.ops.trees import random_scan
+
+PACKAGE = Path(grootvl_mm.__file__).parent
+
+
+def samples(device: torch.device) -> dict[str, tuple]:
+    x, decay, tree = random_scan(2, 3, 4, 5, seed=0, dtype=torch.float32)
+    x, decay, tree = x.to(device), decay.to(device), tree.to(device)
+    feature = torch.randn(2, 3, 3, 4, device=device)
+    return {
+        "grid_edge_weight": (feature, "cosine", False),
+        "grid_tree": (grid_edge_weight(feature), 3, 4, 0),
+        "tree_scan": (x.requires_grad_(), decay.requires_grad_(), *tree, "all"),
+        "tree_scan_backward": (torch.randn_like(x), x, decay, *tree, "all"),
+    }
+
+
+def test_compiled_operators_are_in_use() -> None:
+    assert extension_error() is None
+
+
+def test_every_operator_has_a_reference_with_its_schema() -> None:
+    for name, function in _library.REFERENCES.items():
+        schema = str(getattr(torch.ops.grootvl, name).default._schema)
+        arguments = torch.library.infer_schema(function, mutates_args=())
+        assert schema == f"grootvl::{name}{arguments}"
+
+
+@pytest.mark.parametrize("name", sorted(_library.REFERENCES))
+def test_opcheck(device: torch.device, name: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.grootvl, name).default, samples(device)[name])
+
+
+def test_compiles_as_one_graph(device: torch.device) -> None:
+    def block(feature: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+        tree = grid_tree(grid_edge_weight(feature), *feature.shape[2:])
+        return tree_scan(feature.flatten(2).transpose(1, 2), decay, tree)
+
+    feature = torch.randn(2, 8, 5, 6, device=device, requires_grad=True)
+    decay = torch.rand(2, 30, 8, device=device)
+    expected = block(feature, decay)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), feature)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(feature, decay)
+    (grad,) = torch.autograd.grad(compiled.square().sum(), feature)
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+def test_exports_with_the_operators_as_nodes() -> None:
+    class Scan(torch.nn.Module):
+        def forward(self, feature: torch.Tensor) -> torch.Tensor:
+            tree = grid_tree(grid_edge_weight(feature), *feature.shape[2:])
+            x = feature.flatten(2).transpose(1, 2)
+            return tree_scan(x, x.sigmoid(), tree)
+
+    feature = torch.randn(2, 4, 5, 5)
+    program = torch.export.export(Scan(), (feature,))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert [target for target in targets if target.startswith("grootvl")] == [
+        "grootvl.grid_edge_weight.default",
+        "grootvl.grid_tree.default",
+        "grootvl.tree_scan.default",
+    ]
+    torch.testing.assert_close(program.module()(feature), Scan()(feature))
+
+
+def test_flops_are_counted() -> None:
+    x, decay, tree = random_scan(2, 3, 4, 5, seed=0, dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        grid_edge_weight(torch.randn(2, 3, 3, 4))
+        tree_scan(x.requires_grad_(), decay, tree).sum().backward()
+    counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    assert counts == {
+        "grootvl.grid_edge_weight": 6 * 2 * 3 * 12,
+        "grootvl.tree_scan": 6 * 2 * 12 * 5,
+        "grootvl.tree_scan_backward": 15 * 2 * 12 * 5,
+    }
+
+
+@pytest.fixture(scope="module")
+def package_without_extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    shutil.copytree(PACKAGE, folder / "grootvl_mm", ignore=shutil.ignore_patterns("_C*", ".mim", "__pycache__"))
+    return folder
+
+
+def run_python(folder: Path, code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(folder)} | environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_works_without_the_extension_and_says_so(package_without_extension: Path) -> None:
+    result = run_python(
+        package_without_extension,
+        "import torch, grootvl_mm\n"
+        "from grootvl_mm.ops import extension_error\n"
+        "model = grootvl_mm.models.GrootV('pico', out_indices=(3,))\n"
+        "model(torch.randn(1, 3, 32, 32))[0].sum().backward()\n"
+        "assert all(p.grad is not None for p in model.parameters())\n"
+        "print('reason:', extension_error())\n",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "reason: no compiled library in" in result.stdout
+    assert "slow PyTorch operators" in result.stderr
+
+
+def test_a_broken_extension_is_named(package_without_extension: Path) -> None:
+    broken = package_without_extension / "grootvl_mm" / "_C.so"
+    broken.write_bytes(b"not a library")
+    try:
+        result = run_python(
+            package_without_extension, "from grootvl_mm.ops import extension_error; print(extension_error())"
+        )
+    finally:
+        broken.unlink()
+    assert result.returncode == 0, result.stderr
+    assert "_C.so does not load with torch" in result.stdout
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_instruction_sets_agree(tmp_path: Path, isa: str) -> None:
+    """Trees are bitwise the same, scans to rounding."""
+    feature = torch.randn(2, 37, 20, 21)
+    weight = grid_edge_weight(feature)
+    x, decay, tree = random_scan(2, 20, 21, 48, seed=0, dtype=torch.float32)
+    torch.save([feature, weight, x, decay, *tree], tmp_path / "inputs.pt")
+    result = run_python(
+        tmp_path,
+        "import torch\n"
+        "from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_scan\n"
+        "feature, weight, x, decay, *tree = torch.load('inputs.pt')\n"
+        "grads = torch.ops.grootvl.tree_scan_backward(x, x, decay, *tree, 'all')\n"
+        "torch.save([grid_edge_weight(feature), *grid_tree(weight, 20, 21),\n"
+        "            tree_scan(x, decay, Tree(*tree)), *grads], 'outputs.pt')\n",
+        GROOTVL_CPU_ISA=isa,
+        PYTHONPATH=str(PACKAGE.parent),
+    )
+    assert result.returncode == 0, result.stderr
+    weights, parent, order, h, *grads = torch.load(tmp_path / "outputs.pt")
+    torch.testing.assert_close(weights, weight, rtol=1e-6, atol=1e-7)
+    expected = grid_tree(weight, 20, 21)
+    assert torch.equal(parent, expected.parent)
+    assert torch.equal(order, expected.order)
+    torch.testing.assert_close(h, tree_scan(x, decay, tree))
+    torch.testing.assert_close(grads, list(reference.tree_scan_backward(x, x, decay, *tree, "all")))
