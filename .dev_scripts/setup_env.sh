@@ -40,7 +40,6 @@ step() {
 make_venv() {
   rm -rf "$VENV"
   "$python" -m venv "$VENV"
-  mkdir -p "$STAMPS"
   install -r requirements/build.txt
 }
 
@@ -111,6 +110,7 @@ if ! supported "$VENV/bin/python"; then
   say "making $VENV with $("$python" --version)"
   make_venv
 fi
+mkdir -p "$STAMPS"
 step torch "installing torch and torchvision (CUDA libraries included, several GB)" install_torch \
   < <(cat requirements/torch.txt requirements/build.txt)
 step mmcv "installing mmcv $MMCV" install_mmcv < <(cat requirements/torch.txt; echo "$MMCV")

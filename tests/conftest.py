@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))

@@ -273,15 +273,15 @@ class GrootV(BaseModule):
             image: (B, in_channels, H, W).
 
         Returns:
-            For each of ``out_indices`` a map (B, channels * 2**i, h, w), h = ceil(H / (4 * 2**i)), in channels-last
-            memory format.
+            For each of ``out_indices`` a map (B, channels * 2**i, h, w), h = ceil(H / (4 * 2**i)), contiguous.
         """
         x = self.stem(image)
         outputs = []
         for index, stage in enumerate(self.stages):
             feature, x = stage(x)
             if index in self.out_indices:
-                outputs.append(feature.permute(0, 3, 1, 2))
+                # In plain NCHW memory: mmcv's RoIAlign on the CPU reads any other as if it were that.
+                outputs.append(feature.permute(0, 3, 1, 2).contiguous())
         return tuple(outputs)
 
     def _frozen_modules(self) -> list[nn.Module]:

@@ -14,8 +14,8 @@ def tree_scan(x: Tensor, decay: Tensor, tree: Tree, propagation: str = "all") ->
     """``h_i = sum_j S(i, j) x_j`` with S(i, j) the product of the decays on the tree path from i to j.
 
     With ``u`` the pass from the leaves to the root, ``u_v = x_v + sum_{children c} a_c u_c``, and ``a_v`` the decay of
-    the edge from v to its parent p: ``h_v = u_v + a_v (h_p - a_v u_v)`` (equation 4 and algorithm 1 of the paper). 16-bit
-    inputs are accumulated in float32; under autocast the scan runs in float32. Differentiable twice.
+    the edge from v to its parent p: ``h_v = u_v + a_v (h_p - a_v u_v)`` (equation 4 and algorithm 1 of the paper).
+    16-bit inputs are accumulated in float32; under autocast the scan runs in float32. Differentiable twice.
 
     Args:
         x: (B, L, D) float32, float64, float16 or bfloat16.

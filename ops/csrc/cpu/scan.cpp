@@ -1,9 +1,8 @@
-// CPU kernels of the tree scan. Work is split by image and block of channels; every block is computed by one thread in
-// one order, so results do not depend on the number of threads.
+// CPU kernels of the tree scan. Every channel of an image is computed by one thread in one order, so results do not
+// depend on the number of threads.
 #include "scan.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
@@ -11,7 +10,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <type_traits>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -23,6 +21,21 @@ struct Tree {
   const int32_t* parent;
   const int32_t* order;
   int64_t vertices;
+};
+
+// Some channels of one image: a row for each vertex.
+template <typename scalar_t>
+struct Rows {
+  scalar_t* first;
+  int64_t stride;
+
+  scalar_t* operator[](int64_t v) const {
+    return first + v * stride;
+  }
+
+  operator Rows<const scalar_t>() const {
+    return {first, stride};
+  }
 };
 
 namespace baseline {
@@ -48,57 +61,6 @@ namespace avx512 = baseline;
 
 namespace {
 
-// Every vertex once, the root first, each parent before its children.
-bool is_topological(const int32_t* parent, const int32_t* order, int64_t vertices) {
-  std::vector<uint8_t> seen(vertices, 0);
-  const auto inside = [vertices](int32_t v) { return static_cast<uint32_t>(v) < static_cast<uint64_t>(vertices); };
-  for (int64_t i = 0; i < vertices; ++i) {
-    const int32_t v = order[i];
-    if (!inside(v) || !inside(parent[v]) || seen[v] || (i == 0) != (parent[v] == v) || (i > 0 && !seen[parent[v]])) {
-      return false;
-    }
-    seen[v] = 1;
-  }
-  return true;
-}
-
-void check_trees(const at::Tensor& parent, const at::Tensor& order) {
-  const int64_t vertices = parent.size(1);
-  const int32_t* parents = parent.const_data_ptr<int32_t>();
-  const int32_t* orders = order.const_data_ptr<int32_t>();
-  std::atomic<int64_t> bad{-1};
-  at::parallel_for(0, parent.size(0), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      if (!is_topological(parents + b * vertices, orders + b * vertices, vertices)) {
-        bad = b;
-      }
-    }
-  });
-  TORCH_CHECK_VALUE(
-      bad < 0,
-      "parent and order must be a rooted tree with every parent before its children, as grid_tree returns them; "
-      "those of image ",
-      bad.load(),
-      " are not");
-}
-
-// Channels that one thread takes through the tree together: few enough that the rows of an image stay in the cache.
-int64_t block_width(int64_t vertices, int64_t channels, int64_t value_size) {
-  constexpr int64_t kCacheBytes = 1 << 20;
-  for (const int64_t width : {64, 32}) {
-    if (channels % width == 0 && vertices * width * value_size * 3 <= kCacheBytes) {
-      return width;
-    }
-  }
-  return channels % 32 == 0 ? 32 : 16;
-}
-
-// One block of channels of one image.
-struct Block {
-  int64_t offset;
-  int64_t width;
-};
-
 template <typename Call>
 void with_kernels(const Call& call) {
   switch (isa()) {
@@ -111,45 +73,93 @@ void with_kernels(const Call& call) {
   }
 }
 
-// The width is compiled in where it is one of the usual ones; 0 stands for any other.
-template <typename Call>
-void with_width(int64_t width, const Call& call) {
-  switch (width) {
-    case 16:
-      return call(std::integral_constant<int, 16>());
-    case 32:
-      return call(std::integral_constant<int, 32>());
-    case 64:
-      return call(std::integral_constant<int, 64>());
-    default:
-      return call(std::integral_constant<int, 0>());
+// Every vertex once, the root first, each parent before its children.
+bool is_topological(const Tree& tree) {
+  std::vector<uint8_t> seen(tree.vertices, 0);
+  const auto inside = [&](int32_t v) { return 0 <= v && v < tree.vertices; };
+  for (int64_t i = 0; i < tree.vertices; ++i) {
+    const int32_t v = tree.order[i];
+    if (!inside(v) || !inside(tree.parent[v]) || seen[v]) {
+      return false;
+    }
+    const int32_t p = tree.parent[v];
+    if (i == 0 ? p != v : !seen[p]) {
+      return false;
+    }
+    seen[v] = 1;
   }
+  return true;
 }
 
-// Calls run(kernels, compiled width, block, tree, scratch) for every image and block of channels, on all threads. The
-// scratch holds `buffers` rows of the block for each vertex.
-template <typename acc_t, typename Run>
-void for_each_block(
-    const at::Tensor& parent, const at::Tensor& order, int64_t channels, int64_t buffers, const Run& run) {
-  const int64_t vertices = parent.size(1);
-  const int64_t width = block_width(vertices, channels, sizeof(acc_t));
-  const int64_t blocks = (channels + width - 1) / width;
-  at::parallel_for(0, parent.size(0) * blocks, 1, [&](int64_t begin, int64_t end) {
-    // From c10's allocator, which aligns to cache lines.
-    const c10::DataPtr memory = c10::GetCPUAllocator()->allocate(buffers * vertices * width * sizeof(acc_t));
+// The trees of a batch, checked.
+class Trees {
+ public:
+  Trees(const at::Tensor& parent, const at::Tensor& order) : parent_(parent.contiguous()), order_(order.contiguous()) {
+    std::atomic<int64_t> bad{-1};
+    at::parallel_for(0, parent_.size(0), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t image = begin; image < end; ++image) {
+        if (!is_topological((*this)[image])) {
+          bad = image;
+        }
+      }
+    });
+    TORCH_CHECK_VALUE(
+        bad < 0,
+        "parent and order must be a rooted tree with every parent before its children, as grid_tree returns them; "
+        "those of image ",
+        bad.load(),
+        " are not");
+  }
+
+  Tree operator[](int64_t image) const {
+    const int64_t vertices = parent_.size(1);
+    return {
+        parent_.const_data_ptr<int32_t>() + image * vertices,
+        order_.const_data_ptr<int32_t>() + image * vertices,
+        vertices};
+  }
+
+ private:
+  at::Tensor parent_, order_;
+};
+
+// Images of a batch, and where there are fewer of them than threads, shares of their channels.
+struct Task {
+  int64_t image, first, width;
+};
+
+template <typename Run>
+void for_each_task(const at::Tensor& x, const Run& run) {
+  constexpr int64_t kCacheLine = 64;
+  const int64_t batch = x.size(0), channels = x.size(2);
+  const int64_t threads_an_image = (at::get_num_threads() + batch - 1) / batch;
+  const int64_t multiple = kCacheLine / x.element_size();
+  const int64_t width = at::divup(at::divup(channels, threads_an_image), multiple) * multiple;
+  const int64_t shares = at::divup(channels, width);
+  at::parallel_for(0, batch * shares, 1, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> has_sum(x.size(1));
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t image = task / blocks;
-      const int64_t first = task % blocks * width;
-      const Tree tree{
-          parent.const_data_ptr<int32_t>() + image * vertices,
-          order.const_data_ptr<int32_t>() + image * vertices,
-          vertices};
-      const Block block{image * vertices * channels + first, std::min(width, channels - first)};
-      with_width(block.width, [&](auto known) {
-        with_kernels([&](auto kernels) { run(kernels, known, block, tree, static_cast<acc_t*>(memory.get())); });
-      });
+      const int64_t first = task % shares * width;
+      std::fill(has_sum.begin(), has_sum.end(), 0);
+      run(Task{task / shares, first, std::min(width, channels - first)}, has_sum.data());
     }
   });
+}
+
+template <typename scalar_t>
+Rows<const scalar_t> rows_of(const at::Tensor& input, const Task& task) {
+  const int64_t vertices = input.size(1), channels = input.size(2);
+  return {input.const_data_ptr<scalar_t>() + task.image * vertices * channels + task.first, channels};
+}
+
+template <typename scalar_t>
+Rows<scalar_t> rows_of_result(at::Tensor& result, const Task& task) {
+  const int64_t vertices = result.size(1), channels = result.size(2);
+  return {result.mutable_data_ptr<scalar_t>() + task.image * vertices * channels + task.first, channels};
+}
+
+bool is_16_bit(const at::Tensor& x) {
+  return x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
 }
 
 }  // namespace
@@ -162,24 +172,28 @@ at::Tensor tree_scan(
     std::string_view propagation_name) {
   const Propagation propagation = parse_propagation(propagation_name);
   check_scan_inputs(x, decay, parent, order);
-  const at::Tensor x_rows = x.contiguous(), decay_rows = decay.contiguous();
-  const at::Tensor parents = parent.contiguous(), orders = order.contiguous();
+  if (is_16_bit(x)) {
+    return tree_scan(x.to(at::kFloat), decay.to(at::kFloat), parent, order, propagation_name).to(x.scalar_type());
+  }
   at::Tensor h = at::empty(x.sizes(), x.options());
   if (h.numel() == 0) {
     return h;
   }
-  check_trees(parents, orders);
-  const int64_t channels = x.size(2);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "tree_scan", [&] {
-    using acc_t = at::opmath_type<scalar_t>;
-    const scalar_t* xs = x_rows.const_data_ptr<scalar_t>();
-    const scalar_t* decays = decay_rows.const_data_ptr<scalar_t>();
-    scalar_t* hs = h.mutable_data_ptr<scalar_t>();
-    for_each_block<acc_t>(
-        parents, orders, channels, 1, [&](auto kernels, auto known, Block block, Tree tree, acc_t* u) {
-          decltype(kernels)::template scan<decltype(known)::value>(
-              xs + block.offset, decays + block.offset, hs + block.offset, channels, block.width, tree, propagation, u);
-        });
+  const Trees trees(parent, order);
+  const at::Tensor x_rows = x.contiguous(), decay_rows = decay.contiguous();
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "tree_scan", [&] {
+    for_each_task(x_rows, [&](const Task& task, uint8_t* has_sum) {
+      with_kernels([&](auto kernels) {
+        kernels.template scan<scalar_t>(
+            trees[task.image],
+            task.width,
+            propagation,
+            rows_of<scalar_t>(decay_rows, task),
+            rows_of<scalar_t>(x_rows, task),
+            rows_of_result<scalar_t>(h, task),
+            has_sum);
+      });
+    });
   });
   return h;
 }
@@ -194,37 +208,35 @@ std::tuple<at::Tensor, at::Tensor> tree_scan_backward(
   const Propagation propagation = parse_propagation(propagation_name);
   check_scan_inputs(x, decay, parent, order);
   check_scan_gradient(grad_h, x);
-  const at::Tensor grad_rows = grad_h.contiguous(), x_rows = x.contiguous(), decay_rows = decay.contiguous();
-  const at::Tensor parents = parent.contiguous(), orders = order.contiguous();
+  if (is_16_bit(x)) {
+    const auto [grad_x, grad_decay] = tree_scan_backward(
+        grad_h.to(at::kFloat), x.to(at::kFloat), decay.to(at::kFloat), parent, order, propagation_name);
+    return {grad_x.to(x.scalar_type()), grad_decay.to(x.scalar_type())};
+  }
   at::Tensor grad_x = at::empty(x.sizes(), x.options());
   at::Tensor grad_decay = at::empty(x.sizes(), x.options());
   if (x.numel() == 0) {
     return {grad_x, grad_decay};
   }
-  check_trees(parents, orders);
-  const int64_t channels = x.size(2), vertices = x.size(1);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "tree_scan_backward", [&] {
-    using acc_t = at::opmath_type<scalar_t>;
-    const scalar_t* grads = grad_rows.const_data_ptr<scalar_t>();
-    const scalar_t* xs = x_rows.const_data_ptr<scalar_t>();
-    const scalar_t* decays = decay_rows.const_data_ptr<scalar_t>();
-    scalar_t* grad_xs = grad_x.mutable_data_ptr<scalar_t>();
-    scalar_t* grad_decays = grad_decay.mutable_data_ptr<scalar_t>();
-    for_each_block<acc_t>(
-        parents, orders, channels, 2, [&](auto kernels, auto known, Block block, Tree tree, acc_t* u) {
-          decltype(kernels)::template scan_backward<decltype(known)::value>(
-              grads + block.offset,
-              xs + block.offset,
-              decays + block.offset,
-              grad_xs + block.offset,
-              grad_decays + block.offset,
-              channels,
-              block.width,
-              tree,
-              propagation,
-              u,
-              u + vertices * block.width);
-        });
+  const Trees trees(parent, order);
+  const at::Tensor grad_rows = grad_h.contiguous(), x_rows = x.contiguous(), decay_rows = decay.contiguous();
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "tree_scan_backward", [&] {
+    for_each_task(x_rows, [&](const Task& task, uint8_t* has_sum) {
+      const c10::DataPtr memory = c10::GetCPUAllocator()->allocate(x.size(1) * task.width * sizeof(scalar_t));
+      with_kernels([&](auto kernels) {
+        kernels.template scan_backward<scalar_t>(
+            trees[task.image],
+            task.width,
+            propagation,
+            rows_of<scalar_t>(grad_rows, task),
+            rows_of<scalar_t>(decay_rows, task),
+            rows_of<scalar_t>(x_rows, task),
+            rows_of_result<scalar_t>(grad_x, task),
+            rows_of_result<scalar_t>(grad_decay, task),
+            Rows<scalar_t>{static_cast<scalar_t*>(memory.get()), task.width},
+            has_sum);
+      });
+    });
   });
   return {grad_x, grad_decay};
 }

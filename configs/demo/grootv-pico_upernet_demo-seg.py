@@ -1,0 +1,76 @@
+# UperNet with GrootV-pico on the semantic maps of the demo scenes: background and ten digits.
+_base_ = [
+    "../_base_/models/upernet_grootv.py",
+    "../_base_/datasets/demo_digits.py",
+    "../_base_/schedules/demo_adamw_600i.py",
+    "../_base_/demo_runtime.py",
+]
+
+default_scope = "mmseg"
+
+# Plain batch norm: SyncBN needs a GPU.
+norm_cfg = dict(type="BN", requires_grad=True)
+model = dict(
+    data_preprocessor=dict(size=(128, 128)),
+    backbone=dict(arch="pico", drop_path_rate=0.0),
+    decode_head=dict(in_channels=[24, 48, 96, 192], channels=64, num_classes=11, norm_cfg=norm_cfg),
+    auxiliary_head=dict(in_channels=96, channels=32, num_classes=11, norm_cfg=norm_cfg),
+)
+
+data_root = _base_.data_root
+metainfo = dict(classes=["background", *_base_.digits], palette=[(0, 0, 0), *_base_.palette])
+# No flips, neither here nor in the multi-scale test: a mirrored digit is another digit or none.
+pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations"),
+    dict(type="PackSegInputs"),
+]
+tta_model = dict(type="SegTTAModel")
+tta_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [dict(type="Resize", scale_factor=r, keep_ratio=True) for r in (0.75, 1.0, 1.25)],
+            [dict(type="LoadAnnotations")],
+            [dict(type="PackSegInputs")],
+        ],
+    ),
+]
+
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type="InfiniteSampler", shuffle=True),
+    dataset=dict(
+        type="BaseSegDataset",
+        metainfo=metainfo,
+        data_root=data_root,
+        data_prefix=dict(img_path="images/train", seg_map_path="semantic/train"),
+        img_suffix=".png",
+        pipeline=pipeline,
+    ),
+)
+# One image at a time, as the multi-scale test needs it.
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(
+        type="BaseSegDataset",
+        metainfo=metainfo,
+        data_root=data_root,
+        data_prefix=dict(img_path="images/val", seg_map_path="semantic/val"),
+        img_suffix=".png",
+        pipeline=pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+
+val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
+test_evaluator = val_evaluator
+
+default_hooks = dict(visualization=dict(type="SegVisualizationHook"))
+visualizer = dict(type="SegLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")], name="visualizer")
