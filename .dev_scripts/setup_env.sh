@@ -12,7 +12,7 @@ readonly STAMPS=$VENV/.stamps
 readonly MMCV=2.1.0
 readonly CACHE=${GROOTVL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/grootvl_mm}
 
-say() { printf '\033[1m[setup]\033[0m %s\n' "$*"; }
+say() { echo "[setup] $*"; }
 fail() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
 install() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
 

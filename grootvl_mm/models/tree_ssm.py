@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_scan
+from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_selective_scan
 from grootvl_mm.ops.scan import PROPAGATIONS
 from grootvl_mm.ops.tree import METRICS
 
@@ -95,8 +95,26 @@ class TreeSSM(BaseModule):
         if tree is None:
             tree = self.build_tree(x)
         x = x.permute(0, 2, 3, 1).flatten(1, 2)
-        y = self._selective_scan(x, tree).view(gate.shape)
-        return self.out_proj(y.to(gate.dtype) * F.silu(gate)), tree
+        dt, b, c = self.x_proj(x).split([self.dt_rank, 1, 1], dim=-1)
+        y = tree_selective_scan(
+            x,
+            dt,
+            b,
+            c,
+            gate.flatten(1, 2),
+            dt_weight=self.dt_proj.weight,
+            dt_bias=self.dt_proj.bias,
+            A_log=self.A_log,
+            Ds=self.Ds,
+            h_norm_weight=self.h_norm.weight,
+            h_norm_bias=self.h_norm.bias,
+            out_norm_weight=self.out_norm.weight,
+            out_norm_bias=self.out_norm.bias,
+            tree=tree,
+            eps=self.h_norm.eps,
+            propagation=self.propagation,
+        )
+        return self.out_proj(y.view(gate.shape)), tree
 
     def build_tree(self, feature: Tensor) -> Tree:
         """The trees of (B, D, H, W) features."""
@@ -104,13 +122,3 @@ class TreeSSM(BaseModule):
         # exp cannot overflow for the cosine; for the distances it does, so their exponents are compared.
         weight = grid_edge_weight(feature.detach(), self.tree_metric, log=self.tree_metric != "cosine")
         return grid_tree(weight, height, width, root=0 if self.tree_root == "first" else height * width - 1)
-
-    def _selective_scan(self, x: Tensor, tree: Tree) -> Tensor:
-        """Scan and read-out of (B, L, D) in float32, also under autocast."""
-        dt, b, c = self.x_proj(x).split([self.dt_rank, 1, 1], dim=-1)
-        with torch.autocast(x.device.type, enabled=False):
-            dt, b, c, x = dt.float(), b.float(), c.float(), x.float()
-            delta = F.softplus(self.dt_proj(dt))
-            decay = torch.exp(-torch.exp(self.A_log) * delta)
-            h = tree_scan(delta * b * x, decay, tree, self.propagation)
-            return self.out_norm(self.h_norm(h) * c + self.Ds * x)

@@ -17,6 +17,8 @@ from torch.utils.flop_counter import register_flop_formula
 from grootvl_mm.ops import reference
 
 NAMESPACE = "grootvl"
+# Floating inputs of the selective scan; parent, order, eps and propagation follow.
+_SELECTIVE_INPUTS = 13
 REFERENCES: dict[str, Callable] = {
     function.__name__: function
     for function in (
@@ -24,6 +26,8 @@ REFERENCES: dict[str, Callable] = {
         reference.grid_tree,
         reference.tree_scan,
         reference.tree_scan_backward,
+        reference.tree_selective_scan,
+        reference.tree_selective_scan_backward,
     )
 }
 
@@ -100,6 +104,17 @@ def _(
     )
 
 
+@torch.library.register_fake(f"{NAMESPACE}::tree_selective_scan")
+def _(x: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::tree_selective_scan_backward")
+def _(grad_y: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    inputs = args[:_SELECTIVE_INPUTS]
+    return tuple(torch.empty_like(value, memory_format=torch.contiguous_format) for value in inputs)
+
+
 def _no_gradient(name: str) -> None:
     """The tree is a choice, not a function with a slope: nothing flows back through its operators."""
 
@@ -163,8 +178,42 @@ def _composed_backward(
 torch.library.register_autograd(f"{NAMESPACE}::tree_scan", _scan_backward, setup_context=_save_scan)
 torch.library.register_autograd(f"{NAMESPACE}::tree_scan_backward", _scan_double_backward, setup_context=_save_scan)
 
+
+def _save_selective_scan(ctx: Any, inputs: tuple, output: Any) -> None:
+    *tensors, ctx.eps, ctx.propagation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _selective_scan_backward(ctx: Any, grad_y: Tensor) -> tuple:
+    grads = _operator("tree_selective_scan_backward")(grad_y, *ctx.saved_tensors, ctx.eps, ctx.propagation)
+    return (*grads, None, None, None, None)
+
+
+def _selective_scan_double_backward(ctx: Any, *grad_grads: Tensor) -> tuple:
+    """Differentiates the backward of the same computation in PyTorch operators around ``tree_scan``."""
+    *differentiable, parent, order = ctx.saved_tensors
+
+    def scan(value: Tensor, decay: Tensor) -> Tensor:
+        return _operator("tree_scan")(value, decay, parent, order, ctx.propagation)
+
+    with torch.enable_grad():
+        grad_y, *leaves = (tensor.detach().requires_grad_() for tensor in differentiable)
+        y = reference.selective_scan(scan, *leaves, ctx.eps)
+        grads = torch.autograd.grad(y, leaves, grad_y, create_graph=True)
+        second = torch.autograd.grad(grads, (grad_y, *leaves), grad_grads, allow_unused=True)
+    return (*second, None, None, None, None)
+
+
+torch.library.register_autograd(
+    f"{NAMESPACE}::tree_selective_scan", _selective_scan_backward, setup_context=_save_selective_scan
+)
+torch.library.register_autograd(
+    f"{NAMESPACE}::tree_selective_scan_backward", _selective_scan_double_backward, setup_context=_save_selective_scan
+)
+
 for _device_type in ("cpu", "cuda"):
     torch.library.register_autocast(f"{NAMESPACE}::tree_scan", _device_type, torch.float32)
+    torch.library.register_autocast(f"{NAMESPACE}::tree_selective_scan", _device_type, torch.float32)
 
 
 # Operations for each element of x, a multiplication and an addition counting two. The choice of the tree counts none:
@@ -192,3 +241,17 @@ def _(x_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
 @register_flop_formula(torch.ops.grootvl.tree_scan_backward)
 def _(x_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
     return _SCAN_BACKWARD_FLOPS[args[-1]] * x_shape.numel()
+
+
+# Beside the scan and the projection of dt: softplus 2, decay 2, input 2, layer norms 7 each, skip connection 3, gate 4.
+_SELECTIVE_FLOPS = 27
+
+
+@register_flop_formula(torch.ops.grootvl.tree_selective_scan)
+def _(x_shape: torch.Size, dt_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return (_SCAN_FLOPS[args[-1]] + 2 * dt_shape[-1] + _SELECTIVE_FLOPS) * x_shape.numel()
+
+
+@register_flop_formula(torch.ops.grootvl.tree_selective_scan_backward)
+def _(grad_y_shape: torch.Size, x_shape: torch.Size, dt_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return (_SCAN_BACKWARD_FLOPS[args[-1]] + 6 * dt_shape[-1] + 2 * _SELECTIVE_FLOPS) * x_shape.numel()

@@ -5,7 +5,10 @@ the type hints are its schema. They are written for clarity and run vertex level
 Shapes: ``B`` batch, ``C`` or ``D`` channels, ``L = height * width`` vertices in row-major order, ``E`` edges.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -235,6 +238,122 @@ def tree_scan_backward(
         grad_decay = e * (h[to_parent] - a * u) + u * (grad_x[to_parent] - a * e)
     grad_decay = grad_decay.masked_fill(levels.is_root(), 0)
     return grad_x.view(x.shape).to(x.dtype), grad_decay.view(x.shape).to(decay.dtype)
+
+
+def selective_scan(
+    scan: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    dt: Tensor,
+    b: Tensor,
+    c: Tensor,
+    gate: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    Ds: Tensor,
+    h_norm_weight: Tensor,
+    h_norm_bias: Tensor,
+    out_norm_weight: Tensor,
+    out_norm_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """The selective scan around any ``scan(input, decay)``, differentiable where that is."""
+    delta = F.softplus(F.linear(dt, dt_weight, dt_bias))
+    h = scan(delta * b * x, torch.exp(-torch.exp(A_log) * delta))
+    mixed = F.layer_norm(h, h.shape[-1:], h_norm_weight, h_norm_bias, eps) * c + Ds * x
+    return F.layer_norm(mixed, h.shape[-1:], out_norm_weight, out_norm_bias, eps) * F.silu(gate)
+
+
+def tree_selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    b: Tensor,
+    c: Tensor,
+    gate: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    Ds: Tensor,
+    h_norm_weight: Tensor,
+    h_norm_bias: Tensor,
+    out_norm_weight: Tensor,
+    out_norm_bias: Tensor,
+    parent: Tensor,
+    order: Tensor,
+    eps: float,
+    propagation: str,
+) -> Tensor:
+    """Everything between the projections of the layer, see :func:`grootvl_mm.ops.tree_selective_scan`: (B, L, D)."""
+    inputs = (x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds)
+    norms = (h_norm_weight, h_norm_bias, out_norm_weight, out_norm_bias)
+
+    def scan(value: Tensor, decay: Tensor) -> Tensor:
+        return tree_scan(value, decay, parent, order, propagation)
+
+    y = selective_scan(scan, *(_accumulated(value) for value in (*inputs, *norms)), eps)
+    return y.to(x.dtype)
+
+
+def tree_selective_scan_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    b: Tensor,
+    c: Tensor,
+    gate: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    Ds: Tensor,
+    h_norm_weight: Tensor,
+    h_norm_bias: Tensor,
+    out_norm_weight: Tensor,
+    out_norm_bias: Tensor,
+    parent: Tensor,
+    order: Tensor,
+    eps: float,
+    propagation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the 13 floating inputs of :func:`tree_selective_scan`, in their order and dtype."""
+    dtype = x.dtype
+    grad_y, x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds, h_norm_weight, h_norm_bias = (
+        _accumulated(value)
+        for value in (grad_y, x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds, h_norm_weight, h_norm_bias)
+    )
+    out_norm_weight, out_norm_bias = _accumulated(out_norm_weight), _accumulated(out_norm_bias)
+    pre = F.linear(dt, dt_weight, dt_bias)
+    delta, rate = F.softplus(pre), -torch.exp(A_log)
+    decay = torch.exp(rate * delta)
+    h = tree_scan(delta * b * x, decay, parent, order, propagation)
+    h_normed = F.layer_norm(h, h.shape[-1:], h_norm_weight, h_norm_bias, eps)
+    mixed = h_normed * c + Ds * x
+    normed = F.layer_norm(mixed, h.shape[-1:], out_norm_weight, out_norm_bias, eps)
+
+    sigmoid = torch.sigmoid(gate)
+    grad_gate = grad_y * normed * sigmoid * (1 + gate * (1 - sigmoid))
+    grad_mixed, *grad_out_norm = _layer_norm_backward(grad_y * gate * sigmoid, mixed, out_norm_weight, eps)
+    grad_c = (grad_mixed * h_normed).sum(-1, keepdim=True)
+    grad_Ds = (grad_mixed * x).sum((0, 1))
+    grad_h, *grad_h_norm = _layer_norm_backward(grad_mixed * c, h, h_norm_weight, eps)
+    grad_input, grad_decay = tree_scan_backward(grad_h, delta * b * x, decay, parent, order, propagation)
+    grad_x = grad_mixed * Ds + grad_input * delta * b
+    grad_b = (grad_input * delta * x).sum(-1, keepdim=True)
+    grad_pre = (grad_input * b * x + grad_decay * decay * rate) * torch.sigmoid(pre)
+    grad_dt = grad_pre @ dt_weight
+    grad_dt_weight = grad_pre.flatten(0, 1).T @ dt.flatten(0, 1)
+    grad_A_log = (grad_decay * decay * delta).sum((0, 1)) * rate
+    inputs = (grad_x, grad_dt, grad_b, grad_c, grad_gate)
+    parameters = (grad_dt_weight, grad_pre.sum((0, 1)), grad_A_log, grad_Ds, *grad_h_norm, *grad_out_norm)
+    return tuple(grad.to(dtype) for grad in (*inputs, *parameters))
+
+
+def _layer_norm_backward(grad: Tensor, value: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the value (B, L, D), of weight and of bias (D)."""
+    scale = torch.rsqrt(value.var(-1, keepdim=True, correction=0) + eps)
+    normal = (value - value.mean(-1, keepdim=True)) * scale
+    inner = grad * weight
+    through = inner - inner.mean(-1, keepdim=True) - normal * (inner * normal).mean(-1, keepdim=True)
+    return scale * through, (grad * normal).sum((0, 1)), grad.sum((0, 1))
 
 
 def _accumulated(value: Tensor) -> Tensor:

@@ -35,17 +35,110 @@ def tree_scan(x: Tensor, decay: Tensor, tree: Tree, propagation: str = "all") ->
     check_tensor("x", x, "(B, L, D)", 3)
     check_tensor("decay", decay, "(B, L, D)", 3, FLOATING)
     check_choice("propagation", propagation, PROPAGATIONS)
-    if not isinstance(tree, Tree):
-        raise TypeError(f"tree must be a grootvl_mm.ops.Tree, got {type(tree).__name__}")
     if decay.shape != x.shape:
         raise ValueError(f"decay must have the shape of x {tuple(x.shape)}, got {tuple(decay.shape)}")
+    _check_tree(tree, x)
+    if decay.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"decay must have the dtype of x {x.dtype}, got {decay.dtype}")
+    check_same_device(x=x, decay=decay, parent=tree.parent, order=tree.order)
+    return torch.ops.grootvl.tree_scan(x, decay, tree.parent, tree.order, propagation)
+
+
+def tree_selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    b: Tensor,
+    c: Tensor,
+    gate: Tensor,
+    *,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    Ds: Tensor,
+    h_norm_weight: Tensor,
+    h_norm_bias: Tensor,
+    out_norm_weight: Tensor,
+    out_norm_bias: Tensor,
+    tree: Tree,
+    eps: float = 1e-5,
+    propagation: str = "all",
+) -> Tensor:
+    """Everything between the projections of a tree state space layer, in one operator (section 3.2 of the paper).
+
+    ``delta = softplus(dt dt_weight^T + dt_bias)``, ``decay = exp(-exp(A_log) delta)``,
+    ``h = tree_scan(delta b x, decay, tree)`` and ``y = LayerNorm_out(LayerNorm_h(h) c + Ds x) SiLU(gate)``. The
+    backward pass computes all of it again from the inputs, so nothing else is kept. 16-bit inputs are computed in
+    float32; under autocast everything is float32. Differentiable twice.
+
+    Args:
+        x: (B, L, D) float32, float64, float16 or bfloat16.
+        dt: (B, L, R), the low-rank step size.
+        b: (B, L, 1), input matrix of the state space model, state size 1.
+        c: (B, L, 1), output matrix.
+        gate: (B, L, D).
+        dt_weight: (D, R).
+        dt_bias: (D).
+        A_log: (D), logarithm of minus the state matrix.
+        Ds: (D), skip connection.
+        h_norm_weight: (D).
+        h_norm_bias: (D).
+        out_norm_weight: (D).
+        out_norm_bias: (D).
+        tree: the trees of the B images with L vertices.
+        eps: of both layer norms.
+        propagation: ``all``, ``up`` or ``down``, see :func:`tree_scan`.
+
+    Returns:
+        (B, L, D), dtype of ``x`` (float32 under autocast), contiguous.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: shapes or devices that do not fit together, or an unknown propagation.
+        ValueError, RuntimeError: ``tree`` is no tree in topological order (not checked on CUDA).
+    """
+    inputs = {"x": x, "dt": dt, "b": b, "c": c, "gate": gate}
+    vectors = {
+        "dt_bias": dt_bias,
+        "A_log": A_log,
+        "Ds": Ds,
+        "h_norm_weight": h_norm_weight,
+        "h_norm_bias": h_norm_bias,
+        "out_norm_weight": out_norm_weight,
+        "out_norm_bias": out_norm_bias,
+    }
+    check_choice("propagation", propagation, PROPAGATIONS)
+    for name, value in inputs.items():
+        check_tensor(name, value, "(B, L, *)", 3)
+    check_tensor("dt_weight", dt_weight, "(D, R)", 2)
+    batch, vertices, channels = x.shape
+    rank = dt_weight.shape[1]
+    shapes = {
+        "dt_weight": (channels, rank),
+        "dt": (batch, vertices, rank),
+        "b": (batch, vertices, 1),
+        "c": (batch, vertices, 1),
+        "gate": (batch, vertices, channels),
+        **dict.fromkeys(vectors, (channels,)),
+    }
+    values = {**inputs, "dt_weight": dt_weight, **vectors}
+    for name, shape in shapes.items():
+        check_tensor(name, values[name], str(shape), len(shape))
+        if values[name].shape != shape:
+            raise ValueError(f"{name} must have shape {shape} for x {tuple(x.shape)}, got {tuple(values[name].shape)}")
+        if values[name].dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{name} must have the dtype of x {x.dtype}, got {values[name].dtype}")
+    _check_tree(tree, x)
+    check_same_device(**values, parent=tree.parent, order=tree.order)
+    return torch.ops.grootvl.tree_selective_scan(*values.values(), *tree, eps, propagation)
+
+
+def _check_tree(tree: Tree, x: Tensor) -> None:
+    """Trees for the images and vertices of ``x``."""
+    if not isinstance(tree, Tree):
+        raise TypeError(f"tree must be a grootvl_mm.ops.Tree, got {type(tree).__name__}")
     for name, vertices in zip(tree._fields, tree, strict=True):
         check_tensor(f"tree.{name}", vertices, "(B, L)", 2, (torch.int32,))
         if vertices.shape != x.shape[:2]:
             raise ValueError(
                 f"tree.{name} must have shape {tuple(x.shape[:2])} for x {tuple(x.shape)}, got {tuple(vertices.shape)}"
             )
-    if decay.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"decay must have the dtype of x {x.dtype}, got {decay.dtype}")
-    check_same_device(x=x, decay=decay, parent=tree.parent, order=tree.order)
-    return torch.ops.grootvl.tree_scan(x, decay, tree.parent, tree.order, propagation)

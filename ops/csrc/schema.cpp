@@ -9,4 +9,13 @@ TORCH_LIBRARY(grootvl, m) {
   m.def(
       "tree_scan_backward(Tensor grad_h, Tensor x, Tensor decay, Tensor parent, Tensor order, str propagation)"
       " -> (Tensor, Tensor)");
+  m.def(
+      "tree_selective_scan(Tensor x, Tensor dt, Tensor b, Tensor c, Tensor gate, Tensor dt_weight, Tensor dt_bias, "
+      "Tensor A_log, Tensor Ds, Tensor h_norm_weight, Tensor h_norm_bias, Tensor out_norm_weight, "
+      "Tensor out_norm_bias, Tensor parent, Tensor order, float eps, str propagation) -> Tensor");
+  m.def(
+      "tree_selective_scan_backward(Tensor grad_y, Tensor x, Tensor dt, Tensor b, Tensor c, Tensor gate, "
+      "Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor Ds, Tensor h_norm_weight, Tensor h_norm_bias, "
+      "Tensor out_norm_weight, Tensor out_norm_bias, Tensor parent, Tensor order, float eps, str propagation) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import grootvl_mm
 from grootvl_mm.ops import _library, extension_error, grid_edge_weight, grid_tree, reference, tree_scan
+from tests.ops.test_selective_scan import sample as random_selective_scan
 from tests.ops.trees import random_scan
 
 PACKAGE = Path(grootvl_mm.__file__).parent
@@ -21,7 +22,16 @@ def samples(device: torch.device) -> dict[str, tuple]:
     x, decay, tree = random_scan(2, 3, 4, 5, seed=0, dtype=torch.float32)
     x, decay, tree = x.to(device), decay.to(device), tree.to(device)
     feature = torch.randn(2, 3, 3, 4, device=device)
+    inputs, selective_tree = random_selective_scan(2, 3, 4, 5, 2, seed=0, dtype=torch.float32)
+    selective = (
+        *(value.to(device).requires_grad_() for value in inputs.values()),
+        *selective_tree.to(device),
+        1e-5,
+        "all",
+    )
     return {
+        "tree_selective_scan": selective,
+        "tree_selective_scan_backward": (torch.randn_like(selective[0]), *selective),
         "grid_edge_weight": (feature, "cosine", False),
         "grid_tree": (grid_edge_weight(feature), 3, 4, 0),
         "tree_scan": (x.requires_grad_(), decay.requires_grad_(), *tree, "all"),

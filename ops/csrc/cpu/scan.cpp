@@ -9,119 +9,14 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
-#include "cpu/isa.h"
+#include "cpu/kernels.h"
+#include "cpu/trees.h"
 
 namespace grootvl::cpu {
 
-// The tree of one image.
-struct Tree {
-  const int32_t* parent;
-  const int32_t* order;
-  int64_t vertices;
-};
-
-// Some channels of one image: a row for each vertex.
-template <typename scalar_t>
-struct Rows {
-  scalar_t* first;
-  int64_t stride;
-
-  scalar_t* operator[](int64_t v) const {
-    return first + v * stride;
-  }
-
-  operator Rows<const scalar_t>() const {
-    return {first, stride};
-  }
-};
-
-namespace baseline {
-#include "cpu/scan_kernels.inc"
-}
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#include "cpu/scan_kernels.inc"
-}
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-namespace avx512 {
-#include "cpu/scan_kernels.inc"
-}
-#pragma GCC pop_options
-#else
-namespace avx2 = baseline;
-namespace avx512 = baseline;
-#endif
-
 namespace {
-
-template <typename Call>
-void with_kernels(const Call& call) {
-  switch (isa()) {
-    case Isa::kAvx512:
-      return call(avx512::Kernels());
-    case Isa::kAvx2:
-      return call(avx2::Kernels());
-    case Isa::kBaseline:
-      return call(baseline::Kernels());
-  }
-}
-
-// Every vertex once, the root first, each parent before its children.
-bool is_topological(const Tree& tree) {
-  std::vector<uint8_t> seen(tree.vertices, 0);
-  const auto inside = [&](int32_t v) { return 0 <= v && v < tree.vertices; };
-  for (int64_t i = 0; i < tree.vertices; ++i) {
-    const int32_t v = tree.order[i];
-    if (!inside(v) || !inside(tree.parent[v]) || seen[v]) {
-      return false;
-    }
-    const int32_t p = tree.parent[v];
-    if (i == 0 ? p != v : !seen[p]) {
-      return false;
-    }
-    seen[v] = 1;
-  }
-  return true;
-}
-
-// The trees of a batch, checked.
-class Trees {
- public:
-  Trees(const at::Tensor& parent, const at::Tensor& order) : parent_(parent.contiguous()), order_(order.contiguous()) {
-    std::atomic<int64_t> bad{-1};
-    at::parallel_for(0, parent_.size(0), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t image = begin; image < end; ++image) {
-        if (!is_topological((*this)[image])) {
-          bad = image;
-        }
-      }
-    });
-    TORCH_CHECK_VALUE(
-        bad < 0,
-        "parent and order must be a rooted tree with every parent before its children, as grid_tree returns them; "
-        "those of image ",
-        bad.load(),
-        " are not");
-  }
-
-  Tree operator[](int64_t image) const {
-    const int64_t vertices = parent_.size(1);
-    return {
-        parent_.const_data_ptr<int32_t>() + image * vertices,
-        order_.const_data_ptr<int32_t>() + image * vertices,
-        vertices};
-  }
-
- private:
-  at::Tensor parent_, order_;
-};
 
 // Images of a batch, and where there are fewer of them than threads, shares of their channels.
 struct Task {

@@ -17,76 +17,11 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/isa.h"
+#include "cpu/kernels.h"
 
 namespace grootvl::cpu {
 
-// An edge between components u and v. origin: 2 * lower vertex, + 1 when horizontal.
-struct Edge {
-  int32_t u, v;
-  uint32_t key;
-  uint32_t origin;
-};
-
-// Memory for the tree of one image after another.
-struct TreeWorkspace {
-  TreeWorkspace(int64_t height, int64_t width)
-      : height(height),
-        width(width),
-        vertical((height + 1) * width, 0xffffffff),
-        horizontal(height * (width + 1), 0xffffffff),
-        leader(height * width),
-        next(height * width),
-        id(height * width),
-        links(height * width),
-        least(height * width),
-        stack(height * width + 4),
-        edges(2 * height * width + 1) {}
-
-  int64_t height, width;
-  // Edge weights as integers, with a row above and below, and a column left and right of the grid.
-  std::vector<uint32_t> vertical, horizontal;
-  std::vector<int32_t> leader, next, id;
-  std::vector<uint8_t> links;
-  std::vector<uint64_t> least;
-  std::vector<uint32_t> stack;
-  std::vector<Edge> edges;
-};
-
-namespace baseline {
-#include "cpu/tree_kernels.inc"
-}
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#include "cpu/tree_kernels.inc"
-}
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-namespace avx512 {
-#include "cpu/tree_kernels.inc"
-}
-#pragma GCC pop_options
-#else
-namespace avx2 = baseline;
-namespace avx512 = baseline;
-#endif
-
 namespace {
-
-template <typename Call>
-void with_kernels(const Call& call) {
-  switch (isa()) {
-    case Isa::kAvx512:
-      return call(avx512::Kernels());
-    case Isa::kAvx2:
-      return call(avx2::Kernels());
-    case Isa::kBaseline:
-      return call(baseline::Kernels());
-  }
-}
 
 template <typename Call>
 void with_metric(Metric metric, const Call& call) {

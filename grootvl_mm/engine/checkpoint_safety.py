@@ -1,0 +1,63 @@
+"""Lets ``torch.load`` read mmengine's checkpoints while safe loading stays on.
+
+From torch 2.6 on, ``torch.load`` refuses everything but tensors and plain containers
+(``weights_only=True``). The checkpoints of mmengine's Runner also hold their message hub:
+:class:`~mmengine.logging.HistoryBuffer` objects, NumPy arrays and NumPy scalars, which are
+therefore refused on ``--resume`` and ``test``. Exactly these are allowed here.
+"""
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+
+# The statistics that every HistoryBuffer knows, and which it writes into its pickle as bound names.
+_STATISTICS = ("mean", "min", "max", "current")
+
+# Type codes of booleans, integers, and 16, 32 and 64 bit floats.
+_DTYPES = "?" + np.typecodes["AllInteger"] + "efd"
+
+
+def _history_buffer_statistic(owner: Any, name: str) -> Callable:
+    """Stand in for ``getattr`` while a checkpoint is read: HistoryBuffer's statistics only.
+
+    The real ``getattr`` would give a crafted file a way to any attribute of any allowed object.
+    """
+    if owner is not HistoryBuffer or name not in _STATISTICS:
+        raise pickle.UnpicklingError(
+            f"the checkpoint asks for attribute {name!r} of {owner!r}; "
+            f"only {', '.join(_STATISTICS)} of mmengine's HistoryBuffer are allowed"
+        )
+    return getattr(owner, name)
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Put the types that mmengine's checkpoints hold on torch's list of safe globals.
+
+    ``weights_only`` is never turned off: a checkpoint with any other type is still refused.
+    Before torch 2.6, where safe loading is not the default, nothing is done. Calling it twice
+    does no harm.
+    """
+    if torch.__version__ < "2.6":
+        return
+    # The two functions are private to NumPy and moved in version 2; files name them by either path.
+    reconstruct = np.empty(0).__reduce__()[0]
+    scalar = np.float64(0).__reduce__()[0]
+    moved = [
+        (function, f"{module}.multiarray.{function.__name__}")
+        for function in (reconstruct, scalar)
+        for module in ("numpy.core", "numpy._core")
+    ]
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            (_history_buffer_statistic, "builtins.getattr"),
+            np.ndarray,
+            np.dtype,
+            *moved,
+            *(type(np.dtype(code)) for code in _DTYPES),
+        ]
+    )

@@ -1,0 +1,54 @@
+// The kernels, compiled once for each instruction set, and the choice among them at run time.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#include "cpu/isa.h"
+#include "cpu/types.h"
+#include "scan.h"
+#include "tree.h"
+
+namespace grootvl::cpu::baseline {
+#include "cpu/all_kernels.inc"
+}
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace grootvl::cpu::avx2 {
+#include "cpu/all_kernels.inc"
+}
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+namespace grootvl::cpu::avx512 {
+#include "cpu/all_kernels.inc"
+}
+#pragma GCC pop_options
+#else
+namespace grootvl::cpu {
+namespace avx2 = baseline;
+namespace avx512 = baseline;
+}  // namespace grootvl::cpu
+#endif
+
+namespace grootvl::cpu {
+
+// Calls call(kernels) with those of this processor.
+template <typename Call>
+void with_kernels(const Call& call) {
+  switch (isa()) {
+    case Isa::kAvx512:
+      return call(avx512::Kernels());
+    case Isa::kAvx2:
+      return call(avx2::Kernels());
+    case Isa::kBaseline:
+      return call(baseline::Kernels());
+  }
+}
+
+}  // namespace grootvl::cpu

@@ -1,0 +1,417 @@
+// CPU kernels of the selective scan. Images go to the threads, or, where there are fewer, pieces of an image: vertices
+// for what is done row by row, channels for the scan. Sums over vertices are made piece by piece and added in one
+// order, so results do not depend on the number of threads.
+#include "selective_scan.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/trees.h"
+
+namespace grootvl::cpu {
+namespace {
+
+// Vertices that one thread takes through a row-by-row step.
+constexpr int64_t kPiece = 256;
+
+// Rows that lie evenly in memory, as they are in a slice of a projection's result; else a copy.
+at::Tensor evenly_strided(const at::Tensor& tensor) {
+  const bool even = tensor.stride(2) == 1 && tensor.stride(0) == tensor.size(1) * tensor.stride(1);
+  return even ? tensor : tensor.contiguous();
+}
+
+template <typename scalar_t>
+Rows<const scalar_t> rows_of(const at::Tensor& tensor, int64_t image) {
+  return {tensor.const_data_ptr<scalar_t>() + image * tensor.stride(0), tensor.stride(1)};
+}
+
+template <typename scalar_t>
+Rows<scalar_t> rows_of_result(const at::Tensor& tensor, int64_t image) {
+  return {tensor.mutable_data_ptr<scalar_t>() + image * tensor.stride(0), tensor.stride(1)};
+}
+
+// The inputs of all images in the form that the kernels take.
+struct Prepared {
+  explicit Prepared(const SelectiveScanInputs& inputs)
+      : in{evenly_strided(inputs.x),
+           evenly_strided(inputs.dt),
+           evenly_strided(inputs.b),
+           evenly_strided(inputs.c),
+           evenly_strided(inputs.gate),
+           inputs.dt_weight.t().contiguous(),
+           inputs.dt_bias.contiguous(),
+           -inputs.A_log.exp(),
+           inputs.Ds.contiguous(),
+           inputs.h_norm_weight.contiguous(),
+           inputs.h_norm_bias.contiguous(),
+           inputs.out_norm_weight.contiguous(),
+           inputs.out_norm_bias.contiguous()} {}
+
+  template <typename scalar_t>
+  Selective<scalar_t> of_image(int64_t image, double eps) const {
+    return {
+        in.x.size(2),
+        in.dt.size(2),
+        static_cast<scalar_t>(eps),
+        rows_of<scalar_t>(in.x, image),
+        rows_of<scalar_t>(in.dt, image),
+        rows_of<scalar_t>(in.b, image),
+        rows_of<scalar_t>(in.c, image),
+        rows_of<scalar_t>(in.gate, image),
+        in.dt_weight.const_data_ptr<scalar_t>(),
+        in.dt_bias.const_data_ptr<scalar_t>(),
+        in.A_log.const_data_ptr<scalar_t>(),
+        in.Ds.const_data_ptr<scalar_t>(),
+        in.h_norm_weight.const_data_ptr<scalar_t>(),
+        in.h_norm_bias.const_data_ptr<scalar_t>(),
+        in.out_norm_weight.const_data_ptr<scalar_t>(),
+        in.out_norm_bias.const_data_ptr<scalar_t>()};
+  }
+
+  // As SelectiveScanInputs, but dt_weight is transposed and A_log is the rate -exp(A_log).
+  SelectiveScanInputs in;
+};
+
+// Images on all threads, or one after the other, if the steps inside have to share the threads.
+template <typename Run>
+void for_each_image(int64_t batch, const Run& run) {
+  if (batch >= at::get_num_threads()) {
+    at::parallel_for(0, batch, 1, run);
+  } else {
+    run(0, batch);
+  }
+}
+
+template <typename Run>
+void for_each_piece(int64_t vertices, const Run& run) {
+  at::parallel_for(0, at::divup(vertices, kPiece), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      run(piece, piece * kPiece, std::min((piece + 1) * kPiece, vertices));
+    }
+  });
+}
+
+template <typename Run>
+void for_each_share(int64_t channels, const Run& run) {
+  const int64_t shares = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t width = at::divup(at::divup(channels, shares), 16) * 16;
+  at::parallel_for(0, at::divup(channels, width), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t share = begin; share < end; ++share) {
+      run(share * width, std::min(width, channels - share * width));
+    }
+  });
+}
+
+// Memory of one thread for `count` values a channel and vertex.
+template <typename scalar_t>
+class Scratch {
+ public:
+  Scratch(int64_t count, int64_t vertices, int64_t channels)
+      : vertices_(vertices),
+        channels_(channels),
+        memory_(at::empty({count, vertices, channels}, c10::CppTypeToScalarType<scalar_t>::value)) {}
+
+  Rows<scalar_t> operator[](int64_t index) {
+    return {memory_.template mutable_data_ptr<scalar_t>() + index * vertices_ * channels_, channels_};
+  }
+
+ private:
+  int64_t vertices_, channels_;
+  at::Tensor memory_;
+};
+
+// h from decay and input, which is scan in place.
+template <typename Kernels, typename scalar_t>
+void scan_in_place(
+    Kernels,
+    const Tree& tree,
+    int64_t channels,
+    Propagation propagation,
+    const Rows<scalar_t>& decay,
+    const Rows<scalar_t>& h) {
+  for_each_share(channels, [&](int64_t first, int64_t width) {
+    std::vector<uint8_t> has_sum(tree.vertices, 1);
+    Kernels::template scan<scalar_t>(
+        tree, width, propagation, decay.from(first), h.from(first), h.from(first), has_sum.data());
+  });
+}
+
+at::Tensor forward(
+    const SelectiveScanInputs& inputs,
+    const at::Tensor& parent,
+    const at::Tensor& order,
+    double eps,
+    Propagation propagation) {
+  at::Tensor y = at::empty(inputs.x.sizes(), inputs.x.options());
+  if (y.numel() == 0) {
+    return y;
+  }
+  const Trees trees(parent, order);
+  const Prepared prepared(inputs);
+  const int64_t vertices = y.size(1), channels = y.size(2);
+  AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "tree_selective_scan", [&] {
+    with_kernels([&](auto kernels) {
+      using Kernels = decltype(kernels);
+      for_each_image(y.size(0), [&](int64_t begin, int64_t end) {
+        Scratch<scalar_t> scratch(2, vertices, channels);
+        const Rows<scalar_t> decay = scratch[0], h = scratch[1];
+        for (int64_t image = begin; image < end; ++image) {
+          const Selective<scalar_t> s = prepared.of_image<scalar_t>(image, eps);
+          for_each_piece(vertices, [&](int64_t, int64_t first, int64_t last) {
+            std::vector<scalar_t> row(channels);
+            Kernels::template discretise<scalar_t>(s, first, last, decay, h, row.data());
+          });
+          scan_in_place(kernels, trees[image], channels, propagation, decay, h);
+          for_each_piece(vertices, [&](int64_t, int64_t first, int64_t last) {
+            std::vector<scalar_t> row(channels);
+            Kernels::template read_out<scalar_t>(s, first, last, h, rows_of_result<scalar_t>(y, image), row.data());
+          });
+        }
+      });
+    });
+  });
+  return y;
+}
+
+// Gradients of the parameters, a row for each piece of each image, and their sums.
+class ParameterGradients {
+ public:
+  ParameterGradients(const at::Tensor& x, int64_t rank)
+      : channels_(x.size(2)),
+        rank_(rank),
+        pieces_(at::divup(x.size(1), kPiece)),
+        rows_(at::zeros({x.size(0) * pieces_, (rank + 7) * channels_}, x.options())) {}
+
+  template <typename scalar_t>
+  SelectiveGradients<scalar_t> of_piece(SelectiveGradients<scalar_t> g, int64_t image, int64_t piece) const {
+    scalar_t* row = rows_.mutable_data_ptr<scalar_t>() + (image * pieces_ + piece) * rows_.size(1);
+    g.dt_weight = row;
+    row += rank_ * channels_;
+    for (scalar_t** part :
+         {&g.dt_bias, &g.rate, &g.skip, &g.h_norm_weight, &g.h_norm_bias, &g.out_norm_weight, &g.out_norm_bias}) {
+      *part = row;
+      row += channels_;
+    }
+    return g;
+  }
+
+  // dt_weight (rank, channels), then the seven of (channels), in the order above.
+  template <typename scalar_t>
+  std::vector<at::Tensor> sums() const {
+    const at::Tensor total = at::zeros({rows_.size(1)}, rows_.options());
+    scalar_t* to = total.mutable_data_ptr<scalar_t>();
+    const scalar_t* from = rows_.const_data_ptr<scalar_t>();
+    at::parallel_for(0, rows_.size(1), 1024, [&](int64_t begin, int64_t end) {
+      for (int64_t row = 0; row < rows_.size(0); ++row) {
+        for (int64_t i = begin; i < end; ++i) {
+          to[i] += from[row * rows_.size(1) + i];
+        }
+      }
+    });
+    std::vector<at::Tensor> parts{total.narrow(0, 0, rank_ * channels_).view({rank_, channels_})};
+    for (int64_t part = 0; part < 7; ++part) {
+      parts.push_back(total.narrow(0, (rank_ + part) * channels_, channels_).clone());
+    }
+    return parts;
+  }
+
+ private:
+  int64_t channels_, rank_, pieces_;
+  at::Tensor rows_;
+};
+
+SelectiveScanInputs backward(
+    const at::Tensor& grad_y,
+    const SelectiveScanInputs& inputs,
+    const at::Tensor& parent,
+    const at::Tensor& order,
+    double eps,
+    Propagation propagation) {
+  SelectiveScanInputs grads =
+      inputs.map([](const at::Tensor& input) { return at::empty_like(input, at::MemoryFormat::Contiguous); });
+  if (inputs.x.numel() == 0) {
+    return grads.map([](const at::Tensor& grad) { return grad.zero_(); });
+  }
+  const Trees trees(parent, order);
+  const Prepared prepared(inputs);
+  const at::Tensor grad_rows = evenly_strided(grad_y);
+  const int64_t vertices = inputs.x.size(1), channels = inputs.x.size(2);
+  AT_DISPATCH_FLOATING_TYPES(inputs.x.scalar_type(), "tree_selective_scan_backward", [&] {
+    const ParameterGradients parameters(inputs.x, inputs.dt.size(2));
+    with_kernels([&](auto kernels) {
+      using Kernels = decltype(kernels);
+      for_each_image(inputs.x.size(0), [&](int64_t begin, int64_t end) {
+        Scratch<scalar_t> scratch(6, vertices, channels);
+        const Rows<scalar_t> decay = scratch[0], input = scratch[1], h = scratch[2];
+        const Rows<scalar_t> grad_h = scratch[3], grad_input = scratch[4], grad_decay = scratch[5];
+        for (int64_t image = begin; image < end; ++image) {
+          const Tree tree = trees[image];
+          const Selective<scalar_t> s = prepared.of_image<scalar_t>(image, eps);
+          const SelectiveGradients<scalar_t> of_inputs{
+              rows_of_result<scalar_t>(grads.x, image),
+              rows_of_result<scalar_t>(grads.dt, image),
+              rows_of_result<scalar_t>(grads.b, image),
+              rows_of_result<scalar_t>(grads.c, image),
+              rows_of_result<scalar_t>(grads.gate, image)};
+          for_each_piece(vertices, [&](int64_t, int64_t first, int64_t last) {
+            std::vector<scalar_t> row(channels);
+            Kernels::template discretise<scalar_t>(s, first, last, decay, input, row.data());
+            std::copy(input[first], input[last], h[first]);
+          });
+          scan_in_place(kernels, tree, channels, propagation, decay, h);
+          for_each_piece(vertices, [&](int64_t piece, int64_t first, int64_t last) {
+            std::vector<scalar_t> rows(2 * channels);
+            Kernels::template read_out_backward<scalar_t>(
+                s,
+                first,
+                last,
+                h,
+                rows_of<scalar_t>(grad_rows, image),
+                grad_h,
+                parameters.of_piece(of_inputs, image, piece),
+                rows.data());
+          });
+          for_each_share(channels, [&](int64_t first, int64_t width) {
+            std::vector<uint8_t> has_sum(vertices, 0);
+            Kernels::template scan_backward<scalar_t>(
+                tree,
+                width,
+                propagation,
+                grad_h.from(first),
+                decay.from(first),
+                input.from(first),
+                grad_input.from(first),
+                grad_decay.from(first),
+                h.from(first),
+                has_sum.data());
+          });
+          for_each_piece(vertices, [&](int64_t piece, int64_t first, int64_t last) {
+            std::vector<scalar_t> row(channels);
+            Kernels::template discretise_backward<scalar_t>(
+                s,
+                first,
+                last,
+                decay,
+                grad_input,
+                grad_decay,
+                parameters.of_piece(of_inputs, image, piece),
+                row.data());
+          });
+        }
+      });
+    });
+    const std::vector<at::Tensor> sums = parameters.sums<scalar_t>();
+    grads.dt_weight = sums[0].t().contiguous();
+    grads.dt_bias = sums[1];
+    grads.A_log = sums[2].mul(prepared.in.A_log);
+    grads.Ds = sums[3];
+    grads.h_norm_weight = sums[4];
+    grads.h_norm_bias = sums[5];
+    grads.out_norm_weight = sums[6];
+    grads.out_norm_bias = sums[7];
+  });
+  return grads;
+}
+
+bool is_16_bit(const at::Tensor& x) {
+  return x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
+}
+
+at::Tensor to_float(const at::Tensor& tensor) {
+  return tensor.to(at::kFloat);
+}
+
+}  // namespace
+
+at::Tensor tree_selective_scan(
+    const at::Tensor& x,
+    const at::Tensor& dt,
+    const at::Tensor& b,
+    const at::Tensor& c,
+    const at::Tensor& gate,
+    const at::Tensor& dt_weight,
+    const at::Tensor& dt_bias,
+    const at::Tensor& A_log,
+    const at::Tensor& Ds,
+    const at::Tensor& h_norm_weight,
+    const at::Tensor& h_norm_bias,
+    const at::Tensor& out_norm_weight,
+    const at::Tensor& out_norm_bias,
+    const at::Tensor& parent,
+    const at::Tensor& order,
+    double eps,
+    std::string_view propagation_name) {
+  const Propagation propagation = parse_propagation(propagation_name);
+  const SelectiveScanInputs inputs{
+      x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds, h_norm_weight, h_norm_bias, out_norm_weight, out_norm_bias};
+  check_selective_scan_inputs(inputs, parent, order);
+  if (is_16_bit(x)) {
+    return forward(inputs.map(to_float), parent, order, eps, propagation).to(x.scalar_type());
+  }
+  return forward(inputs, parent, order, eps, propagation);
+}
+
+using At = at::Tensor;
+
+std::tuple<At, At, At, At, At, At, At, At, At, At, At, At, At> tree_selective_scan_backward(
+    const at::Tensor& grad_y,
+    const at::Tensor& x,
+    const at::Tensor& dt,
+    const at::Tensor& b,
+    const at::Tensor& c,
+    const at::Tensor& gate,
+    const at::Tensor& dt_weight,
+    const at::Tensor& dt_bias,
+    const at::Tensor& A_log,
+    const at::Tensor& Ds,
+    const at::Tensor& h_norm_weight,
+    const at::Tensor& h_norm_bias,
+    const at::Tensor& out_norm_weight,
+    const at::Tensor& out_norm_bias,
+    const at::Tensor& parent,
+    const at::Tensor& order,
+    double eps,
+    std::string_view propagation_name) {
+  const Propagation propagation = parse_propagation(propagation_name);
+  const SelectiveScanInputs inputs{
+      x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds, h_norm_weight, h_norm_bias, out_norm_weight, out_norm_bias};
+  check_selective_scan_inputs(inputs, parent, order);
+  check_scan_gradient(grad_y, x);
+  SelectiveScanInputs g;
+  if (is_16_bit(x)) {
+    g = backward(to_float(grad_y), inputs.map(to_float), parent, order, eps, propagation)
+            .map([&](const at::Tensor& grad) { return grad.to(x.scalar_type()); });
+  } else {
+    g = backward(grad_y, inputs, parent, order, eps, propagation);
+  }
+  return {
+      g.x,
+      g.dt,
+      g.b,
+      g.c,
+      g.gate,
+      g.dt_weight,
+      g.dt_bias,
+      g.A_log,
+      g.Ds,
+      g.h_norm_weight,
+      g.h_norm_bias,
+      g.out_norm_weight,
+      g.out_norm_bias};
+}
+
+TORCH_LIBRARY_IMPL(grootvl, CPU, m) {
+  m.impl("tree_selective_scan", &tree_selective_scan);
+  m.impl("tree_selective_scan_backward", &tree_selective_scan_backward);
+}
+
+}  // namespace grootvl::cpu

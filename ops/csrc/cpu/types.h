@@ -1,0 +1,93 @@
+// What the kernels of all instruction sets work on.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace grootvl::cpu {
+
+// An edge between components u and v of a growing forest. origin: 2 * lower vertex, + 1 when horizontal.
+struct Edge {
+  int32_t u, v;
+  uint32_t key;
+  uint32_t origin;
+};
+
+// Memory for the tree of one image after another.
+struct TreeWorkspace {
+  TreeWorkspace(int64_t height, int64_t width)
+      : height(height),
+        width(width),
+        vertical((height + 1) * width, 0xffffffff),
+        horizontal(height * (width + 1), 0xffffffff),
+        leader(height * width),
+        next(height * width),
+        id(height * width),
+        links(height * width),
+        least(height * width),
+        stack(height * width + 4),
+        edges(2 * height * width + 1) {}
+
+  int64_t height, width;
+  // Edge weights as integers, with a row above and below, and a column left and right of the grid.
+  std::vector<uint32_t> vertical, horizontal;
+  std::vector<int32_t> leader, next, id;
+  std::vector<uint8_t> links;
+  std::vector<uint64_t> least;
+  std::vector<uint32_t> stack;
+  std::vector<Edge> edges;
+};
+
+// The rooted tree of one image.
+struct Tree {
+  const int32_t* parent;
+  const int32_t* order;
+  int64_t vertices;
+};
+
+// Some channels of one image: a row for each vertex.
+template <typename scalar_t>
+struct Rows {
+  scalar_t* first;
+  int64_t stride;
+
+  scalar_t* operator[](int64_t v) const {
+    return first + v * stride;
+  }
+
+  // From a channel on.
+  Rows from(int64_t channel) const {
+    return {first + channel, stride};
+  }
+
+  operator Rows<const scalar_t>() const {
+    return {first, stride};
+  }
+};
+
+// Mean and 1 / standard deviation of a row.
+template <typename scalar_t>
+struct Moments {
+  scalar_t mean, scale;
+};
+
+// The inputs of a selective scan for one image; see selective_scan.h. rate is -exp(A_log), skip is Ds, dt_weight is
+// transposed: (rank, channels).
+template <typename scalar_t>
+struct Selective {
+  int64_t channels, rank;
+  scalar_t eps;
+  Rows<const scalar_t> x, dt, b, c, gate;
+  const scalar_t *dt_weight, *dt_bias, *rate, *skip;
+  const scalar_t *h_norm_weight, *h_norm_bias, *out_norm_weight, *out_norm_bias;
+};
+
+// Gradients of the same: of the inputs for one image, of the parameters for some of its vertices, to be added up.
+template <typename scalar_t>
+struct SelectiveGradients {
+  Rows<scalar_t> x, dt, b, c, gate;
+  scalar_t *dt_weight, *dt_bias, *rate, *skip;
+  scalar_t *h_norm_weight, *h_norm_bias, *out_norm_weight, *out_norm_bias;
+};
+
+}  // namespace grootvl::cpu

@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+
+from grootvl_mm.engine import cli
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "config.py"
+    path.write_text(text)
+    return str(path)
+
+
+def test_missing_config(tmp_path: Path):
+    with pytest.raises(SystemExit, match=r"error: config '.*nowhere.py' does not exist .*give the path"):
+        cli.load_config(str(tmp_path / "nowhere.py"))
+
+
+@pytest.mark.parametrize(
+    ("text", "came"), [("a = 1", "no default_scope"), ("default_scope = 'mmyolo'", "default_scope='mmyolo'")]
+)
+def test_unknown_scope(text: str, came: str, tmp_path: Path):
+    with pytest.raises(SystemExit, match=f"{came}; expected one of 'mmdet', 'mmseg', 'mmpretrain'"):
+        cli.load_config(write(tmp_path, text))
+
+
+def test_host_that_is_not_installed(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"needs mmseg .* run: mim install mmsegmentation"):
+        cli.load_config(write(tmp_path, "default_scope = 'mmseg'"))
+
+
+def test_overrides(tmp_path: Path):
+    cfg = cli.load_config(write(tmp_path, "default_scope = 'mmdet'\na = dict(b=1)"), {"a.b": 2})
+    assert cfg.a.b == 2
+
+
+def test_addresses_are_not_looked_for_on_disk():
+    cli.check_file("https://example.org/model.pth", "checkpoint", "hint")
+    with pytest.raises(SystemExit, match=r"checkpoint 'model\.pth' does not exist .*; hint"):
+        cli.check_file("model.pth", "checkpoint", "hint")

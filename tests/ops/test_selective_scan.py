@@ -1,0 +1,191 @@
+"""tree_selective_scan, its gradients and its checks."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from grootvl_mm.ops import Tree, grid_tree, reference, tree_scan, tree_selective_scan
+from tests.ops.trees import SEEDS, SIZES, random_weight
+
+PROPAGATIONS = ("all", "up", "down")
+NAMES = ("x", "dt", "b", "c", "gate", "dt_weight", "dt_bias", "A_log", "Ds")
+NAMES += ("h_norm_weight", "h_norm_bias", "out_norm_weight", "out_norm_bias")
+EPS = 1e-5
+BACKWARD = torch.ops.grootvl.tree_selective_scan_backward
+
+
+def sample(
+    batch: int, height: int, width: int, channels: int, rank: int, seed: int, dtype: torch.dtype = torch.float64
+) -> tuple[dict[str, Tensor], Tree]:
+    """Inputs as in a layer after some training, and trees."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
+        return (mean + scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    vertices = height * width
+    inputs = {
+        "x": normal(batch, vertices, channels),
+        "dt": normal(batch, vertices, rank),
+        "b": normal(batch, vertices, 1),
+        "c": normal(batch, vertices, 1),
+        "gate": normal(batch, vertices, channels, scale=2.0),
+        "dt_weight": normal(channels, rank, scale=0.5),
+        "dt_bias": normal(channels, scale=2.0, mean=-2.0),
+        "A_log": normal(channels, scale=0.3),
+        "Ds": normal(channels),
+    }
+    for norm in ("h_norm", "out_norm"):
+        inputs[f"{norm}_weight"] = normal(channels, scale=0.2, mean=1.0)
+        inputs[f"{norm}_bias"] = normal(channels, scale=0.2)
+    return inputs, grid_tree(random_weight(batch, height, width, seed), height, width)
+
+
+def double(inputs: dict[str, Tensor]) -> list[Tensor]:
+    return [value.double() for value in inputs.values()]
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    bound = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}[dtype]
+    return {"rtol": bound, "atol": bound}
+
+
+@settings(max_examples=30, deadline=None)
+@given(SIZES, st.integers(2, 70), st.integers(1, 9), SEEDS, st.sampled_from(PROPAGATIONS))
+def test_equals_the_reference(size: tuple, channels: int, rank: int, seed: int, propagation: str) -> None:
+    inputs, tree = sample(2, *size, channels, rank, seed)
+    rest = (*tree, EPS, propagation)
+    y = tree_selective_scan(**inputs, tree=tree, propagation=propagation)
+    torch.testing.assert_close(y, reference.tree_selective_scan(*inputs.values(), *rest))
+    grad_y = torch.randn_like(y)
+    expected = reference.tree_selective_scan_backward(grad_y, *inputs.values(), *rest)
+    torch.testing.assert_close(BACKWARD(grad_y, *inputs.values(), *rest), expected)
+
+
+def test_reference_backward_is_the_derivative_of_the_reference() -> None:
+    inputs, tree = sample(2, 3, 4, 6, 3, seed=0)
+    leaves = [value.requires_grad_() for value in inputs.values()]
+    y = reference.selective_scan(lambda value, decay: tree_scan(value, decay, tree), *leaves, EPS)
+    grad_y = torch.randn_like(y)
+    expected = torch.autograd.grad(y, leaves, grad_y)
+    with torch.no_grad():
+        actual = reference.tree_selective_scan_backward(grad_y, *leaves, *tree, EPS, "all")
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels", [16, 40, 160])
+def test_all_dtypes(device: torch.device, dtype: torch.dtype, channels: int) -> None:
+    inputs, tree = sample(2, 12, 13, channels, 5, seed=channels, dtype=dtype)
+    placed = {name: value.to(device) for name, value in inputs.items()}
+    y = tree_selective_scan(**placed, tree=tree.to(device))
+    assert y.dtype == dtype
+    assert y.is_contiguous()
+    exact = reference.tree_selective_scan(*double(inputs), *tree, EPS, "all")
+    torch.testing.assert_close(y.cpu().double(), exact, **tolerance(dtype))
+    grad_y = torch.randn_like(inputs["x"])
+    grads = BACKWARD(grad_y.to(device), *placed.values(), *tree.to(device), EPS, "all")
+    exact_grads = reference.tree_selective_scan_backward(grad_y.double(), *double(inputs), *tree, EPS, "all")
+    for name, grad, expected in zip(NAMES, grads, exact_grads, strict=True):
+        assert grad.dtype == dtype
+        error = (grad.cpu().double() - expected).norm() / expected.norm()
+        assert error < tolerance(dtype)["rtol"], name
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+def test_gradients_by_finite_differences(device: torch.device, propagation: str) -> None:
+    inputs, tree = sample(2, 2, 3, 4, 2, seed=2)
+    leaves = [value.to(device).requires_grad_() for value in inputs.values()]
+    placed = tree.to(device)
+
+    def scan(*values: Tensor) -> Tensor:
+        return tree_selective_scan(**dict(zip(NAMES, values, strict=True)), tree=placed, propagation=propagation)
+
+    assert torch.autograd.gradcheck(scan, leaves)
+    assert torch.autograd.gradgradcheck(scan, leaves)
+
+
+def test_extreme_steps_and_gates(device: torch.device) -> None:
+    """Where softplus, exp and sigmoid run out of range, the result is that of float64."""
+    inputs, tree = sample(1, 6, 6, 32, 1, seed=0, dtype=torch.float32)
+    inputs["dt_weight"] = torch.ones_like(inputs["dt_weight"])
+    inputs["dt_bias"] = torch.zeros_like(inputs["dt_bias"])
+    inputs["dt"] = torch.linspace(-60, 100, 36).view(1, 36, 1)
+    inputs["gate"] = torch.linspace(-120, 120, 36 * 32).view(1, 36, 32)
+    y = tree_selective_scan(**{name: value.to(device) for name, value in inputs.items()}, tree=tree.to(device))
+    exact = reference.tree_selective_scan(*double(inputs), *tree, EPS, "all")
+    torch.testing.assert_close(y.cpu().double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_slices_of_projections_are_taken_as_they_are(device: torch.device) -> None:
+    inputs, tree = sample(2, 5, 4, 24, 3, seed=0, dtype=torch.float32)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    expected = tree_selective_scan(**inputs, tree=tree.to(device))
+    joined = torch.cat([inputs["dt"], inputs["b"], inputs["c"]], dim=-1)
+    inputs["dt"], inputs["b"], inputs["c"] = joined.split([3, 1, 1], dim=-1)
+    inputs["gate"] = torch.cat([inputs["gate"], inputs["gate"]], dim=-1)[..., 24:]
+    inputs["x"] = inputs["x"].transpose(0, 1).contiguous().transpose(0, 1)
+    before = {name: value.clone() for name, value in inputs.items()}
+    assert torch.equal(tree_selective_scan(**inputs, tree=tree.to(device)), expected)
+    assert all(torch.equal(inputs[name], before[name]) for name in inputs)
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    threads = torch.get_num_threads()
+    for batch in (1, 5):
+        inputs, tree = sample(batch, 20, 27, 48, 3, seed=0, dtype=torch.float32)
+        results = []
+        try:
+            for number in (1, 2, 3):
+                torch.set_num_threads(number)
+                y = tree_selective_scan(**inputs, tree=tree)
+                results.append((y, *BACKWARD(y, *inputs.values(), *tree, EPS, "all")))
+        finally:
+            torch.set_num_threads(threads)
+        for result in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_autocast_computes_in_float32(device: torch.device) -> None:
+    inputs, tree = sample(1, 4, 4, 16, 2, seed=0, dtype=torch.float32)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    rounded = inputs | {name: inputs[name].bfloat16() for name in ("x", "dt", "b", "c", "gate")}
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y = tree_selective_scan(**rounded, tree=tree.to(device))
+    assert y.dtype == torch.float32
+    expected = tree_selective_scan(**{k: v.float() for k, v in rounded.items()}, tree=tree.to(device))
+    torch.testing.assert_close(y, expected)
+
+
+def test_empty_batch_and_single_vertex(device: torch.device) -> None:
+    for batch, side in ((0, 3), (2, 1)):
+        inputs, tree = sample(batch, side, side, 8, 2, seed=0)
+        leaves = {name: value.to(device).requires_grad_() for name, value in inputs.items()}
+        y = tree_selective_scan(**leaves, tree=tree.to(device))
+        y.sum().backward()
+        assert y.shape == inputs["x"].shape
+        assert all(value.grad.isfinite().all() for value in leaves.values())
+
+
+INPUTS, TREE = sample(2, 3, 3, 4, 2, seed=0, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": INPUTS["x"][0]}, ValueError, r"x must have shape \(B, L, \*\), got \(9, 4\)"),
+        ({"dt": INPUTS["dt"][..., :1]}, ValueError, r"dt must have shape \(2, 9, 2\).*got \(2, 9, 1\)"),
+        ({"b": INPUTS["b"][:1]}, ValueError, r"b must have shape \(2, 9, 1\).*got \(1, 9, 1\)"),
+        ({"Ds": INPUTS["Ds"][:3]}, ValueError, r"Ds must have shape \(4,\).*got \(3,\)"),
+        ({"A_log": INPUTS["A_log"].double()}, TypeError, "A_log must have the dtype of x torch.float32"),
+        ({"gate": INPUTS["gate"].int()}, TypeError, "gate must be of dtype float32.*got torch.int32"),
+        ({"c": INPUTS["c"].to("meta")}, ValueError, "on one device.*c on meta"),
+        ({"tree": tuple(TREE)}, TypeError, "must be a grootvl_mm.ops.Tree, got tuple"),
+        ({"propagation": "both"}, ValueError, "all, up, down, got 'both'"),
+    ],
+)
+def test_bad_input_is_explained(change: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        tree_selective_scan(**({**INPUTS, "tree": TREE} | change))

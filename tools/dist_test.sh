@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Evaluate with several processes on this machine, one for each GPU, or on the CPU if there is none.
+# Several machines: run it on each with NNODES, NODE_RANK, MASTER_ADDR and PORT set.
+set -euo pipefail
+
+if [[ $# -lt 3 ]]; then
+    echo "usage: [NNODES=1] [NODE_RANK=0] [MASTER_ADDR=127.0.0.1] [PORT=29500]" \
+        "$0 CONFIG CHECKPOINT PROCESSES [arguments of test.py]" >&2
+    exit 2
+fi
+config=$1
+checkpoint=$2
+processes=$3
+shift 3
+
+exec torchrun \
+    --nnodes="${NNODES:-1}" \
+    --node_rank="${NODE_RANK:-0}" \
+    --master_addr="${MASTER_ADDR:-127.0.0.1}" \
+    --master_port="${PORT:-29500}" \
+    --nproc_per_node="$processes" \
+    "$(dirname "${BASH_SOURCE[0]}")/test.py" "$config" "$checkpoint" --launcher pytorch "$@"

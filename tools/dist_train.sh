@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Train with several processes on this machine, one for each GPU, or on the CPU if there is none.
+# Several machines: run it on each with NNODES, NODE_RANK, MASTER_ADDR and PORT set.
+set -euo pipefail
+
+if [[ $# -lt 2 ]]; then
+    echo "usage: [NNODES=1] [NODE_RANK=0] [MASTER_ADDR=127.0.0.1] [PORT=29500]" \
+        "$0 CONFIG PROCESSES [arguments of train.py]" >&2
+    exit 2
+fi
+config=$1
+processes=$2
+shift 2
+
+exec torchrun \
+    --nnodes="${NNODES:-1}" \
+    --node_rank="${NODE_RANK:-0}" \
+    --master_addr="${MASTER_ADDR:-127.0.0.1}" \
+    --master_port="${PORT:-29500}" \
+    --nproc_per_node="$processes" \
+    "$(dirname "${BASH_SOURCE[0]}")/train.py" "$config" --launcher pytorch "$@"

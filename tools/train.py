@@ -1,0 +1,88 @@
+"""Train a detector, segmenter or classifier: the config's ``default_scope`` says which."""
+
+import argparse
+
+from mmengine.config import Config
+from mmengine.logging import print_log
+from mmengine.runner import Runner
+
+from grootvl_mm.engine import cli
+from grootvl_mm.engine.resume import find_resumable_checkpoint
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    cli.add_config_arguments(parser)
+    cli.add_runner_arguments(parser)
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="continue from this checkpoint; without a value (or with 'auto') from the newest one "
+        "in the work dir, or from the start if there is none",
+    )
+    parser.add_argument(
+        "--amp",
+        action="store_true",
+        help="automatic mixed precision (float16 on GPUs, bfloat16 on the CPU)",
+    )
+    parser.add_argument(
+        "--auto-scale-lr",
+        action="store_true",
+        help="scale the learning rate by (actual batch size / auto_scale_lr.base_batch_size)",
+    )
+    return parser.parse_args()
+
+
+def set_resume(cfg: Config, resume: str) -> None:
+    """Set the checkpoint to continue from."""
+    if resume == "auto":
+        checkpoint = find_resumable_checkpoint(cfg.work_dir)
+        if checkpoint is None:
+            print_log(f"No checkpoint to resume in {cfg.work_dir}: training from the start.")
+            return
+        resume = str(checkpoint)
+    else:
+        cli.check_file(resume, "checkpoint", "give its path, or --resume alone for the newest one")
+    cfg.resume = True
+    cfg.load_from = resume
+
+
+def set_amp(cfg: Config) -> None:
+    """Turn mixed precision on."""
+    wrapper = cfg.optim_wrapper.get("type", "OptimWrapper")
+    if wrapper not in ("OptimWrapper", "AmpOptimWrapper"):
+        cli.fail(f"--amp works with OptimWrapper, but the config's optim_wrapper is a {wrapper}")
+    cfg.optim_wrapper.type = "AmpOptimWrapper"
+    cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+
+
+def set_auto_scale_lr(cfg: Config) -> None:
+    """Turn the scaling of the learning rate on."""
+    if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
+        cli.fail(
+            "--auto-scale-lr needs the batch size that the config's learning rate is meant for; "
+            "add auto_scale_lr=dict(base_batch_size=...) to the config"
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def main() -> None:
+    """Run the command."""
+    args = parse_args()
+    cfg = cli.prepare_runner_config(args)
+    if args.amp:
+        set_amp(cfg)
+    if args.auto_scale_lr:
+        set_auto_scale_lr(cfg)
+    if args.resume is not None:
+        set_resume(cfg, args.resume)
+    cli.finish_runner_config(cfg)
+    Runner.from_cfg(cfg).train()
+    cli.close_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Draw ground truth and prediction side by side for some pictures of a config's test set.
+
+Detection: boxes and masks; segmentation: class maps; classification: labels with scores.
+"""
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.device import get_device
+from mmengine.logging import MMLogger
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.runner import load_checkpoint
+from mmengine.structures import BaseDataElement
+from PIL import Image
+
+from grootvl_mm.engine import cli
+
+PANEL = 2.2  # inches
+MASK_OPACITY = 0.45
+MAP_OPACITY = 0.85
+LABEL_BOX = {"pad": 0.8, "linewidth": 0, "alpha": 0.85}
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    cli.add_config_arguments(parser)
+    parser.add_argument("checkpoint", help="path of the checkpoint")
+    parser.add_argument("output", help="PNG file to write")
+    parser.add_argument("--num", type=int, default=8, help="number of pictures (default: %(default)s)")
+    parser.add_argument(
+        "--score-thr", type=float, default=0.5, help="lowest score of a drawn detection (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    if args.num < 1:
+        parser.error(f"--num must be at least 1, got {args.num}")
+    if not args.output.endswith(".png"):
+        parser.error(f"the output is a PNG file, but {args.output!r} does not end in .png")
+    return args
+
+
+def predict(cfg: Config, checkpoint: str, num: int) -> tuple[list[BaseDataElement], dict]:
+    """Run the model on ``num`` pictures spread evenly over the test set.
+
+    Returns:
+        The data samples, with ground truth and prediction, and the metainfo of the data set.
+    """
+    init_default_scope(cfg.default_scope)
+    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    model_cfg = cfg.model
+    if "data_preprocessor" in cfg:
+        model_cfg.setdefault("data_preprocessor", cfg.data_preprocessor)
+    model = MODELS.build(model_cfg)
+    load_checkpoint(model, checkpoint, map_location="cpu", logger="silent")
+    model = model.to(get_device()).eval()
+    samples = []
+    for index in np.linspace(0, len(dataset) - 1, min(num, len(dataset))).round().astype(int):
+        with torch.no_grad():
+            samples += model.test_step(pseudo_collate([dataset[index]]))
+    return [sample.cpu() for sample in samples], dataset.metainfo
+
+
+def draw_instances(
+    axes: Axes, boxes: np.ndarray, masks: np.ndarray, labels: np.ndarray, texts: list[str], palette: np.ndarray
+) -> None:
+    """Draw boxes (N, 4) as x1 y1 x2 y2, masks (N, H, W) and texts in the colours of their labels (N,)."""
+    for box, mask, label, text in zip(boxes, masks, labels, texts, strict=True):
+        colour = palette[label]
+        overlay = np.zeros((*mask.shape, 4))
+        overlay[mask.astype(bool)] = (*colour, MASK_OPACITY)
+        axes.imshow(overlay)
+        x1, y1, x2, y2 = box
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.5))
+        axes.text(x1, y1, text, fontsize=7, va="bottom", color=_ink_on(colour), bbox={**LABEL_BOX, "facecolor": colour})
+
+
+def draw_detection(pair: tuple[Axes, Axes], sample: BaseDataElement, meta: dict, score_thr: float) -> None:
+    """Draw the instances of one picture."""
+    classes, palette = meta["classes"], np.array(meta["palette"]) / 255
+    truth, found = sample.gt_instances, sample.pred_instances
+    found = found[found.scores >= score_thr]
+    labels = truth.labels.numpy()
+    boxes = getattr(truth.bboxes, "tensor", truth.bboxes).numpy()
+    draw_instances(pair[0], boxes, truth.masks.masks, labels, [classes[label] for label in labels], palette)
+    labels = found.labels.numpy()
+    texts = [f"{classes[label]} {score:.2f}" for label, score in zip(labels, found.scores.tolist(), strict=True)]
+    draw_instances(pair[1], found.bboxes.numpy(), found.masks.numpy(), labels, texts, palette)
+
+
+def draw_segmentation(pair: tuple[Axes, Axes], sample: BaseDataElement, meta: dict, _score_thr: float) -> None:
+    """Lay the class maps of one picture over it, the first class (background) left clear, and name the classes."""
+    classes, palette = meta["classes"], np.array(meta["palette"]) / 255
+    for axes, data in zip(pair, (sample.gt_sem_seg, sample.pred_sem_seg), strict=True):
+        labels = data.data.squeeze(0).numpy()
+        known = labels < len(classes)  # 255 marks pixels to ignore
+        overlay = np.zeros((*labels.shape, 4))
+        overlay[known, :3] = palette[labels[known]]
+        overlay[..., 3] = known & (labels > 0)
+        overlay[..., 3] *= MAP_OPACITY
+        axes.imshow(overlay)
+        for label in np.unique(labels[known & (labels > 0)]):
+            rows, columns = np.nonzero(labels == label)
+            if len(rows) >= labels.size // 400:  # specks would hide the picture under their names
+                colour = palette[label]
+                axes.text(
+                    np.median(columns),
+                    np.median(rows),
+                    classes[label],
+                    fontsize=7,
+                    ha="center",
+                    va="center",
+                    color=_ink_on(colour),
+                    bbox={**LABEL_BOX, "facecolor": colour},
+                )
+
+
+def draw_classification(pair: tuple[Axes, Axes], sample: BaseDataElement, meta: dict, _score_thr: float) -> None:
+    """Write the true and the predicted class of one picture; a wrong one in red."""
+    truth, found = sample.gt_label.item(), sample.pred_label.item()
+    pair[0].set_xlabel(meta["classes"][truth])
+    pair[1].set_xlabel(
+        f"{meta['classes'][found]} {sample.pred_score.max():.2f}", color="green" if truth == found else "red"
+    )
+
+
+DRAW: dict[str, Callable[[tuple[Axes, Axes], BaseDataElement, dict, float], None]] = {
+    "mmdet": draw_detection,
+    "mmseg": draw_segmentation,
+    "mmpretrain": draw_classification,
+}
+
+
+def draw_grid(samples: list[BaseDataElement], meta: dict, scope: str, score_thr: float, output: str) -> None:
+    """Write the picture: pairs of panels, two pairs in a row where there are several."""
+    pairs_per_row = min(2, len(samples))
+    rows = math.ceil(len(samples) / pairs_per_row)
+    columns = 2 * pairs_per_row
+    figure = Figure(figsize=(columns * PANEL, rows * PANEL + 0.3), layout="compressed")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    for axes, title in zip(grid[0], ["ground truth", "prediction"] * pairs_per_row, strict=True):
+        axes.set_title(title, fontsize=10)
+    for sample, pair in zip(samples, grid.reshape(-1, 2), strict=False):
+        image = np.asarray(Image.open(sample.img_path).convert("RGB"))
+        for axes in pair:
+            axes.imshow(image)
+        DRAW[scope](pair, sample, meta, score_thr)
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    partial = f"{output}.part"
+    figure.savefig(partial, format="png", dpi=130)
+    os.replace(partial, output)
+
+
+def _ink_on(colour: np.ndarray) -> str:
+    """Black or white, whichever is legible on ``colour`` (RGB, 0 to 1)."""
+    return "black" if colour @ [0.299, 0.587, 0.114] > 0.55 else "white"
+
+
+def main() -> None:
+    """Run the command."""
+    args = parse_args()
+    logger = MMLogger.get_instance("draw_predictions")
+    cfg = cli.load_config(args.config, args.cfg_options)
+    cli.check_file(args.checkpoint, "checkpoint", "give the path of a .pth file, e.g. from work_dirs/")
+    samples, meta = predict(cfg, args.checkpoint, args.num)
+    draw_grid(samples, meta, cfg.default_scope, args.score_thr, args.output)
+    logger.info("%d pictures with ground truth and prediction: %s", len(samples), args.output)
+
+
+if __name__ == "__main__":
+    main()
