@@ -4,7 +4,11 @@ from collections import Counter
 
 import pytest
 import torch
-from config_cases import (
+from mmengine.config import DictAction
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+from tests.configs.config_cases import (
     CONFIG_FILES,
     IMAGE_SIZE,
     ROOT,
@@ -14,9 +18,6 @@ from config_cases import (
     num_classes,
     random_batch,
 )
-from mmengine.config import DictAction
-from mmengine.registry import MODELS, DefaultScope
-from torch import nn
 
 for host in ("mmdet", "mmseg", "mmpretrain"):
     pytest.importorskip(host)

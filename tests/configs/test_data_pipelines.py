@@ -6,10 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-from config_cases import CONFIG_FILES, ROOT, load_config, num_classes
 from mmengine.dataset import Compose
 from mmengine.registry import DATASETS, EVALUATOR, TRANSFORMS, DefaultScope
 from PIL import Image
+
+from tests.configs.config_cases import CONFIG_FILES, ROOT, load_config, num_classes
 
 HEIGHT, WIDTH = 60, 90
 

@@ -2,8 +2,9 @@
 
 import pytest
 import yaml
-from config_cases import CONFIG_FILES, ROOT, build_model, load_config
 from modelindex.load_model_index import load
+
+from tests.configs.config_cases import CONFIG_FILES, ROOT, build_model, load_config
 
 IN1K = "ImageNet-1k"
 PAPER = {

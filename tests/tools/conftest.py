@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tool_runs import ROOT, Command
+
+from tests.tools.tool_runs import ROOT, Command, Mim
 
 SHIPPED = {
     "det": "mask-rcnn_grootv-pico_fpn_demo.py",
@@ -36,6 +37,12 @@ model = dict(neck=dict(_delete_=True, type="GlobalAveragePooling"), head=dict(in
 def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     """Run scripts in an empty folder."""
     return Command(tmp_path_factory.mktemp("cwd"))
+
+
+@pytest.fixture(scope="session")
+def mim(tmp_path_factory: pytest.TempPathFactory) -> Mim:
+    """openmim in an environment of its own, after ``pip install .``."""
+    return Mim(tmp_path_factory.mktemp("mim"))
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,8 @@ import socket
 from pathlib import Path
 
 import pytest
-from tool_runs import ROOT, Command, read_metrics, read_scalars
+
+from tests.tools.tool_runs import ROOT, Command, read_metrics, read_scalars
 
 
 def free_port() -> str:

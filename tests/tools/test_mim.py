@@ -1,64 +1,13 @@
 """openmim's commands after ``pip install .``, in an environment of its own."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
-from tool_runs import ROOT
 
-pytest.importorskip("mim")
+from tests.tools.tool_runs import ROOT, Mim
+
 pytestmark = pytest.mark.slow
-
-BUILT = ("build", "dist", "data", "work_dirs", "*.egg-info", "*.so", "__pycache__", ".*")
-
-
-class Mim:
-    """The ``mim`` of an environment where this checkout was installed, not linked."""
-
-    def __init__(self, folder: Path) -> None:
-        venv.create(folder / "env", with_pip=False)
-        self.python = folder / "env" / "bin" / "python"
-        self.cwd = folder / "cwd"
-        self.cwd.mkdir()
-        site = Path(self.ask("import sysconfig; print(sysconfig.get_path('purelib'))"))
-        # torch, mmcv and the hosts come from the environment that runs the tests; a path in a .pth file goes behind
-        # the own packages, and the links of an editable install in there stay unread.
-        site.joinpath("parent.pth").write_text(sysconfig.get_path("purelib"))
-        source = folder / "source"  # building writes into the tree
-        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*BUILT))
-        pip = [sys.executable, "-m", "pip", "--python", str(self.python), "install", "--quiet"]
-        subprocess.run([*pip, "--no-build-isolation", "--no-deps", "--ignore-installed", str(source)], check=True)
-        self.package = Path(self.ask("import grootvl_mm; print(grootvl_mm.__path__[0])"))
-        assert self.package.parent == site
-
-    def ask(self, code: str) -> str:
-        return subprocess.check_output([str(self.python), "-c", code], cwd=self.cwd, text=True).strip()
-
-    def __call__(self, *arguments: object, status: int = 0) -> str:
-        command = [str(self.python), "-m", "mim", *map(str, arguments)]
-        done = subprocess.run(
-            command,
-            cwd=self.cwd,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            check=False,
-            timeout=300,
-        )
-        assert done.returncode == status, done.stdout[-4000:]
-        return done.stdout
-
-
-@pytest.fixture(scope="module")
-def mim(tmp_path_factory: pytest.TempPathFactory) -> Mim:
-    return Mim(tmp_path_factory.mktemp("mim"))
 
 
 @pytest.mark.parametrize(("host", "task"), [("mmdet", "det"), ("mmseg", "seg"), ("mmpretrain", "cls")])

@@ -1,5 +1,6 @@
 import pytest
-from tool_runs import Command
+
+from tests.tools.tool_runs import Command
 
 
 @pytest.mark.slow

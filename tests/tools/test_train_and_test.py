@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
-from tool_runs import Command, read_metrics, read_scalars
+
+from tests.tools.tool_runs import Command, read_metrics, read_scalars
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tool_runs import ROOT
+
+from tests.tools.tool_runs import ROOT
 
 CONFIG = ROOT / "configs" / "demo" / "grootv-pico_demo-cls.py"
 

@@ -11,8 +11,8 @@ import pytest
 from mmengine.config import Config
 
 from grootvl_mm.registry import MODELS
+from tests.tools.tool_runs import ROOT, Mim
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -21,8 +21,10 @@ def blocks(language: str) -> list[str]:
 
 
 COMMANDS = [line for block in blocks("bash") for line in block.splitlines()]
-SHORT = "train_cfg.max_iters=2 train_cfg.val_interval=10 default_hooks.checkpoint.interval=2 train_dataloader.batch_size=2"
-# What to append, so that a command takes seconds instead of minutes; a trained model is iter_600.pth there, iter_2.pth here.
+SHORT = (
+    "train_cfg.max_iters=2 train_cfg.val_interval=10 default_hooks.checkpoint.interval=2 train_dataloader.batch_size=2"
+)
+# What to append, so that a command takes seconds, not minutes. The model is iter_600.pth there, iter_2.pth here.
 SHORTENED = {
     "mim train": f"--cfg-options {SHORT}",
     "mim test": "",
@@ -58,22 +60,22 @@ def test_make_targets_exist(command: str) -> None:
 
 
 @pytest.mark.slow
-def test_commands_run_one_after_the_other(installed: Path, demo_data: Path, tmp_path: Path) -> None:
+def test_commands_run_one_after_the_other(mim: Mim, demo_data: Path, tmp_path: Path) -> None:
     """In a checkout with demo data, through the environment where grootvl_mm is installed with pip."""
     for name in ("configs", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "demo").symlink_to(demo_data)
     environment = os.environ | {
-        "PATH": f"{installed.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{mim.python.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
     }
     for command in COMMANDS:
         for start, options in SHORTENED.items():
             if command.startswith(start):
                 line = f"{command} {options}".replace("iter_600", "iter_2")
-                line = re.sub(r"^mim ", f"{installed} -m mim ", line)
-                line = re.sub(r"^python ", f"{installed} ", line)
+                line = re.sub(r"^mim ", f"{mim.python} -m mim ", line)
+                line = re.sub(r"^python ", f"{mim.python} ", line)
                 done = subprocess.run(
                     line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
                 )
