@@ -14,7 +14,6 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
-from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "grootvl_mm"
@@ -149,8 +148,8 @@ def main() -> None:
         modules = extensions()
         command_classes["build_ext"] = build_ext_command()
     elif not {"sdist", "egg_info", "dist_info"} & set(sys.argv):
-        raise SetupError(
-            "grootvl_mm needs torch to build its operators, and cannot see it. Install torch first, then run "
+        sys.exit(
+            "error: grootvl_mm needs torch to build its operators, and cannot see it. Install torch first, then run "
             "pip install --no-build-isolation ."
         )
     setup(
