@@ -66,7 +66,7 @@ _install_references(_LIBRARY)
 if _EXTENSION_ERROR is not None:
     warnings.warn(
         f"grootvl_mm runs on its slow PyTorch operators: {_EXTENSION_ERROR}. "
-        "Install it with a C++ compiler at hand: pip install --no-build-isolation grootvl_mm",
+        "Install it again, with a C++ compiler at hand: pip install --no-build-isolation CHECKOUT",
         stacklevel=2,
     )
 

@@ -295,7 +295,7 @@ SelectiveScanInputs backward(
                 has_sum.data());
           });
           for_each_piece(vertices, [&](int64_t piece, int64_t first, int64_t last) {
-            std::vector<scalar_t> row(channels);
+            std::vector<scalar_t> rows((Kernels::kTile + 1) * channels);
             Kernels::template discretise_backward<scalar_t>(
                 s,
                 first,
@@ -304,7 +304,7 @@ SelectiveScanInputs backward(
                 grad_input,
                 grad_decay,
                 parameters.of_piece(of_inputs, image, piece),
-                row.data());
+                rows.data());
           });
         }
       });

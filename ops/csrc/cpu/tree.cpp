@@ -63,7 +63,7 @@ at::Tensor grid_edge_weight(const at::Tensor& feature, std::string_view metric_n
     using acc_t = at::opmath_type<scalar_t>;
     const scalar_t* features = rows.const_data_ptr<scalar_t>();
     at::parallel_for(0, batch * tasks, 1, [&](int64_t begin, int64_t end) {
-      std::vector<acc_t> row(4 * width);
+      std::vector<acc_t> scratch(5 * width);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t image = task / tasks, first = task % tasks * rows_a_task;
         with_metric(metric, [&](auto known) {
@@ -77,7 +77,7 @@ at::Tensor grid_edge_weight(const at::Tensor& feature, std::string_view metric_n
                 std::min(first + rows_a_task, height),
                 log,
                 weights + image * num_edges,
-                row.data());
+                scratch.data());
           });
         });
       }
