@@ -16,7 +16,7 @@ demo: setup
 	$(BIN)/python tools/demo/run_demo.py --task $(TASK)
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: setup
 	$(BIN)/ruff check .
