@@ -4,7 +4,7 @@ Importing the package registers its modules, also under their bare names (``type
 the checkpoints that mmengine writes. It works without the compiled operators (see :mod:`grootvl_mm.ops`).
 """
 
-from grootvl_mm import models, ops
+from grootvl_mm import engine, models, ops
 from grootvl_mm.engine.checkpoint_safety import allow_mmengine_checkpoints
 from grootvl_mm.registry import expose_bare_names
 from grootvl_mm.version import __version__
@@ -12,4 +12,4 @@ from grootvl_mm.version import __version__
 allow_mmengine_checkpoints()
 expose_bare_names()
 
-__all__ = ["__version__", "models", "ops"]
+__all__ = ["__version__", "engine", "models", "ops"]

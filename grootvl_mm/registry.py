@@ -5,9 +5,16 @@ imports ``<scope>.registry`` by itself and then the ``locations`` named here.
 """
 
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import Registry
 
 MODELS = Registry("model", parent=MMENGINE_MODELS, scope="grootvl_mm", locations=["grootvl_mm.models"])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    "optimizer wrapper constructor",
+    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope="grootvl_mm",
+    locations=["grootvl_mm.engine.layer_decay"],
+)
 
 
 def expose_bare_names() -> None:
@@ -15,6 +22,7 @@ def expose_bare_names() -> None:
 
     Those scopes look an unknown name up in mmengine's root registries, so the modules are registered there too.
     """
-    for name, module in MODELS.module_dict.items():
-        if name not in MMENGINE_MODELS.module_dict:
-            MMENGINE_MODELS.register_module(name=name, module=module)
+    for registry in (MODELS, OPTIM_WRAPPER_CONSTRUCTORS):
+        for name, module in registry.module_dict.items():
+            if name not in registry.parent.module_dict:
+                registry.parent.register_module(name=name, module=module)

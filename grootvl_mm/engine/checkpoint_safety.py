@@ -3,10 +3,12 @@
 From torch 2.6 on, ``torch.load`` refuses everything but tensors and plain containers
 (``weights_only=True``). The checkpoints of mmengine's Runner also hold their message hub:
 :class:`~mmengine.logging.HistoryBuffer` objects, NumPy arrays and NumPy scalars, which are
-therefore refused on ``--resume`` and ``test``. Exactly these are allowed here.
+therefore refused on ``--resume`` and ``test``. Exactly these are allowed here, and one more: the
+config that the published training code puts into its checkpoints, which is read as a dictionary.
 """
 
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -34,8 +36,15 @@ def _history_buffer_statistic(owner: Any, name: str) -> Callable:
     return getattr(owner, name)
 
 
+class _ConfigNode:
+    """Stands in for yacs' config class while a file is read, and makes a plain dictionary of it."""
+
+    def __new__(cls) -> OrderedDict:
+        return OrderedDict()
+
+
 def allow_mmengine_checkpoints() -> None:
-    """Put the types that mmengine's checkpoints hold on torch's list of safe globals.
+    """Put the types that mmengine's (and the published) checkpoints hold on torch's list of safe globals.
 
     ``weights_only`` is never turned off: a checkpoint with any other type is still refused.
     Before torch 2.6, where safe loading is not the default, nothing is done. Calling it twice
@@ -55,6 +64,7 @@ def allow_mmengine_checkpoints() -> None:
         [
             HistoryBuffer,
             (_history_buffer_statistic, "builtins.getattr"),
+            (_ConfigNode, "yacs.config.CfgNode"),
             np.ndarray,
             np.dtype,
             *moved,

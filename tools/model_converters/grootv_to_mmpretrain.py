@@ -1,0 +1,200 @@
+"""Turn a published GrootV classifier into a checkpoint of mmpretrain's classifier.
+
+The file may hold the weights under "model" and averaged ones under "model_ema", or be a bare state dict. Of the two,
+the averaged ones are taken by default, as the recipe evaluates them. The result is written next to DST, with a part
+of its hash in the name: grootv_tiny.pth becomes grootv_tiny-01234567.pth.
+
+A backbone alone needs no conversion: init_cfg=dict(type='Pretrained', checkpoint=FILE) reads published files.
+"""
+
+import argparse
+import re
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor
+
+from grootvl_mm import __version__
+from grootvl_mm.engine import cli
+from grootvl_mm.engine.checkpoint_files import CheckpointError, is_state_dict, rewrite_checkpoint
+from grootvl_mm.models import GrootV
+from grootvl_mm.models.published import convert_published, is_published
+
+CLASSIFIER = Path(__file__).resolve().parents[2] / "configs" / "_base_" / "models" / "grootv_classifier.py"
+WEIGHTS = ("model", "model_ema")
+PREFIXES = ("module.", "backbone.")
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("src", metavar="SRC", help="published checkpoint")
+    parser.add_argument("dst", metavar="DST", help="file to write, NAME.pth; a part of the hash is added to the name")
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="which weights of the file to take (default: model_ema, the averaged ones, where there are any)",
+    )
+    return parser.parse_args()
+
+
+def select_weights(content: Mapping[str, Any], wanted: str | None) -> tuple[str, dict[str, Tensor]]:
+    """Find the weights in the content of a published file.
+
+    Args:
+        content: Of the file.
+        wanted: One of :data:`WEIGHTS`, or None for the default.
+
+    Returns:
+        The name under which they lay ("state dict" for a bare one), and the weights under the published names.
+
+    Raises:
+        CheckpointError: There are no such weights, or they are not GrootV's.
+    """
+    found = [name for name in WEIGHTS if name in content]
+    if wanted is None:
+        wanted = found[-1] if found else None
+    elif wanted not in found:
+        raise CheckpointError(f"the file has no {wanted!r}; it has {_some(content)}")
+    weights = content if wanted is None else content[wanted]
+    if not is_state_dict(weights):
+        where = f"under 'model'; found {_some(content)}" if wanted is None else f"under {wanted!r}"
+        raise CheckpointError(f"expected names and tensors {where}")
+    published = {}
+    for name, value in weights.items():
+        short = name
+        for prefix in PREFIXES:
+            short = short.removeprefix(prefix)
+        if short in published:
+            raise CheckpointError(f"the weights hold {short!r} twice, with and without a prefix")
+        published[short] = value
+    if not is_published(published):
+        raise CheckpointError(f"these are not the weights of a published GrootV classifier; found {_some(weights)}")
+    return wanted or "state dict", published
+
+
+def find_arch(weights: Mapping[str, Tensor]) -> str | dict:
+    """Tell the size from converted weights.
+
+    Returns:
+        A name of ``GrootV.arch_settings``, or a dict with ``channels`` and ``depths`` for a size without a name.
+
+    Raises:
+        CheckpointError: What tells the size is missing.
+    """
+    stem = weights.get("backbone.stem.conv2.weight")
+    blocks = {
+        tuple(map(int, match)) for match in re.findall(r"backbone\.stages\.(\d+)\.blocks\.(\d+)", " ".join(weights))
+    }
+    stages = sorted({stage for stage, _ in blocks})
+    if stem is None or stem.ndim != 4 or len(stem) % 2 or stages != list(range(4)):
+        raise CheckpointError(f"the stem or blocks of some of the four stages are missing; found {_some(weights)}")
+    depths = tuple(1 + max(block for stage, block in blocks if stage == index) for index in stages)
+    for name, arch in GrootV.arch_settings.items():
+        if (arch["channels"], arch["depths"]) == (len(stem), depths):
+            return name
+    return {"channels": len(stem), "depths": depths}
+
+
+def build_classifier(arch: str | dict, num_classes: int) -> torch.nn.Module:
+    """Build the classifier of ``configs/grootv`` in any size, without memory for its weights (meta device)."""
+    model = Config.fromfile(CLASSIFIER).model
+    channels = (GrootV.arch_settings[arch] if isinstance(arch, str) else arch)["channels"]
+    model.backbone.arch = arch
+    model.neck.update(in_channels=8 * channels, out_channels=12 * channels)
+    model.head.update(in_channels=12 * channels, num_classes=num_classes)
+    model.pop("train_cfg")
+    with DefaultScope.overwrite_default_scope("mmpretrain"), torch.device("meta"):
+        return MODELS.build(model)
+
+
+def check_fit(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load the weights strictly into the model.
+
+    Raises:
+        CheckpointError: A name is missing or surplus, or a shape differs.
+    """
+    expected = model.state_dict()
+    common = [name for name in expected if name in weights]
+    problems = {
+        "missing": [name for name in expected if name not in weights],
+        "surplus": [name for name in weights if name not in expected],
+        "of another shape": [name for name in common if weights[name].shape != expected[name].shape],
+    }
+    if any(problems.values()):
+        raise CheckpointError(
+            "the weights do not fit the classifier: "
+            + "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in problems.items() if names)
+        )
+    model.load_state_dict(dict(weights), strict=True, assign=True)
+
+
+def convert(content: Mapping[str, Any], source: str, wanted: str | None = None) -> dict[str, Any]:
+    """Turn the content of a published file into that of a checkpoint for mmpretrain.
+
+    Args:
+        content: What the published file holds.
+        source: Name of the file, to be noted.
+        wanted: ``model``, ``model_ema``, or None for the averaged weights where there are any.
+
+    Returns:
+        ``meta`` (``source``, ``weights``, ``arch``, ``num_classes``, ``grootvl_mm_version``, and ``epoch`` if known)
+        and ``state_dict``.
+
+    Raises:
+        CheckpointError: The content is not that of a GrootV classifier, or not complete.
+    """
+    name, published = select_weights(content, wanted)
+    try:
+        weights = convert_published(published)
+    except IndexError as error:
+        raise CheckpointError(f"some weights have too few axes: {error}") from error
+    arch = find_arch(weights)
+    bias = weights.get("head.fc.bias")
+    num_classes = 1000 if bias is None else bias.numel()
+    check_fit(build_classifier(arch, num_classes), weights)
+    meta = {
+        "source": source,
+        "weights": name,
+        "arch": arch,
+        "num_classes": num_classes,
+        "grootvl_mm_version": __version__,
+    }
+    if isinstance(content.get("epoch"), int):
+        meta["epoch"] = content["epoch"]
+    return {"meta": meta, "state_dict": weights}
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def main() -> None:
+    """Run the command."""
+    args = parse_args()
+    if find_spec("mmpretrain") is None:
+        cli.fail(
+            "the conversion needs mmpretrain, into whose classifier the weights are loaded; run: mim install mmpretrain"
+        )
+    try:
+        # The file's name only: its folder is nobody else's business.
+        checkpoint, written = rewrite_checkpoint(
+            args.src, args.dst, lambda content: convert(content, Path(args.src).name, args.weights)
+        )
+    except CheckpointError as error:
+        cli.fail(str(error))
+    meta = checkpoint["meta"]
+    MMLogger.get_instance("grootv_to_mmpretrain").info(
+        "GrootV %s, %d classes, weights of %r: %s", meta["arch"], meta["num_classes"], meta["weights"], written
+    )
+
+
+if __name__ == "__main__":
+    main()
