@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace grootvl::cpu {
@@ -13,29 +14,46 @@ struct Edge {
   uint32_t origin;
 };
 
+// Memory that starts with whatever it holds.
+template <typename T>
+class Uninitialised {
+ public:
+  explicit Uninitialised(int64_t size) : memory_(new T[size]) {}
+
+  T* data() const {
+    return memory_.get();
+  }
+
+ private:
+  std::unique_ptr<T[]> memory_;
+};
+
 // Memory for the tree of one image after another.
 struct TreeWorkspace {
   TreeWorkspace(int64_t height, int64_t width)
       : height(height),
         width(width),
         vertical((height + 1) * width, 0xffffffff),
-        horizontal(height * (width + 1), 0xffffffff),
+        horizontal(height * width + 1, 0xffffffff),
+        chosen((height + 2) * width),
+        links(height * width),
         leader(height * width),
         next(height * width),
         id(height * width),
-        links(height * width),
-        least(height * width),
         stack(height * width + 4),
+        least(height * width),
         edges(2 * height * width + 1) {}
 
   int64_t height, width;
-  // Edge weights as integers, with a row above and below, and a column left and right of the grid.
+  // Edge weights as integers. vertical[v] is the edge above vertex v, horizontal[v] the one to its left; where there is
+  // none, and behind the last vertex, they are larger than any weight.
   std::vector<uint32_t> vertical, horizontal;
-  std::vector<int32_t> leader, next, id;
-  std::vector<uint8_t> links;
-  std::vector<uint64_t> least;
-  std::vector<uint32_t> stack;
-  std::vector<Edge> edges;
+  // The four edges of a vertex as bits; `chosen` has a row above and below the grid.
+  std::vector<uint8_t> chosen, links;
+  Uninitialised<int32_t> leader, next, id;
+  Uninitialised<uint32_t> stack;
+  Uninitialised<uint64_t> least;
+  Uninitialised<Edge> edges;
 };
 
 // The rooted tree of one image.
