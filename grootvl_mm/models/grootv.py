@@ -157,8 +157,9 @@ class GrootV(BaseModule):
     gradient. Published checkpoints load by ``init_cfg=dict(type='Pretrained', checkpoint=FILE)``.
 
     Args:
-        arch: ``pico`` (ours, for demos and tests), ``tiny``, ``small``, ``base``, or a dict with ``channels`` of the
-            first stage and ``depths``, the numbers of blocks of the stages. Stage i has ``channels * 2**i`` channels.
+        arch: ``pico`` (ours, for demos and tests), ``tiny``, ``small``, ``base``, ``large`` (the authors' name but our
+            size, which they do not state), or a dict with ``channels`` of the first stage and ``depths``, the
+            numbers of blocks of the stages. Stage i has ``channels * 2**i`` channels.
         in_channels: channels of the images.
         out_indices: stages whose feature maps are returned, ascending; stage i has stride ``4 * 2**i``.
         frozen_stages: the stem and the first so many stages get no gradient and stay in evaluation mode; -1 freezes
@@ -174,6 +175,7 @@ class GrootV(BaseModule):
         tree_sharing: ``block``: each block has trees of its own. ``stage``: the blocks of a stage share the trees that
             its first block builds from its own SSM input (after in-projection, depth-wise convolution and SiLU). The
             paper does not say which feature builds the shared tree.
+        scan: ``tree``, or ``raster`` or ``cross``, with which the paper compares it, see :class:`TreeSSM`.
         init_cfg: mmengine's.
 
     Raises:
@@ -185,6 +187,7 @@ class GrootV(BaseModule):
         "tiny": {"channels": 80, "depths": (2, 2, 9, 2)},
         "small": {"channels": 96, "depths": (2, 2, 13, 2)},
         "base": {"channels": 128, "depths": (2, 2, 13, 2)},
+        "large": {"channels": 192, "depths": (2, 2, 13, 2)},
     }
     # 1 (and none) are the published names; see models/published.py.
     _version = 2
@@ -203,6 +206,7 @@ class GrootV(BaseModule):
         tree_root: str = "first",
         propagation: str = "all",
         tree_sharing: str = "block",
+        scan: str = "tree",
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -235,6 +239,7 @@ class GrootV(BaseModule):
                 tree_root=tree_root,
                 propagation=propagation,
                 tree_sharing=tree_sharing,
+                scan=scan,
             )
             for i in range(last + 1)
         )

@@ -1,6 +1,7 @@
 """The tree state space layer, GrootV's token mixer (section 3.2 and figure 2 of the paper)."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,30 @@ from grootvl_mm.ops.scan import PROPAGATIONS
 from grootvl_mm.ops.tree import METRICS
 
 ROOTS = ("first", "last")
+SCANS = ("tree", "raster", "cross")
+
+
+def raster_path(batch: int, height: int, width: int, root: str, by_columns: bool, device: torch.device) -> Tree:
+    """The path through all positions in reading order as a tree.
+
+    Args:
+        batch: number of images.
+        height: number of rows.
+        width: number of columns.
+        root: ``first`` or ``last`` vertex: the end of the path that is the root.
+        by_columns: column by column instead of row by row.
+        device: where the tree shall be.
+
+    Returns:
+        The same tree for each image.
+    """
+    order = torch.arange(height * width, dtype=torch.int32, device=device)
+    if by_columns:
+        order = order.view(height, width).T.flatten()
+    if root == "last":
+        order = order.flip(0)
+    parent = torch.empty_like(order).scatter_(0, order.long(), torch.cat([order[:1], order[:-1]]))
+    return Tree(parent.repeat(batch, 1), order.repeat(batch, 1))
 
 
 def linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
@@ -31,10 +56,13 @@ class TreeSSM(BaseModule):
         tree_metric: dissimilarity that the tree minimises, ``cosine``, ``euclidean`` or ``manhattan``.
         tree_root: ``first`` or ``last`` vertex.
         propagation: ``all``, ``up`` or ``down``, see :func:`grootvl_mm.ops.tree_scan`.
+        scan: ``tree``, or what the paper compares it with, for which the metric means nothing. ``raster``: the path
+            row by row takes the place of the tree. ``cross``: the mean of the outputs for the path row by row and the
+            path column by column. With ``propagation='all'`` a path is scanned in both directions.
         init_cfg: mmengine's.
 
     Raises:
-        ValueError: an unknown metric, root or propagation.
+        ValueError: an unknown metric, root, propagation or scan.
     """
 
     def __init__(
@@ -43,6 +71,7 @@ class TreeSSM(BaseModule):
         tree_metric: str = "cosine",
         tree_root: str = "first",
         propagation: str = "all",
+        scan: str = "tree",
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -50,12 +79,14 @@ class TreeSSM(BaseModule):
             ("tree_metric", tree_metric, METRICS),
             ("tree_root", tree_root, ROOTS),
             ("propagation", propagation, PROPAGATIONS),
+            ("scan", scan, SCANS),
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         self.tree_metric = tree_metric
         self.tree_root = tree_root
         self.propagation = propagation
+        self.scan = scan
 
         inner = 2 * channels
         self.dt_rank = math.ceil(channels / 16)
@@ -88,7 +119,7 @@ class TreeSSM(BaseModule):
             tree: trees to scan along; by default those of this layer's own features.
 
         Returns:
-            (B, H, W, C), and the trees that were used.
+            (B, H, W, C), and the trees that were used (for ``cross`` those row by row).
         """
         x, gate = self.in_proj(inputs).chunk(2, dim=-1)
         x = F.silu(self.conv2d(x.permute(0, 3, 1, 2)))
@@ -96,7 +127,8 @@ class TreeSSM(BaseModule):
             tree = self.build_tree(x)
         x = x.permute(0, 2, 3, 1).flatten(1, 2)
         dt, b, c = self.x_proj(x).split([self.dt_rank, 1, 1], dim=-1)
-        y = tree_selective_scan(
+        scan_along = partial(
+            tree_selective_scan,
             x,
             dt,
             b,
@@ -110,15 +142,21 @@ class TreeSSM(BaseModule):
             h_norm_bias=self.h_norm.bias,
             out_norm_weight=self.out_norm.weight,
             out_norm_bias=self.out_norm.bias,
-            tree=tree,
             eps=self.h_norm.eps,
             propagation=self.propagation,
         )
+        y = scan_along(tree=tree)
+        if self.scan == "cross":
+            batch, height, width = gate.shape[:3]
+            columns = raster_path(batch, height, width, self.tree_root, by_columns=True, device=x.device)
+            y = (y + scan_along(tree=columns)) / 2
         return self.out_proj(y.view(gate.shape)), tree
 
     def build_tree(self, feature: Tensor) -> Tree:
         """The trees of (B, D, H, W) features."""
         height, width = feature.shape[2:]
+        if self.scan != "tree":
+            return raster_path(feature.shape[0], height, width, self.tree_root, by_columns=False, device=feature.device)
         # exp cannot overflow for the cosine; for the distances it does, so their exponents are compared.
         weight = grid_edge_weight(feature.detach(), self.tree_metric, log=self.tree_metric != "cosine")
         return grid_tree(weight, height, width, root=0 if self.tree_root == "first" else height * width - 1)

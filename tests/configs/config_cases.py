@@ -32,9 +32,13 @@ def build_model(cfg: Config, init: bool = True) -> torch.nn.Module:
     if "drop_path_rate" in model_cfg.backbone:
         model_cfg.backbone.drop_path_rate = 0.0
     if cfg.default_scope == "mmdet":
-        model_cfg.test_cfg.rcnn.score_thr = 0.0  # an untrained model is sure of nothing
-        model_cfg.test_cfg.rpn.max_per_img = 20
-        model_cfg.train_cfg.rcnn.sampler.num = 32
+        box_cfg = model_cfg.test_cfg.get("rcnn", model_cfg.test_cfg)
+        box_cfg.score_thr = 0.0  # an untrained model is sure of nothing
+        if "roi_head" in model_cfg:
+            model_cfg.test_cfg.rpn.max_per_img = 20
+            stages = model_cfg.train_cfg.rcnn
+            for stage in stages if isinstance(stages, list) else [stages]:
+                stage.sampler.num = 32
     if "data_preprocessor" in cfg:
         model_cfg.setdefault("data_preprocessor", cfg.data_preprocessor)
     if cfg.default_scope == "mmseg":
@@ -58,15 +62,22 @@ def build_optimizer(cfg: Config, model: torch.nn.Module) -> OptimWrapper:
 
 def num_classes(cfg: Config) -> int:
     if cfg.default_scope == "mmdet":
-        return cfg.model.roi_head.bbox_head.num_classes
+        head = cfg.model.get("roi_head", cfg.model).bbox_head
+        return (head[0] if isinstance(head, list) else head).num_classes
     return cfg.model["decode_head" if cfg.default_scope == "mmseg" else "head"].num_classes
+
+
+def has_masks(cfg: Config) -> bool:
+    """Whether a detector finds masks, too."""
+    return "mask_head" in cfg.model.get("roi_head", {})
 
 
 def random_batch(cfg: Config) -> dict:
     """Two random images with random ground truth, as the config's data loader would give them."""
-    return {"mmdet": _detection_batch, "mmseg": _segmentation_batch, "mmpretrain": _classification_batch}[
-        cfg.default_scope
-    ](num_classes(cfg))
+    classes = num_classes(cfg)
+    if cfg.default_scope == "mmdet":
+        return _detection_batch(classes, has_masks(cfg))
+    return {"mmseg": _segmentation_batch, "mmpretrain": _classification_batch}[cfg.default_scope](classes)
 
 
 def _images() -> list[torch.Tensor]:
@@ -74,10 +85,10 @@ def _images() -> list[torch.Tensor]:
     return [torch.from_numpy(rng.integers(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)) for _ in range(2)]
 
 
-def _detection_batch(classes: int) -> dict:
+def _detection_batch(classes: int, masks: bool) -> dict:
     from mmdet.testing import demo_mm_inputs
 
-    return demo_mm_inputs(2, (3, IMAGE_SIZE, IMAGE_SIZE), num_items=[3, 2], num_classes=classes, with_mask=True)
+    return demo_mm_inputs(2, (3, IMAGE_SIZE, IMAGE_SIZE), num_items=[3, 2], num_classes=classes, with_mask=masks)
 
 
 def _segmentation_batch(classes: int) -> dict:

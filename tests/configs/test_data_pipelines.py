@@ -10,7 +10,7 @@ from mmengine.dataset import Compose
 from mmengine.registry import DATASETS, EVALUATOR, TRANSFORMS, DefaultScope
 from PIL import Image
 
-from tests.configs.config_cases import CONFIG_FILES, ROOT, load_config, num_classes
+from tests.configs.config_cases import CONFIG_FILES, ROOT, has_masks, load_config, num_classes
 
 HEIGHT, WIDTH = 60, 90
 
@@ -52,6 +52,12 @@ def write_imagenet(root):
         (root / "meta" / f"{split}.txt").write_text("1.jpg 999\n")
 
 
+def write_imagenet21k(root):
+    (root / "meta").mkdir()
+    write_image(root / "train", "1.jpg")
+    (root / "meta" / "train.txt").write_text("1.jpg 21840\n")
+
+
 def write_demo(root):
     tool = ROOT / "tools" / "dataset_converters" / "make_demo_data.py"
     command = [sys.executable, tool, "--out", root, "--train", "4", "--val", "2", "--workers", "1", "--force"]
@@ -65,6 +71,7 @@ def data_roots(tmp_path_factory):
         ("data/coco", write_coco),
         ("data/ade/ADEChallengeData2016", write_ade20k),
         ("data/imagenet", write_imagenet),
+        ("data/imagenet21k", write_imagenet21k),
         ("data/demo", write_demo),
     ):
         roots[folder] = tmp_path_factory.mktemp("data")
@@ -94,8 +101,21 @@ def cfg(request, data_roots):
         yield cfg
 
 
+def skip_without_validation(cfg):
+    loaders = [cfg.val_dataloader, cfg.test_dataloader, cfg.val_cfg, cfg.test_cfg, cfg.val_evaluator]
+    if loaders == [None] * len(loaders):
+        assert cfg.train_dataloader.dataset.type == "ImageNet21k"
+        pytest.skip("ImageNet-22K has no validation part")
+
+
+def classifier_size(cfg):
+    return 64 if "demo" in cfg.filename else 384 if "384px" in cfg.filename else 224
+
+
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_dataset_yields_what_the_model_takes(cfg, split):
+    if split != "train":
+        skip_without_validation(cfg)
     dataset = DATASETS.build(cfg[f"{split}_dataloader"].dataset)
     assert len(dataset) > 0
     item = dataset[0]
@@ -106,7 +126,8 @@ def test_dataset_yields_what_the_model_takes(cfg, split):
         assert len(instances) > 0
         # What predictions are scaled back by.
         assert len(sample.scale_factor) == 2
-        if split != "train":
+        assert ("masks" in instances) == has_masks(cfg)
+        if split != "train" and has_masks(cfg):
             assert instances.masks.masks.shape[1:] == sample.ori_shape
     elif cfg.default_scope == "mmseg":
         labels = sample.gt_sem_seg.data
@@ -115,7 +136,7 @@ def test_dataset_yields_what_the_model_takes(cfg, split):
             assert labels.shape[1:] == sample.ori_shape
     else:
         assert 0 <= int(sample.gt_label) < num_classes(cfg)
-        assert item["inputs"].shape[1:] == ((64, 64) if "demo" in cfg.filename else (224, 224))
+        assert item["inputs"].shape[1:] == (classifier_size(cfg),) * 2
 
 
 @pytest.mark.parametrize(
@@ -123,12 +144,15 @@ def test_dataset_yields_what_the_model_takes(cfg, split):
 )
 def test_sizes_of_the_recipes(cfg):
     """Short side and limit of the long side, as the paper's tables are measured."""
+    skip_without_validation(cfg)
     dataset = DATASETS.build(cfg.val_dataloader.dataset)
     height, width = dataset[0]["inputs"].shape[1:]
-    assert (height, width) == {"mmdet": (800, 1200), "mmseg": (512, 768), "mmpretrain": (224, 224)}[cfg.default_scope]
+    square = (classifier_size(cfg),) * 2
+    assert (height, width) == {"mmdet": (800, 1200), "mmseg": (512, 768), "mmpretrain": square}[cfg.default_scope]
 
 
 def test_evaluators_build(cfg):
+    skip_without_validation(cfg)
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         metric = EVALUATOR.build({"type": "Evaluator", "metrics": evaluator})
         metric.dataset_meta = DATASETS.build(cfg.val_dataloader.dataset).metainfo

@@ -22,9 +22,11 @@ def same_weights(source: nn.Module, **options) -> GrootV:
     return model
 
 
-@pytest.mark.parametrize(("arch", "millions"), [("pico", 1.07), ("tiny", 28.38), ("small", 49.29), ("base", 87.48)])
+@pytest.mark.parametrize(
+    ("arch", "millions"), [("pico", 1.07), ("tiny", 28.38), ("small", 49.29), ("base", 87.48), ("large", 196.51)]
+)
 def test_parameter_counts(arch: str, millions: float) -> None:
-    """Those of the paper, and of pico, which is ours."""
+    """Those of the paper, and of pico and large, which are ours."""
     with torch.device("meta"):
         model = GrootV(arch)
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -134,6 +136,8 @@ def test_layer_scale() -> None:
         {"propagation": "up"},
         {"propagation": "down"},
         {"tree_sharing": "stage"},
+        {"scan": "raster"},
+        {"scan": "cross"},
     ],
 )
 def test_options_change_the_result(option: dict) -> None:
@@ -154,6 +158,49 @@ def test_root_changes_nothing_but_whose_decay_an_edge_has() -> None:
     assert torch.equal(first.edges(), last.edges())
     assert first.order[0, 0] == 0
     assert last.order[0, 0] == 35
+
+
+def recurrence(x: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+    """``h_v = x_v + a_v h_(v-1)`` over the second axis, the textbook state space model."""
+    states = []
+    for value, factor in zip(x.unbind(1), decay.unbind(1), strict=True):
+        states.append(value + factor * states[-1] if states else value)
+    return torch.stack(states, dim=1)
+
+
+def scan_of_rows(x: torch.Tensor, decay: torch.Tensor, root: str, propagation: str) -> torch.Tensor:
+    if root == "last":
+        return scan_of_rows(x.flip(1), decay.flip(1), "first", propagation).flip(1)
+    to_next = decay.roll(-1, 1)  # the edge between v and v + 1 has the decay of v + 1
+    down, up = recurrence(x, decay), recurrence(x.flip(1), to_next.flip(1)).flip(1)
+    return {"down": down, "up": up, "all": down + up - x}[propagation]
+
+
+@pytest.mark.parametrize("root", ["first", "last"])
+@pytest.mark.parametrize("propagation", ["all", "up", "down"])
+def test_raster_scan_is_the_recurrence_row_by_row(device: torch.device, root: str, propagation: str) -> None:
+    layer = TreeSSM(8, scan="raster", tree_root=root, propagation=propagation).to(device)
+    inputs = torch.randn(2, 4, 5, 8, device=device)
+    x, gate = layer.in_proj(inputs).chunk(2, dim=-1)
+    x = nn.functional.silu(layer.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1).flatten(1, 2)
+    dt, b, c = layer.x_proj(x).split([layer.dt_rank, 1, 1], dim=-1)
+    delta = nn.functional.softplus(layer.dt_proj(dt))
+    h = scan_of_rows(delta * b * x, torch.exp(-layer.A_log.exp() * delta), root, propagation)
+    y = layer.out_norm(layer.h_norm(h) * c + layer.Ds * x) * nn.functional.silu(gate.flatten(1, 2))
+    expected = layer.out_proj(y).view(inputs.shape)
+    torch.testing.assert_close(layer(inputs)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("root", ["first", "last"])
+def test_cross_scan_is_the_mean_of_rows_and_columns(device: torch.device, root: str) -> None:
+    cross, rows, columns = (TreeSSM(8, scan=scan, tree_root=root).to(device) for scan in ("cross", "raster", "raster"))
+    rows.load_state_dict(cross.state_dict())
+    columns.load_state_dict(cross.state_dict())
+    # The same layer on the transposed image.
+    columns.conv2d.weight.data = columns.conv2d.weight.data.transpose(2, 3).contiguous()
+    inputs = torch.randn(2, 4, 5, 8, device=device)
+    expected = (rows(inputs)[0] + columns(inputs.transpose(1, 2))[0].transpose(1, 2)) / 2
+    torch.testing.assert_close(cross(inputs)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_shared_tree_is_that_of_the_first_block() -> None:
@@ -187,8 +234,9 @@ def test_features_that_are_not_numbers_neither_hang_nor_crash(device: torch.devi
     assert maps[-1][1].isfinite().all()
 
 
-def test_is_one_graph_for_the_compiler(device: torch.device) -> None:
-    model = make().to(device).eval()
+@pytest.mark.parametrize("scan", ["tree", "cross"])
+def test_is_one_graph_for_the_compiler(device: torch.device, scan: str) -> None:
+    model = make(scan=scan).to(device).eval()
     image = torch.randn(1, 3, 32, 32, device=device)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(image), model(image), strict=True):
@@ -230,7 +278,7 @@ def test_layer_depth() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arch": "huge"}, "pico, tiny, small, base or a dict, got 'huge'"),
+        ({"arch": "huge"}, "pico, tiny, small, base, large or a dict, got 'huge'"),
         ({"arch": {"channels": 8}}, "keys channels and depths"),
         ({"arch": {"channels": 7, "depths": [1]}, "out_indices": (0,)}, "even number of channels"),
         ({"arch": {"channels": 8, "depths": [1, 0]}, "out_indices": (0,)}, "at least one block"),
@@ -243,6 +291,7 @@ def test_layer_depth() -> None:
         ({"tree_root": "centre"}, "tree_root must be one of first, last, got 'centre'"),
         ({"propagation": "both"}, "propagation must be one of all, up, down, got 'both'"),
         ({"tree_sharing": "model"}, "tree_sharing must be one of block, stage, got 'model'"),
+        ({"scan": "spiral"}, "scan must be one of tree, raster, cross, got 'spiral'"),
     ],
 )
 def test_bad_options_are_explained(options: dict, message: str) -> None:

@@ -42,6 +42,7 @@ from grootvl_mm.engine import cli
 DEFAULT_SHAPES = {"mmpretrain": (224, 224), "mmdet": (800, 1280), "mmseg": (512, 2048)}
 # Parts whose children are counted one by one.
 OPENED = ("roi_head",)
+MAX_MASKS = 100  # boxes of an image whose masks are made
 
 
 def parse_args() -> argparse.Namespace:
@@ -121,6 +122,7 @@ def _part_flops(modules: dict[str, int], part: str) -> int:
 
 def _detection_arguments(detector: nn.Module, height: int, width: int) -> tuple:
     """The data samples of the image; what depends on values in a two-stage detector is taken out of it."""
+    from mmdet.models.roi_heads.mask_heads import FCNMaskHead
     from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
@@ -135,11 +137,23 @@ def _detection_arguments(detector: nn.Module, height: int, width: int) -> tuple:
 
         return extract
 
+    def mask_head(module: FCNMaskHead) -> Any:
+        # A cascade gives all proposals to its mask heads in this mode, a plain RoI head the first 100.
+        forward = module.forward
+
+        def predict(features: Tensor) -> Tensor:
+            masks = forward(features[:MAX_MASKS])
+            return masks.new_empty(len(features), *masks.shape[1:])
+
+        return predict
+
     if getattr(detector, "with_rpn", False):
         detector.rpn_head.predict = propose
     for module in detector.modules():
         if isinstance(module, SingleRoIExtractor):
             module.forward = extractor(module)
+        elif isinstance(module, FCNMaskHead):
+            module.forward = mask_head(module)
     shape = {f"{name}_shape": (height, width) for name in ("img", "ori", "pad", "batch_input")}
     return ([DetDataSample(metainfo={**shape, "scale_factor": (1.0, 1.0)})],)
 

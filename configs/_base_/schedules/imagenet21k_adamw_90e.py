@@ -1,0 +1,25 @@
+# 90 epochs at a total batch of 4,096.
+# The paper has no such recipe. All values are those of Swin's pre-training on ImageNet-22K: learning rate
+# 1e-3 for this batch, from 1e-6 to 1e-5, 5 epochs of warm-up, no averaged weights.
+_base_ = "./imagenet_adamw_300e.py"
+
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-3, by_epoch=True, end=5, convert_to_iter_based=True),
+    dict(
+        type="CosineAnnealingLR",
+        eta_min=1e-5,
+        by_epoch=True,
+        begin=5,
+        end=90,
+        convert_to_iter_based=True,
+    ),
+]
+
+train_cfg = dict(max_epochs=90)
+# ImageNet-22K has no validation part.
+val_cfg = None
+test_cfg = None
+custom_hooks = []
+
+# 64 GPUs x 64 images.
+auto_scale_lr = dict(base_batch_size=4096)

@@ -1,0 +1,10 @@
+# The authors' table of models announces GrootV-L as "ImageNet-22K, 384x384" and no more: neither its size
+# nor its recipe is stated. Size and recipe are ours (see the base files).
+_base_ = [
+    "../_base_/models/grootv_large.py",
+    "../_base_/datasets/imagenet21k_grootv_384.py",
+    "../_base_/schedules/imagenet21k_adamw_90e.py",
+    "mmpretrain::_base_/default_runtime.py",
+]
+
+model = dict(head=dict(num_classes=21841))

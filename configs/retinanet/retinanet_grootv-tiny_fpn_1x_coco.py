@@ -1,0 +1,11 @@
+# Not of the paper, which has Mask R-CNN only: RetinaNet as PVT and its heirs report it, with the 1x recipe
+# of our Mask R-CNN (weight decay 0.05; PVT has 0.0001). The backbone starts from ImageNet-1K weights; give
+# yours (prefix: only for a checkpoint of a classifier that mmpretrain wrote):
+#   --cfg-options model.backbone.init_cfg.type=Pretrained \
+#                 model.backbone.init_cfg.checkpoint=FILE model.backbone.init_cfg.prefix=backbone.
+_base_ = [
+    "../_base_/models/retinanet_grootv_fpn.py",
+    "mmdet::_base_/datasets/coco_detection.py",
+    "../_base_/schedules/coco_adamw_1x.py",
+    "mmdet::_base_/default_runtime.py",
+]
