@@ -79,6 +79,7 @@ class Sizes(NamedTuple):
     """What is measured."""
 
     trees: tuple[Grid, ...] = ((14, 14), (56, 56), (200, 334))
+    tree_vertices: int = 2**14  # grid_tree gets so many in one call, but at least one graph; scipy gets graphs singly
     grid: Grid = (56, 56)
     channels: int = 160
     weight_batch: int = 8
@@ -93,6 +94,7 @@ class Sizes(NamedTuple):
 
 QUICK = Sizes(
     trees=((4, 4), (8, 8)),
+    tree_vertices=2**7,
     grid=(8, 8),
     channels=32,
     weight_batch=2,
@@ -114,7 +116,6 @@ class Settings(NamedTuple):
     device: str
     inputs: int
     rounds: int
-    tree_batch: int
     no_scipy: str | None  # why not
 
 
@@ -152,7 +153,8 @@ class Graphs(NamedTuple):
 
 def tree_contest(group: str, grid: Grid, settings: Settings) -> Contest:
     """The trees of one grid size against scipy's, without its order or with it."""
-    batch, (height, width) = settings.tree_batch, grid
+    height, width = grid
+    batch = max(1, settings.sizes.tree_vertices // (height * width))
     with_order = group == "tree_and_order"
     call = scipy_order if with_order else minimum_spanning_tree
     return Contest(
@@ -674,13 +676,6 @@ def parse_args() -> argparse.Namespace:
         "--rounds", type=at_least(1), metavar="N", help=f"measurements on each input (default: {ROUNDS}; quick: 1)"
     )
     parser.add_argument(
-        "--tree-batch",
-        type=at_least(1),
-        default=8,
-        metavar="N",
-        help="graphs that grid_tree gets in one call and scipy one by one (default: %(default)s)",
-    )
-    parser.add_argument(
         "--only", nargs="+", choices=GROUPS, default=GROUPS, metavar="NAME", help=f"some of: {', '.join(GROUPS)}"
     )
     args = parser.parse_args()
@@ -701,7 +696,7 @@ def main() -> None:
     elif minimum_spanning_tree is None:
         no_scipy = "scipy not installed"
     sizes = QUICK if args.quick else Sizes()
-    settings = Settings(sizes, groups, args.device, args.inputs, args.rounds, args.tree_batch, no_scipy)
+    settings = Settings(sizes, groups, args.device, args.inputs, args.rounds, no_scipy)
 
     machine = describe_machine(args.device)
     runs = []
@@ -728,7 +723,6 @@ def main() -> None:
             "threads": args.threads,
             "inputs": args.inputs,
             "rounds": args.rounds,
-            "tree_batch": args.tree_batch,
             "curve_channels": sizes.growth_channels,
         },
         "machine": machine,
