@@ -8,8 +8,9 @@ import torch.utils.checkpoint
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from grootvl_mm.models.linear import Linear
 from grootvl_mm.models.published import rename_published_backbone
-from grootvl_mm.models.tree_ssm import TreeSSM, linear
+from grootvl_mm.models.tree_ssm import TreeSSM
 from grootvl_mm.ops import Tree
 from grootvl_mm.registry import MODELS
 
@@ -80,13 +81,12 @@ class MLP(nn.Module):
 
     def __init__(self, channels: int, ratio: int = 4) -> None:
         super().__init__()
-        self.fc1 = linear(channels, ratio * channels, bias=True)
-        self.act = nn.GELU()
-        self.fc2 = linear(ratio * channels, channels, bias=True)
+        self.fc1 = Linear(channels, ratio * channels, bias=True, gelu=True)
+        self.fc2 = Linear(ratio * channels, channels, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self.fc1(x))
 
 
 class Block(nn.Module):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from grootvl_mm.models.linear import Linear
 from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_selective_scan
 from grootvl_mm.ops.scan import PROPAGATIONS
 from grootvl_mm.ops.tree import METRICS
@@ -37,15 +38,6 @@ def raster_path(batch: int, height: int, width: int, root: str, by_columns: bool
         order = order.flip(0)
     parent = torch.empty_like(order).scatter_(0, order.long(), torch.cat([order[:1], order[:-1]]))
     return Tree(parent.repeat(batch, 1), order.repeat(batch, 1))
-
-
-def linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
-    """A linear layer as GrootV starts it: weights truncated normal with deviation 0.02, bias 0."""
-    layer = nn.Linear(in_features, out_features, bias=bias)
-    nn.init.trunc_normal_(layer.weight, std=0.02)
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
 
 
 class TreeSSM(BaseModule):
@@ -90,15 +82,15 @@ class TreeSSM(BaseModule):
 
         inner = 2 * channels
         self.dt_rank = math.ceil(channels / 16)
-        self.in_proj = linear(channels, 2 * inner, bias=False)
+        self.in_proj = Linear(channels, 2 * inner, bias=False)
         self.conv2d = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, bias=False)
-        self.x_proj = linear(inner, self.dt_rank + 2, bias=False)
+        self.x_proj = Linear(inner, self.dt_rank + 2, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, inner)
         self.A_log = nn.Parameter(torch.zeros(inner))
         self.Ds = nn.Parameter(torch.ones(inner))
         self.h_norm = nn.LayerNorm(inner)
         self.out_norm = nn.LayerNorm(inner)
-        self.out_proj = linear(inner, channels, bias=False)
+        self.out_proj = Linear(inner, channels, bias=False)
         self._init_dt_proj()
 
     def _init_dt_proj(self, dt_min: float = 0.001, dt_max: float = 0.1, floor: float = 1e-4) -> None:
