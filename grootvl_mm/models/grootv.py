@@ -8,7 +8,7 @@ import torch.utils.checkpoint
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from grootvl_mm.models.linear import Linear
+from grootvl_mm.models.linear import MLP
 from grootvl_mm.models.published import rename_published_backbone
 from grootvl_mm.models.tree_ssm import TreeSSM
 from grootvl_mm.ops import Tree
@@ -74,19 +74,6 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens NHWC to tokens NHWC."""
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
-class MLP(nn.Module):
-    """Two linear layers with GELU between, over the last axis."""
-
-    def __init__(self, channels: int, ratio: int = 4) -> None:
-        super().__init__()
-        self.fc1 = Linear(channels, ratio * channels, bias=True, gelu=True)
-        self.fc2 = Linear(ratio * channels, channels, bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) to (..., C)."""
-        return self.fc2(self.fc1(x))
 
 
 class Block(nn.Module):

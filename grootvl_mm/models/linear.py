@@ -1,4 +1,4 @@
-"""Linear layers by the faster one of the two matrix libraries that PyTorch has for the CPU.
+"""Linear layers, and the MLP made of them, by the faster one of the two matrix libraries that PyTorch has for the CPU.
 
 PyTorch multiplies float32 matrices by MKL, which leaves half of an AMD processor's width unused. oneDNN, which PyTorch
 brings for its convolutions, uses all of it, and can apply GELU to what it has just computed. PyTorch's compiler takes
@@ -24,17 +24,7 @@ class Linear(nn.Linear):
     """A linear layer over the last axis, (..., in_features) to (..., out_features).
 
     It starts as GrootV's linear layers do: weights truncated normal with deviation 0.02, bias 0.
-
-    Args:
-        in_features: last axis of the input.
-        out_features: last axis of the result.
-        bias: add a bias.
-        gelu: apply the exact GELU to the result.
     """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, gelu: bool = False) -> None:
-        super().__init__(in_features, out_features, bias=bias)
-        self.gelu = gelu
 
     def reset_parameters(self) -> None:
         """Draw the weights anew."""
@@ -45,16 +35,27 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Any float32 tensor on the CPU goes to oneDNN, all else to PyTorch's own linear layer."""
         if not _is_for_onednn(x, self.weight):
-            y = F.linear(x, self.weight, self.bias)
-        elif torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            y = _OneDNNLinear.apply(x, self.weight, self.bias)
-        else:
-            return _ONEDNN_LINEAR(x, self.weight, self.bias, "gelu" if self.gelu else "none", [], "none")
-        return F.gelu(y) if self.gelu else y
+            return F.linear(x, self.weight, self.bias)
+        if _keeps_graph(x, self.weight):
+            return _OneDNNLinear.apply(x, self.weight, self.bias)
+        return _onednn_linear(x, self.weight, self.bias)
 
-    def extra_repr(self) -> str:
-        """The sizes, and GELU where it follows."""
-        return super().extra_repr() + (", gelu=True" if self.gelu else "")
+
+class MLP(nn.Module):
+    """Two linear layers with the exact GELU between, over the last axis."""
+
+    def __init__(self, channels: int, ratio: int = 4) -> None:
+        super().__init__()
+        self.fc1 = Linear(channels, ratio * channels)
+        self.fc2 = Linear(ratio * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to (..., C)."""
+        if not _is_for_onednn(x, self.fc1.weight):
+            return self.fc2(F.gelu(self.fc1(x)))
+        if _keeps_graph(x, self.fc1.weight):
+            return _OneDNNLinearOfGELU.apply(self.fc1(x), self.fc2.weight, self.fc2.bias)
+        return self.fc2(_onednn_linear(x, self.fc1.weight, self.fc1.bias, "gelu"))
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -70,6 +71,14 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def _keeps_graph(x: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    return _ONEDNN_LINEAR(x, weight, bias, activation, [], "none")
+
+
 class _OneDNNLinear(torch.autograd.Function):
     """The linear layer with a gradient that oneDNN computes too."""
 
@@ -77,7 +86,7 @@ class _OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _ONEDNN_LINEAR(x, weight, bias, "none", [], "none")
+        return _onednn_linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -87,15 +96,41 @@ class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        multiply = _OneDNNLinear.apply  # a b^T; differentiable once more
-        rows, x_rows = grad.flatten(0, -2).contiguous(), x.flatten(0, -2)
-        grad_x = multiply(rows, weight.t(), None).view_as(x) if needs_x else None
-        grad_weight = None
-        if needs_weight:
-            # oneDNN is faster where the result has more columns than rows.
-            if weight.shape[0] <= weight.shape[1]:
-                grad_weight = multiply(rows.t(), x_rows.t(), None)
-            else:
-                grad_weight = multiply(x_rows.t(), rows.t(), None).t()
-        return grad_x, grad_weight, rows.sum(0) if needs_bias else None
+        return _linear_backward(grad, x, weight, ctx.needs_input_grad)
+
+
+class _OneDNNLinearOfGELU(torch.autograd.Function):
+    """The linear layer of GELU(x). It keeps x alone and applies GELU to it again in the backward pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _onednn_linear(F.gelu(x), weight, bias)
+
+    setup_context = _OneDNNLinear.setup_context
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_gelu, grad_weight, grad_bias = _linear_backward(grad, F.gelu(x), weight, ctx.needs_input_grad)
+        grad_x = None if grad_gelu is None else torch.ops.aten.gelu_backward(grad_gelu, x)
+        return grad_x, grad_weight, grad_bias
+
+
+def _linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias that are needed; differentiable once more."""
+    needs_x, needs_weight, needs_bias = needs
+    multiply = _OneDNNLinear.apply  # a b^T
+    rows, x_rows = grad.flatten(0, -2).contiguous(), x.flatten(0, -2)
+    grad_x = multiply(rows, weight.t(), None).view_as(x) if needs_x else None
+    grad_weight = None
+    if needs_weight:
+        # oneDNN is faster where the result has more columns than rows.
+        if weight.shape[0] <= weight.shape[1]:
+            grad_weight = multiply(rows.t(), x_rows.t(), None)
+        else:
+            grad_weight = multiply(x_rows.t(), rows.t(), None).t()
+    return grad_x, grad_weight, rows.sum(0) if needs_bias else None
