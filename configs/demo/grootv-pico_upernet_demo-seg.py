@@ -10,8 +10,6 @@ default_scope = "mmseg"
 
 # Plain batch norm: SyncBN needs a GPU.
 norm_cfg = dict(type="BN", requires_grad=True)
-# Nine of ten pixels are background: at full weight, hundreds of iterations go by before a digit is found.
-class_weight = [0.4] + [1.0] * 10
 # The classifier starts ten times as large as mmseg's default, which passes next to no gradient on at first.
 init_cfg = dict(type="Normal", std=0.1, override=dict(name="conv_seg"))
 model = dict(
@@ -23,7 +21,6 @@ model = dict(
         dropout_ratio=0.0,
         num_classes=11,
         norm_cfg=norm_cfg,
-        loss_decode=dict(class_weight=class_weight),
         init_cfg=init_cfg,
     ),
     auxiliary_head=dict(
@@ -32,7 +29,6 @@ model = dict(
         dropout_ratio=0.0,
         num_classes=11,
         norm_cfg=norm_cfg,
-        loss_decode=dict(class_weight=class_weight),
         init_cfg=init_cfg,
     ),
 )
