@@ -99,9 +99,9 @@ class Block(nn.Module):
         return self._forward(x, tree)
 
     def _forward(self, x: Tensor, tree: Tree | None) -> tuple[Tensor, Tree]:
-        mixed, tree = self.mixer(self.norm1(x), tree)
+        mixed, tree = self.mixer(x, tree, self.norm1)
         x = x + self.drop_path(self._scale(mixed, self.gamma1))
-        x = x + self.drop_path(self._scale(self.mlp(self.norm2(x)), self.gamma2))
+        x = x + self.drop_path(self._scale(self.mlp(x, self.norm2), self.gamma2))
         return x, tree
 
     @staticmethod

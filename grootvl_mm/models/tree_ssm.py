@@ -1,20 +1,22 @@
 """The tree state space layer, GrootV's token mixer (section 3.2 and figure 2 of the paper)."""
 
 import math
-from functools import partial
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from grootvl_mm.models.linear import Linear
+from grootvl_mm.models.linear import Linear, can_recompute, linear, linear_backward
 from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_selective_scan
 from grootvl_mm.ops.scan import PROPAGATIONS
 from grootvl_mm.ops.tree import METRICS
 
 ROOTS = ("first", "last")
 SCANS = ("tree", "raster", "cross")
+SCAN_WEIGHTS = ("dt_weight", "dt_bias", "A_log", "Ds", "h_norm_weight", "h_norm_bias", "out_norm_weight")
+SCAN_WEIGHTS += ("out_norm_bias",)
 
 
 def raster_path(batch: int, height: int, width: int, root: str, by_columns: bool, device: torch.device) -> Tree:
@@ -103,46 +105,37 @@ class TreeSSM(BaseModule):
         with torch.no_grad():
             self.dt_proj.bias.copy_(inverse_softplus)
 
-    def forward(self, inputs: Tensor, tree: Tree | None = None) -> tuple[Tensor, Tree]:
+    def forward(
+        self, inputs: Tensor, tree: Tree | None = None, norm: nn.LayerNorm | None = None
+    ) -> tuple[Tensor, Tree]:
         """Mix the positions of a feature map.
 
         Args:
             inputs: (B, H, W, C).
             tree: trees to scan along; by default those of this layer's own features.
+            norm: a layer norm that the inputs have to go through first.
 
         Returns:
             (B, H, W, C), and the trees that were used (for ``cross`` those row by row).
         """
-        x, gate = self.in_proj(inputs).chunk(2, dim=-1)
-        x = F.silu(self.conv2d(x.permute(0, 3, 1, 2)))
-        if tree is None:
-            tree = self.build_tree(x)
-        x = x.permute(0, 2, 3, 1).flatten(1, 2)
-        dt, b, c = self.x_proj(x).split([self.dt_rank, 1, 1], dim=-1)
-        scan_along = partial(
-            tree_selective_scan,
-            x,
-            dt,
-            b,
-            c,
-            gate.flatten(1, 2),
-            dt_weight=self.dt_proj.weight,
-            dt_bias=self.dt_proj.bias,
-            A_log=self.A_log,
-            Ds=self.Ds,
-            h_norm_weight=self.h_norm.weight,
-            h_norm_bias=self.h_norm.bias,
-            out_norm_weight=self.out_norm.weight,
-            out_norm_bias=self.out_norm.bias,
-            eps=self.h_norm.eps,
-            propagation=self.propagation,
+        projected = self.in_proj(inputs) if norm is None else self.in_proj(inputs, norm)
+        weights = (
+            *(self.conv2d.weight, self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.Ds),
+            *(self.h_norm.weight, self.h_norm.bias, self.out_norm.weight, self.out_norm.bias),
         )
-        y = scan_along(tree=tree)
+        if self.scan != "cross" and can_recompute(projected, *weights):
+            y, *tree = _LeanSSM.apply(projected, tree, self.build_tree, self.h_norm.eps, self.propagation, *weights)
+            return self.out_proj(y), Tree(*tree)
+        x, gate = projected.chunk(2, dim=-1)
+        feature = F.silu(_convolve(x, self.conv2d.weight))
+        if tree is None:
+            tree = self.build_tree(feature)
+        values = _scan_inputs(feature, gate, self.x_proj.weight)
+        y = _scan(values, weights[2:], tree, self.h_norm.eps, self.propagation)
         if self.scan == "cross":
-            batch, height, width = gate.shape[:3]
-            columns = raster_path(batch, height, width, self.tree_root, by_columns=True, device=x.device)
-            y = (y + scan_along(tree=columns)) / 2
-        return self.out_proj(y.view(gate.shape)), tree
+            columns = raster_path(*gate.shape[:3], self.tree_root, by_columns=True, device=gate.device)
+            y = (y + _scan(values, weights[2:], columns, self.h_norm.eps, self.propagation)) / 2
+        return self.out_proj(y.unflatten(1, gate.shape[1:3])), tree
 
     def build_tree(self, feature: Tensor) -> Tree:
         """The trees of (B, D, H, W) features."""
@@ -152,3 +145,81 @@ class TreeSSM(BaseModule):
         # exp cannot overflow for the cosine; for the distances it does, so their exponents are compared.
         weight = grid_edge_weight(feature.detach(), self.tree_metric, log=self.tree_metric != "cosine")
         return grid_tree(weight, height, width, root=0 if self.tree_root == "first" else height * width - 1)
+
+
+def _convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """The depth-wise convolution, (B, H, W, D) to (B, D, H, W)."""
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, padding=1, groups=weight.shape[0])
+
+
+def _scan_inputs(feature: Tensor, gate: Tensor, x_weight: Tensor) -> tuple[Tensor, ...]:
+    """x, dt, b, c and gate, as :func:`tree_selective_scan` names them, of (B, D, H, W) and (B, H, W, D)."""
+    x = feature.permute(0, 2, 3, 1).flatten(1, 2)
+    dt, b, c = linear(x, x_weight).split([x_weight.shape[0] - 2, 1, 1], dim=-1)
+    return x, dt, b, c, gate.flatten(1, 2)
+
+
+def _scan(values: tuple[Tensor, ...], weights: tuple[Tensor, ...], tree: Tree, eps: float, propagation: str) -> Tensor:
+    """:func:`tree_selective_scan` with its parameters by position."""
+    return tree_selective_scan(
+        *values, **dict(zip(SCAN_WEIGHTS, weights, strict=True)), tree=tree, eps=eps, propagation=propagation
+    )
+
+
+def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.silu_backward(grad, x)
+    # PyTorch's operator is not differentiable itself.
+    sigmoid = x.sigmoid()
+    return grad * sigmoid * (1 + x * (1 - sigmoid))
+
+
+class _LeanSSM(torch.autograd.Function):
+    """All between the projections. It keeps the in-projection's result and the trees, and computes the feature map, a
+    small part of the work, again in the backward pass; the scan does so by itself.
+    """
+
+    @staticmethod
+    def forward(
+        projected: Tensor,
+        tree: Tree | None,
+        build_tree: Callable[[Tensor], Tree],
+        eps: float,
+        propagation: str,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, gate = projected.chunk(2, dim=-1)
+        feature = F.silu(_convolve(x, weights[0]), inplace=True)
+        tree = build_tree(feature) if tree is None else tree
+        y = _scan(_scan_inputs(feature, gate, weights[1]), weights[2:], tree, eps, propagation)
+        return y.unflatten(1, projected.shape[1:3]), *tree
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+        projected, _, _, ctx.eps, ctx.propagation, *weights = inputs
+        _, *tree = output
+        ctx.mark_non_differentiable(*tree)
+        ctx.save_for_backward(projected, *tree, *weights)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_y: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        projected, parent, order, conv_weight, x_weight, *weights = ctx.saved_tensors
+        x, gate = projected.chunk(2, dim=-1)
+        before = _convolve(x, conv_weight)
+        values = _scan_inputs(F.silu(before), gate, x_weight)
+        grad, grad_dt, grad_b, grad_c, grad_gate, *grads = torch.ops.grootvl.tree_selective_scan_backward(
+            grad_y.flatten(1, 2), *values, *weights, parent, order, ctx.eps, ctx.propagation
+        )
+        grad_steps = torch.cat([grad_dt, grad_b, grad_c], dim=-1).flatten(0, 1)
+        _, grad_x_weight, _ = linear_backward(grad_steps, values[0], x_weight, (False, True, False))
+        # In place, and each large tensor freed once it has served: fresh memory costs more than the arithmetic.
+        del values
+        grad.flatten(0, 1).addmm_(grad_steps, x_weight)
+        grad = _silu_backward(grad.view(grad_y.shape).permute(0, 3, 1, 2), before)
+        del before
+        grad, grad_conv_weight, _ = torch.ops.aten.convolution_backward(
+            *(grad, x.permute(0, 3, 1, 2), conv_weight, None),
+            *([1, 1], [1, 1], [1, 1], False, [0, 0], conv_weight.shape[0], [True, True, False]),
+        )
+        grad_projected = torch.cat([grad.permute(0, 2, 3, 1), grad_gate.view(gate.shape)], dim=-1)
+        return grad_projected, *[None] * 4, grad_conv_weight, grad_x_weight, *grads

@@ -58,11 +58,58 @@ def test_mlp_equals_pytorch(shape: list, channels: int) -> None:
     assert_equal_with_gradients(MLP(channels), plain_mlp, torch.randn(*shape, channels, requires_grad=True))
 
 
-def test_mlp_keeps_its_hidden_layer_once() -> None:
-    layer, kept = MLP(8), []
+class Normed(nn.Module):
+    """A layer of a layer norm, as the backbone's blocks use it."""
+
+    def __init__(self, layer: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels, eps=1e-3)
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, self.norm)
+
+
+def plain_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 5), (0, 4)])
+def test_layers_of_a_norm_equal_pytorch(shape: tuple) -> None:
+    for layer, plain in ((Linear(7, 5, bias=False), plain_linear), (MLP(7), plain_mlp)):
+        assert_equal_with_gradients(
+            Normed(layer, 7),
+            lambda x, weight, bias, *rest, plain=plain: plain(plain_norm(x, weight, bias), *rest),
+            torch.randn(*shape, 7, requires_grad=True),
+        )
+
+
+@pytest.mark.parametrize(
+    "needs_grad", [(True, True, True), (False, True, True), (True, False, True), (True, True, False)]
+)
+def test_gradients_of_a_norm_and_a_layer_by_finite_differences(device: torch.device, needs_grad: tuple) -> None:
+    """Also where the input, the norm or the layer is frozen."""
+    module = Normed(MLP(3), 3).to(device, torch.float64)
+    leaves = [torch.randn(2, 3, dtype=torch.float64, device=device), *(p.detach() for p in module.parameters())]
+    names = [name for name, _ in module.named_parameters()]
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(needs_grad[0 if i == 0 else 1 if names[i - 1].startswith("norm") else 2])
+
+    def call(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), x)
+
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
+def test_only_inputs_and_the_hidden_layer_are_kept() -> None:
+    """Neither what the norm returns nor what GELU returns."""
+    module, kept = Normed(MLP(8), 8), []
+    x = torch.randn(5, 8)
     with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
-        layer(torch.randn(5, 8))
+        module(x)
     assert sum(value.shape == (5, 32) for value in kept) == 1
+    assert {value.data_ptr() for value in kept if value.shape == x.shape} == {x.data_ptr()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
