@@ -149,27 +149,40 @@ def test_a_broken_extension_is_named(package_without_extension: Path) -> None:
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_instruction_sets_agree(tmp_path: Path, isa: str) -> None:
-    """Trees are bitwise the same, scans to rounding."""
+    """Trees are bitwise the same, edge weights, scans and their gradients to rounding."""
     feature = torch.randn(2, 37, 20, 21)
     weight = grid_edge_weight(feature)
     x, decay, tree = random_scan(2, 20, 21, 48, seed=0, dtype=torch.float32)
-    torch.save([feature, weight, x, decay, *tree], tmp_path / "inputs.pt")
+    inputs, selective_tree = random_selective_scan(2, 20, 21, 40, 3, seed=0, dtype=torch.float32)
+    selective = [*inputs.values(), *selective_tree]
+    torch.save([feature, weight, x, decay, *tree, *selective], tmp_path / "inputs.pt")
     result = run_python(
         tmp_path,
         "import torch\n"
         "from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_scan\n"
-        "feature, weight, x, decay, *tree = torch.load('inputs.pt')\n"
+        "feature, weight, x, decay, parent, order, *selective = torch.load('inputs.pt')\n"
+        "tree = (parent, order)\n"
         "grads = torch.ops.grootvl.tree_scan_backward(x, x, decay, *tree, 'all')\n"
         "torch.save([grid_edge_weight(feature), *grid_tree(weight, 20, 21),\n"
-        "            tree_scan(x, decay, Tree(*tree)), *grads], 'outputs.pt')\n",
+        "            tree_scan(x, decay, Tree(*tree)), *grads,\n"
+        "            torch.ops.grootvl.tree_selective_scan(*selective, 1e-5, 'all'),\n"
+        "            *torch.ops.grootvl.tree_selective_scan_backward(selective[0], *selective, 1e-5, 'all')],\n"
+        "           'outputs.pt')\n",
         GROOTVL_CPU_ISA=isa,
         PYTHONPATH=str(PACKAGE.parent),
     )
     assert result.returncode == 0, result.stderr
-    weights, parent, order, h, *grads = torch.load(tmp_path / "outputs.pt")
+    weights, parent, order, h, grad_x, grad_decay, *selective_results = torch.load(tmp_path / "outputs.pt")
     torch.testing.assert_close(weights, weight, rtol=1e-6, atol=1e-7)
     expected = grid_tree(weight, 20, 21)
     assert torch.equal(parent, expected.parent)
     assert torch.equal(order, expected.order)
     torch.testing.assert_close(h, tree_scan(x, decay, tree))
-    torch.testing.assert_close(grads, list(reference.tree_scan_backward(x, x, decay, *tree, "all")))
+    torch.testing.assert_close([grad_x, grad_decay], list(reference.tree_scan_backward(x, x, decay, *tree, "all")))
+    exact = [value.double() for value in inputs.values()]
+    expected_results = [
+        reference.tree_selective_scan(*exact, *selective_tree, 1e-5, "all"),
+        *reference.tree_selective_scan_backward(exact[0], *exact, *selective_tree, 1e-5, "all"),
+    ]
+    for result, expected_result in zip(selective_results, expected_results, strict=True):
+        assert (result - expected_result).norm() < 2e-5 * expected_result.norm()
