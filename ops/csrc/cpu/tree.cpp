@@ -99,19 +99,26 @@ std::tuple<at::Tensor, at::Tensor> grid_tree(
   std::atomic<int64_t> bad{-1};
   at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     TreeWorkspace workspace(height, width);
-    for (int64_t b = begin; b < end; ++b) {
-      const float* of_image = weights + b * num_edges;
-      if (!all_finite(of_image, num_edges)) {
-        bad = b;
-        return;
-      }
+    for (int64_t first = begin; first < end; first += TreeWorkspace::kTogether) {
+      const int64_t count = std::min(TreeWorkspace::kTogether, end - first);
       with_kernels([&](auto kernels) {
         using Kernels = decltype(kernels);
-        if (vertices > 1) {
-          Kernels::spanning_tree(of_image, workspace);
+        for (int64_t slot = 0; slot < count; ++slot) {
+          const float* of_image = weights + (first + slot) * num_edges;
+          if (!all_finite(of_image, num_edges)) {
+            bad = first + slot;
+            return;
+          }
+          if (vertices > 1) {
+            Kernels::spanning_tree(of_image, workspace, slot);
+          }
         }
-        Kernels::walk(root, workspace, parents + b * vertices, orders + b * vertices);
+        const auto walk = count == 1 ? &Kernels::template walk<1> : &Kernels::template walk<TreeWorkspace::kTogether>;
+        walk(root, workspace, parents + first * vertices, orders + first * vertices);
       });
+      if (bad >= 0) {
+        return;
+      }
     }
   });
   TORCH_CHECK_VALUE(

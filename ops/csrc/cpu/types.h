@@ -7,13 +7,6 @@
 
 namespace grootvl::cpu {
 
-// An edge between components u and v of a growing forest. origin: 2 * lower vertex, + 1 when horizontal.
-struct Edge {
-  int32_t u, v;
-  uint32_t key;
-  uint32_t origin;
-};
-
 // Memory that starts with whatever it holds.
 template <typename T>
 class Uninitialised {
@@ -30,19 +23,25 @@ class Uninitialised {
 
 // Memory for the tree of one image after another.
 struct TreeWorkspace {
+  // Images whose trees are walked together; each has a slot in links and stack.
+  static constexpr int64_t kTogether = 2;
+
   TreeWorkspace(int64_t height, int64_t width)
       : height(height),
         width(width),
         vertical((height + 1) * width, 0xffffffff),
         horizontal(height * width + 1, 0xffffffff),
         chosen((height + 2) * width),
-        links(height * width),
+        links(kTogether * height * width),
+        labels((height + 2) * width),
         leader(height * width),
+        joined(height * width),
         next(height * width),
         id(height * width),
-        stack(height * width + 4),
+        stack(kTogether * (height * width + 4)),
         least(height * width),
-        edges(2 * height * width + 1) {}
+        ends(2 * height * width + 1),
+        keys(2 * height * width + 1) {}
 
   int64_t height, width;
   // Edge weights as integers. vertical[v] is the edge above vertex v, horizontal[v] the one to its left; where there is
@@ -50,10 +49,13 @@ struct TreeWorkspace {
   std::vector<uint32_t> vertical, horizontal;
   // The four edges of a vertex as bits; `chosen` has a row above and below the grid.
   std::vector<uint8_t> chosen, links;
-  Uninitialised<int32_t> leader, next, id;
+  // The component of each vertex, with a row above and below the grid.
+  std::vector<int32_t> labels;
+  Uninitialised<int32_t> leader, joined, next, id;
   Uninitialised<uint32_t> stack;
   Uninitialised<uint64_t> least;
-  Uninitialised<Edge> edges;
+  // The edges between different components: both components in one word; the weight as an integer above the index.
+  Uninitialised<uint64_t> ends, keys;
 };
 
 // The rooted tree of one image.
