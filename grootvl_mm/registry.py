@@ -4,11 +4,14 @@
 imports ``<scope>.registry`` by itself and then the ``locations`` named here.
 """
 
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import Registry
 
 MODELS = Registry("model", parent=MMENGINE_MODELS, scope="grootvl_mm", locations=["grootvl_mm.models"])
+# By the scope only: importing mmengine's hooks takes OpenCV, which the models do without.
+HOOKS = Registry("hook", parent=MMENGINE_HOOKS, scope="grootvl_mm", locations=["grootvl_mm.engine.hooks"])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optimizer wrapper constructor",
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
@@ -18,7 +21,7 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
 
 
 def expose_bare_names() -> None:
-    """Make every module of this package buildable by its bare name in the scopes of mmdet, mmseg and mmpretrain.
+    """Make models and constructors of this package buildable by bare names in the scopes of the hosts.
 
     Those scopes look an unknown name up in mmengine's root registries, so the modules are registered there too.
     """

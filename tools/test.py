@@ -90,7 +90,8 @@ def main() -> None:
             {"type": DUMPERS[cfg.default_scope], "out_file_path": args.out},
         ]
     cli.finish_runner_config(cfg)
-    Runner.from_cfg(cfg).test()
+    with cli.checkpoint_errors(args.checkpoint):
+        Runner.from_cfg(cfg).test()
     cli.close_process_group()
 
 

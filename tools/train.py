@@ -80,7 +80,8 @@ def main() -> None:
     if args.resume is not None:
         set_resume(cfg, args.resume)
     cli.finish_runner_config(cfg)
-    Runner.from_cfg(cfg).train()
+    with cli.checkpoint_errors():
+        Runner.from_cfg(cfg).train()
     cli.close_process_group()
 
 

@@ -13,12 +13,10 @@ import torch
 from mmengine.utils import is_seq_of
 from torch import Tensor
 
+from grootvl_mm.models.published import CheckpointError
+
 SUFFIX = ".pth"
 HASH_DIGITS = 8
-
-
-class CheckpointError(ValueError):
-    """A checkpoint file that cannot be read, used or written; the message is one line for the user."""
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """What ``tools/train.py``, ``tools/test.py`` and the tools that load a model have in common."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -10,6 +12,7 @@ from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.dist import is_distributed
 
+from grootvl_mm.engine.checkpoint_files import CheckpointError, read_checkpoint
 from grootvl_mm.engine.cpu import adapt_to_cpu
 from grootvl_mm.engine.hooks import GlobalLossHook
 
@@ -22,9 +25,9 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(f"error: {message}")
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, config_help: str = "path of the config file") -> None:
     """Add ``config`` and ``--cfg-options``."""
-    parser.add_argument("config", help="path of the config file")
+    parser.add_argument("config", help=config_help)
     parser.add_argument(
         "--cfg-options",
         nargs="+",
@@ -52,6 +55,26 @@ def check_file(path: str, what: str, hint: str) -> None:
     """Fail if ``path`` is neither a file nor an address that mmengine can fetch."""
     if "://" not in path and not Path(path).is_file():
         fail(f"{what} {path!r} does not exist (or is no file); {hint}")
+
+
+@contextmanager
+def checkpoint_errors(path: str | None = None) -> Iterator[None]:
+    """Fail with one clear line where a checkpoint cannot be read or does not fit the model.
+
+    Args:
+        path: The checkpoint, where there is one for the whole model. It is looked at again only after an error.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        fail(f"{path}: {error}" if path else str(error))
+    except Exception:
+        if path is not None and Path(path).is_file():
+            try:
+                read_checkpoint(path)
+            except CheckpointError as error:
+                fail(str(error))
+        raise
 
 
 def load_config(path: str, cfg_options: dict | None = None) -> Config:
@@ -93,7 +116,7 @@ def prepare_runner_config(args: argparse.Namespace) -> Config:
 def finish_runner_config(cfg: Config) -> None:
     """Fit a complete run config to the device and the launcher; call it right before ``Runner``."""
     if cfg.launcher != "none":
-        cfg.custom_hooks = [*cfg.get("custom_hooks", []), {"type": GlobalLossHook.__name__}]
+        cfg.custom_hooks = [*cfg.get("custom_hooks", []), {"type": f"grootvl_mm.{GlobalLossHook.__name__}"}]
     if get_device() == "cpu":
         try:
             adapt_to_cpu(cfg)

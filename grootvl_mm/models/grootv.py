@@ -9,7 +9,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from grootvl_mm.models.linear import MLP
-from grootvl_mm.models.published import rename_published_backbone
+from grootvl_mm.models.published import CheckpointError, rename_published_backbone, rename_published_classifier
 from grootvl_mm.models.tree_ssm import TreeSSM
 from grootvl_mm.ops import Tree
 from grootvl_mm.registry import MODELS
@@ -321,6 +321,11 @@ class GrootV(BaseModule):
         block = int(parts[3]) if parts[2] == "blocks" else self.depths[stage] - 1
         return sum(self.depths[:stage]) + block + 1, num_layers
 
+    @staticmethod
+    def _checkpoint_filter(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Let mmpretrain's ``ImageClassifier``, which calls this before it loads weights, read published files."""
+        rename_published_classifier(state_dict, prefix)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
@@ -330,15 +335,16 @@ class GrootV(BaseModule):
 
     def _check_matching_keys(self, state_dict: dict[str, Any], prefix: str) -> None:
         """A file of another model must not pass for a success just because loading is not strict."""
-        own = self.state_dict()
-        matching = sum(
-            getattr(state_dict.get(prefix + name), "shape", None) == value.shape for name, value in own.items()
-        )
+        own = {prefix + name: tuple(value.shape) for name, value in self.state_dict().items()}
+        found = {name: tuple(getattr(value, "shape", ())) for name, value in state_dict.items()}
+        matching = sum(found.get(name) == shape for name, shape in own.items())
         if 2 * matching < len(own):
-            found = [key for key in state_dict if key.startswith(prefix)] or list(state_dict)
-            raise ValueError(
+            example = next(name for name, shape in own.items() if found.get(name) != shape)
+            near = [example] if example in found else list(found)  # torch gives what begins with the prefix only
+            nothing = f"nothing below {prefix!r}" if prefix else "nothing"
+            raise CheckpointError(
                 f"this checkpoint does not fit {type(self).__name__}: {matching} of {len(own)} parameters match in "
-                f"name and shape. Expected for example '{prefix}{next(iter(own))}', found "
-                f"{', '.join(map(repr, found[:3])) or 'nothing'}. Check the file, the arch and, when the backbone is "
-                "part of a larger model, init_cfg's prefix."
+                f"name and shape. Expected for example {example!r} {own[example]}, found "
+                f"{', '.join(f'{name!r} {found[name]}' for name in near[:3]) or nothing}. Check the file, the arch "
+                "and, when the backbone is part of a larger model, init_cfg's prefix."
             )

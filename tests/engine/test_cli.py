@@ -1,8 +1,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from grootvl_mm.engine import cli
+from grootvl_mm.engine.checkpoint_files import CheckpointError
 
 
 def write(folder: Path, text: str) -> str:
@@ -39,3 +41,19 @@ def test_addresses_are_not_looked_for_on_disk():
     cli.check_file("https://example.org/model.pth", "checkpoint", "hint")
     with pytest.raises(SystemExit, match=r"checkpoint 'model\.pth' does not exist .*; hint"):
         cli.check_file("model.pth", "checkpoint", "hint")
+
+
+def test_checkpoints_that_do_not_fit_or_cannot_be_read(tmp_path: Path):
+    damaged, good = tmp_path / "damaged.pth", tmp_path / "good.pth"
+    damaged.write_text("hello")
+    torch.save({"state_dict": {}}, good)
+    with pytest.raises(SystemExit, match=r"^error: a\.pth: another model$"), cli.checkpoint_errors("a.pth"):
+        raise CheckpointError("another model")
+    with pytest.raises(SystemExit, match=r"^error: another model$"), cli.checkpoint_errors():
+        raise CheckpointError("another model")
+    with pytest.raises(SystemExit, match="is no checkpoint, or is cut off or damaged"), cli.checkpoint_errors(damaged):
+        torch.load(damaged)
+    # Errors that have another reason stay what they are.
+    for path in (str(good), str(tmp_path / "nowhere.pth"), None):
+        with pytest.raises(RuntimeError, match="out of memory"), cli.checkpoint_errors(path):
+            raise RuntimeError("out of memory")

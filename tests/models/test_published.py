@@ -79,12 +79,12 @@ def test_published_names_of_some_parameters(models: tuple) -> None:
     } <= names
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("parallel", ["", "module."])
-def test_a_published_file_loads_as_pretrained(models: tuple, tmp_path: Path, wrapped: bool, parallel: str) -> None:
-    weights = {parallel + key: value for key, value in publish(*models).items()}
+@pytest.mark.parametrize("key", ["model", "model_ema", "state_dict", None])
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
+def test_a_published_file_loads_as_pretrained(models: tuple, tmp_path: Path, key: str | None, prefix: str) -> None:
+    weights = {prefix + name: value for name, value in publish(*models).items()}
     file = tmp_path / "published.pth"
-    torch.save({"model": weights, "epoch": 300} if wrapped else weights, file)
+    torch.save({key: weights, "epoch": 300} if key else weights, file)
     init_cfg = {"type": "Pretrained", "checkpoint": str(file)}
     backbone = GrootV(MICRO, init_cfg=init_cfg)
     neck = GrootVNeck(64, 96, init_cfg=init_cfg)
@@ -92,6 +92,19 @@ def test_a_published_file_loads_as_pretrained(models: tuple, tmp_path: Path, wra
     neck.init_weights()
     assert_same(backbone, models[0])
     assert_same(neck, models[1])
+
+
+def test_a_published_file_loads_with_plain_pytorch(models: tuple, tmp_path: Path) -> None:
+    torch.save({"model": publish(*models), "model_ema": {}, "optimizer": {}, "epoch": 300}, tmp_path / "published.pth")
+    backbone = GrootV(MICRO)
+    backbone.load_state_dict(torch.load(tmp_path / "published.pth", weights_only=True), strict=True)
+    assert_same(backbone, models[0])
+
+
+def test_of_both_the_weights_under_model_are_taken(models: tuple) -> None:
+    backbone = GrootV(MICRO)
+    backbone.load_state_dict({"model_ema": publish(GrootV(MICRO)), "model": publish(*models)})
+    assert_same(backbone, models[0])
 
 
 def test_nothing_of_a_published_file_is_left_over(models: tuple) -> None:

@@ -4,7 +4,8 @@ The file may hold the weights under "model" and averaged ones under "model_ema",
 the averaged ones are taken by default, as the recipe evaluates them. The result is written next to DST, with a part
 of its hash in the name: grootv_tiny.pth becomes grootv_tiny-01234567.pth.
 
-A backbone alone needs no conversion: init_cfg=dict(type='Pretrained', checkpoint=FILE) reads published files.
+Loading needs no conversion: the classifiers of configs/grootv and GrootV itself read published files, and take the
+weights under "model". The conversion is for the averaged weights, for sharing, and for other programs.
 """
 
 import argparse
@@ -24,11 +25,9 @@ from grootvl_mm import __version__
 from grootvl_mm.engine import cli
 from grootvl_mm.engine.checkpoint_files import CheckpointError, is_state_dict, rewrite_checkpoint
 from grootvl_mm.models import GrootV
-from grootvl_mm.models.published import convert_published, is_published
+from grootvl_mm.models.published import WEIGHTS, convert_published, is_published, strip_prefixes
 
 CLASSIFIER = Path(__file__).resolve().parents[2] / "configs" / "_base_" / "models" / "grootv_classifier.py"
-WEIGHTS = ("model", "model_ema")
-PREFIXES = ("module.", "backbone.")
 
 
 def parse_args() -> argparse.Namespace:
@@ -66,14 +65,7 @@ def select_weights(content: Mapping[str, Any], wanted: str | None) -> tuple[str,
     if not is_state_dict(weights):
         where = f"under 'model'; found {_some(content)}" if wanted is None else f"under {wanted!r}"
         raise CheckpointError(f"expected names and tensors {where}")
-    published = {}
-    for name, value in weights.items():
-        short = name
-        for prefix in PREFIXES:
-            short = short.removeprefix(prefix)
-        if short in published:
-            raise CheckpointError(f"the weights hold {short!r} twice, with and without a prefix")
-        published[short] = value
+    published = strip_prefixes(weights)
     if not is_published(published):
         raise CheckpointError(f"these are not the weights of a published GrootV classifier; found {_some(weights)}")
     return wanted or "state dict", published
@@ -151,10 +143,7 @@ def convert(content: Mapping[str, Any], source: str, wanted: str | None = None) 
         CheckpointError: The content is not that of a GrootV classifier, or not complete.
     """
     name, published = select_weights(content, wanted)
-    try:
-        weights = convert_published(published)
-    except IndexError as error:
-        raise CheckpointError(f"some weights have too few axes: {error}") from error
+    weights = convert_published(published)
     arch = find_arch(weights)
     bias = weights.get("head.fc.bias")
     num_classes = 1000 if bias is None else bias.numel()

@@ -28,7 +28,11 @@ val_cfg = dict()
 test_cfg = dict()
 
 # Validation and the published number are those of the averaged weights (0.9999).
-custom_hooks = [dict(type="EMAHook", momentum=1e-4, priority="ABOVE_NORMAL")]
+custom_hooks = [
+    dict(type="EMAHook", momentum=1e-4, priority="ABOVE_NORMAL"),
+    # With it a run can start from a published file, of which it evaluates the averaged weights if there are any.
+    dict(type="grootvl_mm.PublishedCheckpointHook"),
+]
 
 # 8 GPUs x 128 images.
 auto_scale_lr = dict(base_batch_size=1024)
