@@ -1,0 +1,148 @@
+"""The command demo/image_demo.py, for each task and kind of input, and what it says to wrong ones."""
+
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from tests.configs.config_cases import ROOT
+from tests.demo.conftest import NAMES
+
+for host in ("mmdet", "mmseg", "mmpretrain"):
+    pytest.importorskip(host)
+
+SCRIPT = ROOT / "demo" / "image_demo.py"
+CLASSIFIER = ROOT / "configs" / "demo" / "grootv-pico_demo-cls.py"
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str | None]:
+    """Run the command in this process (a new one takes seconds to start); return its error, or None."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> str | None:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as stopped:
+            return stopped.code
+        return None
+
+    return run
+
+
+def changed_pixels(before: np.ndarray, after: np.ndarray) -> float:
+    """Share of the pixels that something was drawn on."""
+    assert before.shape == after.shape
+    return float((cv2.absdiff(before, after).max(axis=2) > 40).mean())
+
+
+@pytest.mark.parametrize("task", NAMES)
+def test_draws_on_a_picture(
+    task: str, call: Callable, checkpoints: dict, pictures: Path, picture: np.ndarray, tmp_path: Path
+) -> None:
+    source = pictures / "b.png"
+    assert call(source, NAMES[task], checkpoints[task], "--out-dir", "out", "--score-thr", 0, "--device", "cpu") is None
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
+    drawn = cv2.imread(str(tmp_path / "out" / "b.png"))
+    assert changed_pixels(picture, drawn) > 0.05
+    if task != "seg":  # which paints over everything
+        # Blue stays blue where nothing is drawn.
+        assert changed_pixels(picture, drawn) < 0.95
+
+
+def test_draws_as_the_inferencer_does(call: Callable, checkpoints: dict, pictures: Path, tmp_path: Path) -> None:
+    """Colours included: the inferencer reads a file, the command hands it an array."""
+    from mmdet.apis import DetInferencer
+
+    config = str(ROOT / "configs" / "demo" / f"{NAMES['det']}.py")
+    inferencer = DetInferencer(config, checkpoints["det"], device="cpu", show_progress=False)
+    inferencer(str(pictures / "b.png"), out_dir=str(tmp_path / "host"), pred_score_thr=0.1)
+    assert call(pictures / "b.png", config, checkpoints["det"], "--score-thr", 0.1, "--device", "cpu") is None
+    expected = cv2.imread(str(tmp_path / "host" / "vis" / "b.png"))
+    # Asked for an array, the visualizer renders its picture once more: some pixels change a little.
+    assert cv2.absdiff(cv2.imread(str(tmp_path / "outputs" / "b.png")), expected).max() < 32
+
+
+def test_real_command_on_a_folder(checkpoints: dict, pictures: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(pictures), str(CLASSIFIER), checkpoints["cls"], "--out-dir", "a/b"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == ["a.jpg", "b.png"]
+    assert "2/2" in done.stderr  # the progress bar
+    assert cv2.imread(str(tmp_path / "a" / "b" / "a.jpg")).shape == (48, 50, 3)
+
+
+def test_video(call: Callable, checkpoints: dict, video: Path, picture: np.ndarray, tmp_path: Path) -> None:
+    assert call(video, CLASSIFIER, checkpoints["cls"], "--device", "cpu", "--frames") is None
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["clip", "clip.mp4"]
+    drawn = cv2.VideoCapture(str(tmp_path / "outputs" / "clip.mp4"))
+    assert (drawn.get(cv2.CAP_PROP_FRAME_COUNT), drawn.get(cv2.CAP_PROP_FPS)) == (5, 10)
+    frame = drawn.read()[1]
+    assert frame.shape == (48, 64, 3)
+    assert np.abs(frame[-1, -1].astype(int) - picture[-1, -1]).max() < 40  # blue stayed blue
+    frames = sorted((tmp_path / "outputs" / "clip").iterdir())
+    assert [path.name for path in frames] == [f"{index:06d}.png" for index in range(5)]
+    assert not np.array_equal(cv2.imread(str(frames[0])), cv2.imread(str(frames[4])))
+
+
+def test_formats_that_opencv_reads_but_does_not_write(
+    call: Callable, checkpoints: dict, picture: np.ndarray, tmp_path: Path
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "photo").write_bytes(cv2.imencode(".png", picture)[1])
+    assert call(tmp_path / "pictures" / "photo", CLASSIFIER, checkpoints["cls"], "--device", "cpu") is None
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["photo.png"]
+
+
+def test_checkpoint_from_the_config(call: Callable, checkpoints: dict, pictures: Path, tmp_path: Path) -> None:
+    options = ("--device", "cpu", "--cfg-options", f"load_from={checkpoints['cls']}")
+    assert call(pictures, CLASSIFIER, *options) is None
+    assert len(list((tmp_path / "outputs").iterdir())) == 2
+
+
+WRONG = {
+    "missing input": (("nowhere.png", CLASSIFIER, "CHECKPOINT"), "input 'nowhere.png' does not exist; give a picture"),
+    "empty folder": (("empty", CLASSIFIER, "CHECKPOINT"), "the folder 'empty' has no pictures (.bmp, .gif, "),
+    "text": (("text.png", CLASSIFIER, "CHECKPOINT"), "'text.png' is neither a picture nor a video that OpenCV can"),
+    "empty file": (("empty.png", CLASSIFIER, "CHECKPOINT"), "'empty.png' is neither a picture nor a video"),
+    "broken picture": (("broken", CLASSIFIER, "CHECKPOINT"), "'broken/a.png' is no picture that OpenCV can read"),
+    "unknown model": (("pictures", "mask-rcnn_grootv-tiny", "CHECKPOINT"), "has no model 'mask-rcnn_grootv-tiny'; sim"),
+    "missing config": (("pictures", "nothing.py", "CHECKPOINT"), "config 'nothing.py' does not exist"),
+    "no checkpoint": (("pictures", CLASSIFIER), "no checkpoint; give its path after the model"),
+    "missing checkpoint": (("pictures", CLASSIFIER, "no.pth"), "checkpoint 'no.pth' does not exist"),
+    "damaged checkpoint": (("pictures", CLASSIFIER, "text.png"), "text.png is no checkpoint, or is cut off or damaged"),
+    "other checkpoint": (("pictures", CLASSIFIER, "other.pth"), "other.pth: this checkpoint does not fit GrootV: 0 of"),
+    "unknown device": (("pictures", CLASSIFIER, "CHECKPOINT", "--device", "gpu"), "cannot use the device 'gpu': "),
+    "folder is a file": (("pictures", CLASSIFIER, "CHECKPOINT", "--out-dir", "text.png"), "cannot make the folder"),
+    "own folder": (("pictures", CLASSIFIER, "CHECKPOINT", "--out-dir", "pictures"), "is the folder of the input"),
+    "folder of the file": (("text.png", CLASSIFIER, "CHECKPOINT", "--out-dir", "."), "neither a picture nor a video"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_one_clear_error(case: str, call: Callable, checkpoints: dict, pictures: Path, tmp_path: Path) -> None:
+    arguments, message = WRONG[case]
+    for folder in ("empty", "broken"):
+        (tmp_path / folder).mkdir()
+    for name in ("text.png", "broken/a.png"):
+        (tmp_path / name).write_text("hello")
+    (tmp_path / "empty.png").touch()
+    torch.save({"state_dict": {"conv1.weight": torch.ones(1)}}, tmp_path / "other.pth")
+    error = call(*(checkpoints["cls"] if argument == "CHECKPOINT" else argument for argument in arguments))
+    assert error.startswith("error: ")
+    assert message in error
+    assert "\n" not in error
+    assert not list((tmp_path / "outputs").glob("*"))
+    assert sorted(path.name for path in pictures.iterdir()) == ["a.jpg", "b.png", "notes.txt"]

@@ -1,0 +1,52 @@
+"""The inferencers of the hosts take our configs, by the path that the zoo tells for a name."""
+
+import numpy as np
+import pytest
+
+from grootvl_mm.zoo import config_file
+from tests.demo.conftest import NAMES
+
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def test_detection(checkpoints: dict, picture: np.ndarray) -> None:
+    apis = pytest.importorskip("mmdet.apis")
+    inferencer = apis.DetInferencer(config_file(NAMES["det"]), checkpoints["det"], device="cpu", show_progress=False)
+    assert list(inferencer.visualizer.dataset_meta["classes"]) == DIGITS
+    (found,) = inferencer([picture])["predictions"]
+    count = len(found["scores"])
+    assert count > 0
+    assert np.shape(found["bboxes"]) == (count, 4)
+    assert [mask["size"] for mask in found["masks"]] == [[48, 64]] * count
+
+
+def test_segmentation(checkpoints: dict, picture: np.ndarray) -> None:
+    apis = pytest.importorskip("mmseg.apis")
+    inferencer = apis.MMSegInferencer(config_file(NAMES["seg"]), checkpoints["seg"], device="cpu")
+    result = inferencer([picture, picture[:, :50]], return_vis=True)
+    assert [labels.shape for labels in result["predictions"]] == [(48, 64), (48, 50)]
+    assert max(labels.max() for labels in result["predictions"]) <= 10
+    assert [drawn.shape for drawn in result["visualization"]] == [(48, 64, 3), (48, 50, 3)]
+
+
+def test_classification(checkpoints: dict, picture: np.ndarray) -> None:
+    mmpretrain = pytest.importorskip("mmpretrain")
+    inferencer = mmpretrain.ImageClassificationInferencer(config_file(NAMES["cls"]), checkpoints["cls"], device="cpu")
+    (found,) = inferencer(picture)
+    assert found["pred_class"] == sorted(DIGITS)[found["pred_label"]]
+    assert found["pred_scores"].sum() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("host", "inferencer", "name", "classes"),
+    [
+        ("mmdet", "DetInferencer", "mask-rcnn_grootv-tiny_fpn_1x_coco", 80),
+        ("mmseg", "MMSegInferencer", "grootv-tiny_upernet_8xb2-160k_ade20k-512x512", 19),
+    ],
+)
+def test_the_recipes_build(host: str, inferencer: str, name: str, classes: int) -> None:
+    """Without their data sets and without weights; mmseg falls back to Cityscapes' classes then."""
+    apis = pytest.importorskip(f"{host}.apis")
+    built = getattr(apis, inferencer)(config_file(name), device="cpu")
+    assert built.model.backbone.num_features == [80, 160, 320, 640]
+    assert len(built.model.dataset_meta["classes"]) == classes
