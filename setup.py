@@ -1,9 +1,11 @@
 """Builds the compiled operators and the ``.mim`` folder that openmim looks for; see docs of each command class.
 
 Environment variables: ``FORCE_CUDA=1`` builds the CUDA operators without a GPU at hand, ``TORCH_CUDA_ARCH_LIST`` says
-for which architectures, ``GROOTVL_NO_EXTENSION=1`` leaves the compiled operators out.
+for which architectures (default: those from 8.0 on that torch is built for, whatever GPU is here),
+``GROOTVL_NO_EXTENSION=1`` leaves the compiled operators out.
 """
 
+import importlib.util
 import logging
 import os
 import re
@@ -85,6 +87,28 @@ def cuda_reason() -> str | None:
     return None
 
 
+def cuda_architectures() -> str:
+    """Those from 8.0 on that torch is built for, in the words of TORCH_CUDA_ARCH_LIST, and PTX for newer ones."""
+    numbers = {int(number) for number in re.findall(r"sm_(\d+)", torch._C._cuda_getArchFlags() or "")}
+    names = [f"{number // 10}.{number % 10}" for number in sorted(numbers) if number >= 80]
+    if not names:
+        sys.exit(f"error: torch {torch.__version__} names no CUDA architecture from 8.0 on; set TORCH_CUDA_ARCH_LIST.")
+    return ";".join(names) + "+PTX"
+
+
+def link_cuda_runtime(extension) -> None:
+    """Where the linker would not find libcudart, link the one that torch itself loads, from its packages."""
+    folders = [*extension.library_dirs, *os.environ.get("LIBRARY_PATH", "").split(os.pathsep)]
+    if os.name == "nt" or any(Path(folder, "libcudart.so").exists() for folder in folders if folder):
+        return
+    packages = importlib.util.find_spec("nvidia")
+    places = packages.submodule_search_locations if packages else []
+    runtimes = sorted(path for place in places for path in Path(place).glob("*/lib/libcudart.so.*"))
+    if runtimes:
+        extension.libraries.remove("cudart")
+        extension.extra_link_args.append(str(runtimes[-1]))
+
+
 def supports_openmp(command: str) -> bool:
     """Whether the compiler takes ``-fopenmp``."""
     check = subprocess.run(
@@ -116,15 +140,18 @@ def extensions() -> list:
         extension = cpp_extension.CUDAExtension
         sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / SOURCES / "cuda").glob("*.cu"))
         flags = {"cxx": flags, "nvcc": ["-O3"]}
-    return [
-        extension(
-            f"{PACKAGE}._C",
-            sources,
-            include_dirs=[str(ROOT / SOURCES)],
-            extra_compile_args=flags,
-            py_limited_api=True,
-        )
-    ]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or cuda_architectures()
+        log.info("grootvl_mm: CUDA architectures %s.", os.environ["TORCH_CUDA_ARCH_LIST"])
+    built = extension(
+        f"{PACKAGE}._C",
+        sources,
+        include_dirs=[str(ROOT / SOURCES)],
+        extra_compile_args=flags,
+        py_limited_api=True,
+    )
+    if reason is None:
+        link_cuda_runtime(built)
+    return [built]
 
 
 def build_ext_command() -> type:

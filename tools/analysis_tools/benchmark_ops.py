@@ -92,6 +92,8 @@ class Sizes(NamedTuple):
     memory: tuple[Grid, ...] = ((56, 56), (112, 112), (200, 334), (400, 672))
 
 
+# A GPU is full only with the batches that it is used for.
+GPU = Sizes(weight_batch=128, scan_batch=128, layer_batch=128)
 QUICK = Sizes(
     trees=((4, 4), (8, 8)),
     tree_vertices=2**7,
@@ -695,7 +697,8 @@ def main() -> None:
         no_scipy = "scipy has no CUDA"
     elif minimum_spanning_tree is None:
         no_scipy = "scipy not installed"
-    sizes = QUICK if args.quick else Sizes()
+    full_sizes = GPU if args.device == "cuda" else Sizes()
+    sizes = QUICK if args.quick else full_sizes
     settings = Settings(sizes, groups, args.device, args.inputs, args.rounds, no_scipy)
 
     machine = describe_machine(args.device)

@@ -1,0 +1,67 @@
+// Sums over the threads of a warp or of a block.
+#pragma once
+
+#include "cuda/launch.cuh"
+
+namespace grootvl::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffff;
+
+// The sum over the lanes of a warp, the same in each of them.
+template <typename T>
+__device__ T warp_sum(T value) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, offset);
+  }
+  return value;
+}
+
+// Four sums over the lanes of a warp in half the exchanges; each adds its values in the same order.
+template <typename T>
+__device__ void warp_sums(T& a, T& b, T& c, T& d) {
+  const int lane = lane_index();
+  const bool upper_half = lane & 16, upper_quarter = lane & 8;
+  T first = upper_half ? c : a, second = upper_half ? d : b;
+  first += __shfl_xor_sync(kAllLanes, upper_half ? a : c, 16);
+  second += __shfl_xor_sync(kAllLanes, upper_half ? b : d, 16);
+  T sum = upper_quarter ? second : first;
+  sum += __shfl_xor_sync(kAllLanes, upper_quarter ? first : second, 8);
+#pragma unroll
+  for (int offset = 4; offset > 0; offset /= 2) {
+    sum += __shfl_xor_sync(kAllLanes, sum, offset);
+  }
+  a = __shfl_sync(kAllLanes, sum, 0);
+  b = __shfl_sync(kAllLanes, sum, 8);
+  c = __shfl_sync(kAllLanes, sum, 16);
+  d = __shfl_sync(kAllLanes, sum, 24);
+}
+
+// The sum of `value` over the threads before this one; `total` is that over all. For all threads of a block at once.
+__device__ inline int exclusive_sum(int value, int& total) {
+  __shared__ int of_warps[kWarpSize];
+  const int lane = lane_index(), warp = warp_index();
+  int inclusive = value;
+#pragma unroll
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const int before = __shfl_up_sync(kAllLanes, inclusive, offset);
+    if (lane >= offset) {
+      inclusive += before;
+    }
+  }
+  if (lane == kWarpSize - 1) {
+    of_warps[warp] = inclusive;
+  }
+  __syncthreads();
+  int before = 0;
+  total = 0;
+  for (int w = 0; w < warps_in_block(); ++w) {
+    before += w < warp ? of_warps[w] : 0;
+    total += of_warps[w];
+  }
+  // Nobody may write the sums of the next call before all have read these.
+  __syncthreads();
+  return before + inclusive - value;
+}
+
+}  // namespace grootvl::cuda

@@ -1,0 +1,71 @@
+// Trees cut into pieces that can be scanned side by side.
+//
+// A vertex is critical when it is the root, or has children and more multiples of `size` below it than below each of
+// them: ceil(n(v) / size) > ceil(n(c) / size) for all children c, n being the number of vertices of the subtree (Gazit,
+// Miller and Teng, 1988). All vertices but the root fall into pieces: connected, of at most size + 1 vertices, hanging
+// from one critical vertex (the top), with at most one critical vertex among them (the bottom), which has no child in
+// the piece. There are at most 2 * ceil(L / size) critical vertices. Each but the root is the bottom of one piece, and
+// they form a tree in which its parent is the top of that piece.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "cuda/launch.cuh"
+
+namespace grootvl::cuda {
+
+// The pieces of one tree. Indices of critical vertices ascend from the root (0) down.
+struct TreePieces {
+  int pieces, criticals;
+  // Of the members of the pieces, one piece after another, every parent before its children: the vertex, and the place
+  // of its parent in the piece, -1 below the top.
+  const int *vertex, *link;
+  // Of each piece: its first member (that of the next piece ends it), the top and the bottom as indices of critical
+  // vertices, and the place of the bottom in the piece; -1 without a bottom.
+  const int *first, *top, *bottom, *bottom_place;
+  // Of each critical vertex: the vertex, and its parent among the critical ones, -1 for the root.
+  const int *critical_vertex, *critical_parent;
+};
+
+// The pieces of a batch of trees.
+struct Pieces {
+  int vertices;
+  // Upper bounds of the members of a piece and of the critical vertices of a tree.
+  int most_members, most_criticals;
+  // (B, kVertexArrays, L), (B, kCriticalArrays, most_criticals), (B, 2).
+  int *of_vertices, *of_criticals, *counts;
+
+  static constexpr int kVertexArrays = 6, kCriticalArrays = 2;
+
+  __device__ int* vertex_array(int64_t image, int array) const {
+    return of_vertices + (image * kVertexArrays + array) * vertices;
+  }
+  __device__ int* critical_array(int64_t image, int array) const {
+    return of_criticals + (image * kCriticalArrays + array) * most_criticals;
+  }
+  __device__ TreePieces operator[](int64_t image) const {
+    return {
+        counts[2 * image],
+        counts[2 * image + 1],
+        vertex_array(image, 0),
+        vertex_array(image, 1),
+        vertex_array(image, 2),
+        vertex_array(image, 3),
+        vertex_array(image, 4),
+        vertex_array(image, 5),
+        critical_array(image, 0),
+        critical_array(image, 1)};
+  }
+};
+
+// Pieces and the memory they lie in.
+struct PieceTensors {
+  at::Tensor of_vertices, of_criticals, counts;
+  Pieces pieces;
+};
+
+// Cuts every tree of a batch; parent, order (B, L) int32, contiguous, L >= 1. What is no tree in topological order
+// gives pieces of some other tree, but no access out of bounds.
+PieceTensors cut_trees(const at::Tensor& parent, const at::Tensor& order);
+
+}  // namespace grootvl::cuda
