@@ -5,7 +5,9 @@
 SHELL := /bin/bash
 TASK ?= det
 BIN := .venv/bin
-NATIVE := $(wildcard ops/csrc/*.cpp ops/csrc/*.h ops/csrc/cpu/* ops/csrc/cuda/*.cu)
+EMULATION := tests/ops/cuda_emulation
+NATIVE := $(wildcard ops/csrc/*.cpp ops/csrc/*.h ops/csrc/cpu/* ops/csrc/cuda/*.cu ops/csrc/cuda/*.cuh)
+NATIVE += $(wildcard $(addprefix $(EMULATION)/,*.h *.cpp *.cu include/*.h include/c10/cuda/*.h))
 
 .PHONY: setup demo test lint format clean
 

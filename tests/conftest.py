@@ -1,5 +1,8 @@
 """Fixtures of all tests."""
 
+import os
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -17,3 +20,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _fresh_memory_is_garbage() -> Iterator[None]:
+    """With emulated CUDA kernels (ops/cuda_emulation) new tensors are NaN, so that a result never written shows."""
+    torch.use_deterministic_algorithms("GROOTVL_EMULATION_SEED" in os.environ)
+    yield
+    torch.use_deterministic_algorithms(False)

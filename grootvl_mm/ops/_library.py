@@ -2,9 +2,10 @@
 
 The extension ``grootvl_mm/_C*.so`` defines ``torch.ops.grootvl.*`` with CPU and, where built, CUDA kernels. Where it is
 missing, or has no kernel for a device, the reference of the same name takes its place. What holds for either (shapes of
-the results, gradients, autocast, FLOPs) is registered here once.
+the results, gradients, autocast, FLOPs) is registered here once. ``GROOTVL_LIBRARY=FILE`` loads another build of it.
 """
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,8 @@ def extension_error() -> str | None:
 def _load_extension() -> str | None:
     folder = Path(__file__).resolve().parent.parent
     libraries = sorted(path for suffix in ("so", "pyd") for path in folder.glob(f"_C*.{suffix}"))
+    if "GROOTVL_LIBRARY" in os.environ:
+        libraries = [Path(os.environ["GROOTVL_LIBRARY"])]
     if not libraries:
         return f"no compiled library in {folder}"
     try:

@@ -109,9 +109,10 @@ def package_without_extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_python(folder: Path, code: str, **environment: str) -> subprocess.CompletedProcess:
+    inherited = {name: value for name, value in os.environ.items() if name != "GROOTVL_LIBRARY"}
     return subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(folder)} | environment,
+        env=inherited | {"PYTHONPATH": str(folder)} | environment,
         cwd=folder,
         capture_output=True,
         text=True,
@@ -147,6 +148,15 @@ def test_a_broken_extension_is_named(package_without_extension: Path) -> None:
     assert "_C.so does not load with torch" in result.stdout
 
 
+def test_library_of_the_environment_is_taken(package_without_extension: Path) -> None:
+    code = "from grootvl_mm.ops import extension_error; print(extension_error())"
+    built, *_ = sorted(PACKAGE.glob("_C*.so"))
+    assert run_python(package_without_extension, code, GROOTVL_LIBRARY=str(built)).stdout == "None\n"
+    result = run_python(package_without_extension, code, GROOTVL_LIBRARY="/nowhere/other.so")
+    assert "other.so does not load with torch" in result.stdout
+
+
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_instruction_sets_agree(tmp_path: Path, isa: str) -> None:
     """Trees are bitwise the same, edge weights, scans and their gradients to rounding."""

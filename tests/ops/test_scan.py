@@ -60,6 +60,48 @@ def test_all_dtypes_and_block_widths(device: torch.device, propagation: str, dty
         torch.testing.assert_close(value.cpu().double(), exact_value, **tolerance(dtype))
 
 
+def relabelled_tree(kind: str, vertices: int, seed: int) -> Tree:
+    """One tree that no grid has, under shuffled names of its vertices."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.arange(vertices)
+    above = {
+        "chain": index - 1,
+        "star": torch.zeros_like(index),
+        "comb": torch.where(index % 2 == 0, index - 2, index - 1),
+        "binary": (index - 1) // 2,
+        "random": (torch.rand(vertices, generator=generator) * index).long(),
+    }[kind].clamp(min=0)
+    name = torch.randperm(vertices, generator=generator)
+    parent = torch.empty_like(index)
+    parent[name] = name[above]
+    return Tree(parent.int().unsqueeze(0), name.int().unsqueeze(0))
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+@pytest.mark.parametrize("kind", ["chain", "star", "comb", "binary", "random"])
+def test_trees_of_any_shape(device: torch.device, kind: str, propagation: str) -> None:
+    for vertices in (2, 3, 17, 300):
+        tree = relabelled_tree(kind, vertices, seed=vertices)
+        grad_h, x, decay = torch.rand(3, 1, vertices, 5, dtype=torch.float64)
+        placed = [tensor.to(device) for tensor in (grad_h, x, decay, *tree)]
+        h = torch.ops.grootvl.tree_scan(*placed[1:], propagation)
+        torch.testing.assert_close(h.cpu(), reference.tree_scan(x, decay, *tree, propagation))
+        actual = [grad.cpu() for grad in SCAN_BACKWARD(*placed, propagation)]
+        expected = list(reference.tree_scan_backward(grad_h, x, decay, *tree, propagation))
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(60, 70), (100, 103), (250, 260)])
+def test_large_trees(device: torch.device, height: int, width: int) -> None:
+    x, decay, tree = random_scan(1, height, width, 2, seed=0, dtype=torch.float64)
+    grad_h = torch.randn_like(x)
+    placed = [tensor.to(device) for tensor in (grad_h, x, decay, *tree)]
+    h = torch.ops.grootvl.tree_scan(*placed[1:], "all")
+    torch.testing.assert_close(h.cpu(), reference.tree_scan(x, decay, *tree, "all"))
+    actual = [grad.cpu() for grad in SCAN_BACKWARD(*placed, "all")]
+    torch.testing.assert_close(actual, list(reference.tree_scan_backward(grad_h, x, decay, *tree, "all")))
+
+
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
 def test_gradients_by_finite_differences(device: torch.device, propagation: str) -> None:
     x, decay, tree = random_scan(2, 3, 4, 3, seed=1, dtype=torch.float64)
@@ -138,6 +180,7 @@ def test_non_contiguous_inputs_are_not_written(device: torch.device) -> None:
         assert torch.equal(strided_tensor.cpu(), tensor)
 
 
+@pytest.mark.cpu_kernels
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     x, decay, tree = random_scan(3, 20, 20, 96, seed=0, dtype=torch.float32)
     threads = torch.get_num_threads()
@@ -184,12 +227,23 @@ X, DECAY, TREE = random_scan(2, 3, 3, 4, seed=0, dtype=torch.float32)
         (lambda: tree_scan(X[:, :8], DECAY[:, :8], TREE), ValueError, r"must have shape \(2, 8\).*got \(2, 9\)"),
         (lambda: tree_scan(X, DECAY, TREE, "both"), ValueError, "all, up, down, got 'both'"),
         (lambda: tree_scan(X.to("meta"), DECAY, TREE), ValueError, "on one device, got x on meta, decay on cpu"),
-        (lambda: tree_scan(X, DECAY, Tree(TREE.parent, TREE.order.flip(1))), ValueError, "every parent before"),
-        (lambda: tree_scan(X, DECAY, Tree(TREE.parent + 9, TREE.order)), ValueError, "every parent before"),
-        (lambda: tree_scan(X, DECAY, Tree(TREE.parent, TREE.order * 0)), ValueError, "every parent before"),
-        (lambda: tree_scan(X, DECAY, Tree(TREE.parent, TREE.order - 1)), ValueError, "every parent before"),
     ],
 )
 def test_bad_input_is_explained(call, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.cpu_kernels
+@pytest.mark.parametrize(
+    "tree",
+    [
+        Tree(TREE.parent, TREE.order.flip(1)),
+        Tree(TREE.parent + 9, TREE.order),
+        Tree(TREE.parent, TREE.order * 0),
+        Tree(TREE.parent, TREE.order - 1),
+    ],
+)
+def test_what_is_no_tree_is_explained(tree: Tree) -> None:
+    with pytest.raises(ValueError, match="every parent before"):
+        tree_scan(X, DECAY, tree)

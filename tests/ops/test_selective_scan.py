@@ -132,6 +132,7 @@ def test_slices_of_projections_are_taken_as_they_are(device: torch.device) -> No
     assert all(torch.equal(inputs[name], before[name]) for name in inputs)
 
 
+@pytest.mark.cpu_kernels
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     threads = torch.get_num_threads()
     for batch in (1, 5):

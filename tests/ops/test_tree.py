@@ -89,7 +89,9 @@ def test_tree_equals_kruskal_with_stable_sort(size: tuple, seed: int, levels: in
     assert_rooted(Tree(parent, order), root)
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 17), (17, 1), (2, 2), (33, 47), (64, 64), (7, 200)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 1), (1, 17), (17, 1), (2, 2), (33, 47), (64, 64), (7, 200), (100, 103)]
+)
 @pytest.mark.parametrize("levels", [0, 1, 3, 1000])
 def test_tree_equals_reference(device: torch.device, height: int, width: int, levels: int) -> None:
     weight = random_weight(3, height, width, seed=height + width, levels=levels)
@@ -98,6 +100,13 @@ def test_tree_equals_reference(device: torch.device, height: int, width: int, le
     assert tree.parent.dtype == tree.order.dtype == torch.int32
     assert torch.equal(tree.parent, reference.grid_tree(weight, height, width, root)[0])
     assert_rooted(tree, root)
+
+
+def test_a_thousand_trees_with_ties_equal_the_reference(device: torch.device) -> None:
+    height, width = 9, 11
+    weight = torch.cat([random_weight(250, height, width, seed, levels) for seed, levels in enumerate((0, 2, 5, 40))])
+    tree = grid_tree(weight.to(device), height, width)
+    assert torch.equal(tree.parent.cpu(), reference.grid_tree(weight, height, width, 0)[0])
 
 
 def test_negative_zero_ties_with_zero(device: torch.device) -> None:
@@ -133,6 +142,7 @@ def test_tree_methods() -> None:
     assert single.depth().tolist() == [[0], [0]]
 
 
+@pytest.mark.cpu_kernels
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     feature = torch.randn(3, 40, 30, 31)
     threads = torch.get_num_threads()
@@ -181,6 +191,7 @@ def test_bad_input_is_explained(call, error: type, message: str) -> None:
         call()
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_must_be_finite(value: float) -> None:
     weight = torch.ones(2, 12)

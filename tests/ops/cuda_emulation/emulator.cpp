@@ -1,0 +1,578 @@
+#include "emulator.h"
+
+#include <csetjmp>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <numeric>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace emulation {
+
+uint64_t block_serial = 0;
+void* dynamic_shared_memory = nullptr;
+
+namespace {
+
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t kStackBytes = 256 * 1024;
+#else
+constexpr size_t kStackBytes = 64 * 1024;
+#endif
+
+// A stack of its own, and where to go on with it. Without a stack: that of the caller.
+struct Fiber {
+  jmp_buf registers;
+  bool started = false;
+  char* stack = nullptr;
+  size_t stack_bytes = 0;
+  void* fake_stack = nullptr;
+};
+
+enum class State : uint8_t { kReady, kAtBarrier, kInWarp, kEnded };
+
+struct Thread {
+  Fiber fiber;
+  uint3 index;
+  unsigned number;
+  State state;
+  // Where it waits.
+  const char* function;
+  Site site;
+  unsigned mask;
+  // What it has waited for.
+  uint64_t result;
+};
+
+// Lanes that wait for each other in a warp function.
+struct Group {
+  unsigned mask, arrived, ballot;
+  bool is_vote;
+  const char* function;
+  Site site;
+  uint64_t values[kWarpSize];
+  uint8_t sources[kWarpSize];
+};
+
+struct Warp {
+  unsigned ended;
+  std::vector<Group> groups;
+};
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15 + 0x2545f4914f6cdd1d) {
+    next();
+  }
+
+  uint32_t next() {
+    state_ ^= state_ >> 12;
+    state_ ^= state_ << 25;
+    state_ ^= state_ >> 27;
+    return static_cast<uint32_t>(state_ * 0x2545f4914f6cdd1d >> 32);
+  }
+
+  uint32_t below(uint32_t bound) {
+    return static_cast<uint32_t>(uint64_t{next()} * bound >> 32);
+  }
+
+  template <typename T>
+  void shuffle(T* first, size_t count) {
+    for (size_t i = count; i > 1; --i) {
+      std::swap(first[i - 1], first[below(i)]);
+    }
+  }
+
+ private:
+  uint64_t state_;
+};
+
+// Threads that can run, first come, first served. Holds each thread once at most.
+class Queue {
+ public:
+  bool empty() const {
+    return size_ == 0;
+  }
+
+  void clear() {
+    size_ = 0;
+  }
+
+  void push_back(uint16_t number) {
+    numbers_[(first_ + size_++) % kMaxThreads] = number;
+  }
+
+  void push_front(uint16_t number) {
+    first_ = (first_ + kMaxThreads - 1) % kMaxThreads;
+    numbers_[first_] = number;
+    ++size_;
+  }
+
+  uint16_t pop() {
+    const uint16_t number = numbers_[first_];
+    first_ = (first_ + 1) % kMaxThreads;
+    --size_;
+    return number;
+  }
+
+ private:
+  uint16_t numbers_[kMaxThreads];
+  unsigned first_ = 0, size_ = 0;
+};
+
+std::mutex one_grid_at_a_time;
+uint64_t grids = 0;
+
+Fiber caller;
+Thread threads[kMaxThreads];
+Warp warps[kMaxThreads / kWarpSize];
+Thread* current = nullptr;
+Queue ready;
+unsigned num_threads, alive, at_barrier;
+// The first that waits for the others of the block.
+const Thread* barrier;
+Votes votes, last_votes;
+bool shuffled;
+Random chance{0};
+std::exception_ptr error;
+void (*kernel)(const void*);
+const void* kernel_arguments;
+
+std::ostream& operator<<(std::ostream& out, const uint3& index) {
+  return out << '(' << index.x << ", " << index.y << ", " << index.z << ')';
+}
+
+std::ostream& operator<<(std::ostream& out, const Site& site) {
+  return out << site.file << ':' << site.line;
+}
+
+bool operator==(const Site& a, const Site& b) {
+  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
+
+void announce_switch([[maybe_unused]] Fiber& from, [[maybe_unused]] const Fiber& to) {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.stack_bytes);
+#endif
+}
+
+void complete_switch([[maybe_unused]] Fiber& to) {
+#ifdef __SANITIZE_ADDRESS__
+  const void* stack;
+  size_t stack_bytes;
+  __sanitizer_finish_switch_fiber(to.fake_stack, &stack, &stack_bytes);
+  // The first switch is that of the caller, whose stack nobody else knows.
+  if (caller.stack == nullptr) {
+    caller.stack = static_cast<char*>(const_cast<void*>(stack));
+    caller.stack_bytes = stack_bytes;
+  }
+#endif
+}
+
+void live();
+
+void start(Fiber& fiber, unsigned number) {
+  if (fiber.stack == nullptr) {
+    void* memory =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) {
+      throw std::bad_alloc();
+    }
+    fiber.stack = static_cast<char*>(memory);
+    // Not all at the same place of a page: they would share a few lines of the cache.
+    fiber.stack_bytes = kStackBytes - number % 64 * 192;
+  }
+#ifdef __SANITIZE_ADDRESS__
+  __asan_unpoison_memory_region(fiber.stack, fiber.stack_bytes);
+#endif
+  fiber.fake_stack = nullptr;
+}
+
+// Goes on with another fiber; returns when somebody goes on with this one.
+__attribute__((noinline)) void go_on(Fiber& from, Fiber& to) {
+  announce_switch(from, to);
+  // Saving and restoring registers costs nanoseconds, swapcontext two system calls: it is for the first time only.
+  if (_setjmp(from.registers) == 0) {
+    if (to.started) {
+      _longjmp(to.registers, 1);
+    }
+    to.started = true;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = to.stack;
+    context.uc_stack.ss_size = to.stack_bytes;
+    context.uc_link = nullptr;
+    makecontext(&context, live, 0);
+    setcontext(&context);
+  }
+  complete_switch(from);
+}
+
+[[noreturn]] void give_up(std::exception_ptr reason) {
+  error = std::move(reason);
+  Thread* last = current;
+  current = nullptr;
+  go_on(last->fiber, caller);
+  std::abort();
+}
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::exception_ptr reason;
+  {
+    std::ostringstream text;
+    text << "CUDA emulation: block " << blockIdx << ", ";
+    (text << ... << parts);
+    reason = std::make_exception_ptr(std::runtime_error(text.str()));
+  }
+  give_up(std::move(reason));
+}
+
+// Nobody can run: who waits where.
+[[noreturn]] void fail_by_deadlock() {
+  std::ostringstream text;
+  std::vector<bool> told(num_threads, false);
+  for (unsigned i = 0; i < num_threads; ++i) {
+    const Thread& first = threads[i];
+    if (told[i] || first.state == State::kEnded) {
+      continue;
+    }
+    unsigned count = 0;
+    for (unsigned j = i; j < num_threads; ++j) {
+      const Thread& other = threads[j];
+      if (other.state == first.state && other.function == first.function && other.site == first.site &&
+          other.mask == first.mask) {
+        told[j] = true;
+        ++count;
+      }
+    }
+    text << "\n  thread " << first.index;
+    if (count > 1) {
+      text << " and " << count - 1 << " more";
+    }
+    text << " in " << first.function;
+    if (first.state == State::kInWarp) {
+      text << std::hex << " with mask 0x" << first.mask << std::dec;
+    }
+    text << " at " << first.site;
+  }
+  const std::string waiting = text.str();
+  fail("deadlock: threads wait for each other", waiting);
+}
+
+Thread& next_thread() {
+  if (ready.empty()) {
+    fail_by_deadlock();
+  }
+  return threads[ready.pop()];
+}
+
+void run_next() {
+  Thread& next = next_thread();
+  if (&next != current) {
+    Fiber& from = current->fiber;
+    current = &next;
+    threadIdx = next.index;
+    go_on(from, next.fiber);
+  }
+}
+
+void open_barrier() {
+  last_votes = votes;
+  votes = {0, 0};
+  at_barrier = 0;
+  uint16_t order[kMaxThreads];
+  unsigned count = 0;
+  for (unsigned i = 0; i < num_threads; ++i) {
+    if (threads[i].state == State::kAtBarrier) {
+      threads[i].state = State::kReady;
+      order[count++] = i;
+    }
+  }
+  if (shuffled) {
+    chance.shuffle(order, count);
+  }
+  for (unsigned i = 0; i < count; ++i) {
+    ready.push_back(order[i]);
+  }
+}
+
+void end_thread() {
+  Warp& warp = warps[current->number / kWarpSize];
+  const unsigned bit = 1u << current->number % kWarpSize;
+  for (const Group& group : warp.groups) {
+    if (group.mask & bit) {
+      fail("thread ", current->index, " has ended, but others wait for it in ", group.function, " at ", group.site);
+    }
+  }
+  warp.ended |= bit;
+  current->state = State::kEnded;
+  --alive;
+  if (alive > 0 && at_barrier == alive) {
+    open_barrier();
+  }
+  if (alive == 0) {
+    Fiber& from = current->fiber;
+    current = nullptr;
+    go_on(from, caller);
+  } else {
+    run_next();
+  }
+}
+
+// The life of a fiber: one thread after another.
+void live() {
+  complete_switch(current->fiber);
+  for (;;) {
+    std::exception_ptr reason;
+    try {
+      kernel(kernel_arguments);
+    } catch (...) {
+      reason = std::current_exception();
+    }
+    if (reason) {
+      give_up(std::move(reason));
+    }
+    end_thread();
+  }
+}
+
+void complete(Warp& warp, size_t which) {
+  const Group group = warp.groups[which];
+  warp.groups[which] = warp.groups.back();
+  warp.groups.pop_back();
+  Thread* first = threads + (&warp - warps) * kWarpSize;
+  uint16_t order[kWarpSize];
+  unsigned count = 0;
+  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+    if (group.mask >> lane & 1) {
+      Thread& thread = first[lane];
+      thread.result = group.is_vote ? group.ballot : group.values[group.sources[lane]];
+      thread.state = State::kReady;
+      order[count++] = thread.number;
+    }
+  }
+  if (shuffled) {
+    chance.shuffle(order, count);
+  }
+  // In front of the other warps, or behind them.
+  const bool hurry = shuffled && chance.below(2) == 0;
+  for (unsigned i = 0; i < count; ++i) {
+    hurry ? ready.push_front(order[i]) : ready.push_back(order[i]);
+  }
+}
+
+uint64_t wait_for_warp(
+    unsigned mask, bool is_vote, uint64_t value, unsigned source, const char* function, const Site& site) {
+  Thread& me = *current;
+  const unsigned lane = me.number % kWarpSize;
+  Warp& warp = warps[me.number / kWarpSize];
+  if (!(mask >> lane & 1)) {
+    fail("thread ", me.index, ": ", function, " at ", site, " is called by a lane that its mask leaves out");
+  }
+  if (mask & warp.ended) {
+    fail("thread ", me.index, ": the mask of ", function, " at ", site, " names a lane that has ended or never was");
+  }
+  if (!is_vote && !(mask >> source & 1)) {
+    fail("thread ", me.index, ": ", function, " at ", site, " reads lane ", source, ", which its mask leaves out");
+  }
+  size_t which = 0;
+  while (which < warp.groups.size()) {
+    const Group& group = warp.groups[which];
+    if (group.mask == mask && group.function == function && group.site == site) {
+      break;
+    }
+    ++which;
+  }
+  if (which == warp.groups.size()) {
+    warp.groups.emplace_back();
+    Group& group = warp.groups.back();
+    group.mask = mask;
+    group.arrived = group.ballot = 0;
+    group.is_vote = is_vote;
+    group.function = function;
+    group.site = site;
+  }
+  Group& group = warp.groups[which];
+  group.arrived |= 1u << lane;
+  group.values[lane] = value;
+  group.sources[lane] = source;
+  if (is_vote && value) {
+    group.ballot |= 1u << lane;
+  }
+  me.state = State::kInWarp;
+  me.function = function;
+  me.site = site;
+  me.mask = mask;
+  if (group.arrived == mask) {
+    complete(warp, which);
+  }
+  run_next();
+  return me.result;
+}
+
+void run_block(dim3 shape) {
+  ++block_serial;
+  alive = num_threads;
+  at_barrier = 0;
+  votes = {0, 0};
+  ready.clear();
+  for (unsigned w = 0; w * kWarpSize < num_threads; ++w) {
+    const unsigned lanes = num_threads - w * kWarpSize;
+    warps[w].ended = lanes < kWarpSize ? ~0u << lanes : 0;
+    warps[w].groups.clear();
+  }
+  uint16_t order[kMaxThreads];
+  for (unsigned i = 0; i < num_threads; ++i) {
+    Thread& thread = threads[i];
+    thread.number = i;
+    thread.index = {i % shape.x, i / shape.x % shape.y, i / (shape.x * shape.y)};
+    thread.state = State::kReady;
+    thread.mask = 0;
+    order[i] = i;
+    if (!thread.fiber.started) {
+      start(thread.fiber, i);
+    }
+  }
+  if (shuffled) {
+    chance.shuffle(order, num_threads);
+  }
+  for (unsigned i = 0; i < num_threads; ++i) {
+    ready.push_back(order[i]);
+  }
+  current = &next_thread();
+  threadIdx = current->index;
+  go_on(caller, current->fiber);
+  if (error) {
+    // Those that wait will never go on: they start afresh.
+    for (Thread& thread : threads) {
+      thread.fiber.started = false;
+    }
+    std::rethrow_exception(std::exchange(error, nullptr));
+  }
+}
+
+uint64_t seed() {
+  const char* text = std::getenv("GROOTVL_EMULATION_SEED");
+  return text == nullptr ? 0 : std::strtoull(text, nullptr, 10);
+}
+
+}  // namespace
+
+void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* arguments) {
+  const std::lock_guard<std::mutex> lock(one_grid_at_a_time);
+  const uint64_t number = seed();
+  shuffled = number != 0;
+  chance = Random(number + (++grids << 32));
+  gridDim = grid;
+  blockDim = block;
+  num_threads = block.x * block.y * block.z;
+  kernel = body;
+  kernel_arguments = arguments;
+  caller.started = true;
+  caller.stack = nullptr;
+  std::vector<uint32_t> order(static_cast<size_t>(grid.x) * grid.y * grid.z);
+  std::iota(order.begin(), order.end(), 0);
+  if (shuffled) {
+    chance.shuffle(order.data(), order.size());
+  }
+  struct Memory {
+    explicit Memory(size_t bytes) {
+      dynamic_shared_memory = bytes == 0 ? nullptr : allocate_shared(bytes);
+    }
+    ~Memory() {
+      std::free(dynamic_shared_memory);
+    }
+  } memory(shared_bytes);
+  for (const uint32_t i : order) {
+    blockIdx = {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)};
+    fill_with_garbage(dynamic_shared_memory, shared_bytes);
+    run_block(block);
+  }
+}
+
+Votes wait_for_block(bool vote, const char* function, Site site) {
+  Thread& me = *current;
+  if (at_barrier == 0) {
+    barrier = &me;
+  } else if (!(barrier->function == function && barrier->site == site)) {
+    fail(
+        "thread ",
+        me.index,
+        " is in ",
+        function,
+        " at ",
+        site,
+        " while thread ",
+        barrier->index,
+        " waits in ",
+        barrier->function,
+        " at ",
+        barrier->site);
+  }
+  me.state = State::kAtBarrier;
+  me.function = function;
+  me.site = site;
+  ++votes.voters;
+  votes.count += vote;
+  if (++at_barrier == alive) {
+    open_barrier();
+  }
+  run_next();
+  return last_votes;
+}
+
+uint64_t exchange(unsigned mask, uint64_t value, unsigned source, const char* function, Site site) {
+  return wait_for_warp(mask, false, value, source, function, site);
+}
+
+unsigned vote(unsigned mask, bool vote, const char* function, Site site) {
+  return static_cast<unsigned>(wait_for_warp(mask, true, vote, 0, function, site));
+}
+
+void pause() {
+  if (shuffled && chance.below(8) == 0) {
+    ready.push_back(current->number);
+    run_next();
+  }
+}
+
+unsigned lane() {
+  return current->number % kWarpSize;
+}
+
+void* allocate_shared(size_t bytes) {
+  void* memory;
+  if (posix_memalign(&memory, 128, bytes) != 0) {
+    throw std::bad_alloc();
+  }
+  return memory;
+}
+
+void fill_with_garbage(void* memory, size_t bytes) {
+  // Not a number in any floating format, and no index.
+  constexpr uint8_t kGarbage[2] = {0xfd, 0xff};
+  auto* to = static_cast<uint8_t*>(memory);
+  for (size_t i = 0; i < bytes; ++i) {
+    to[i] = kGarbage[i % 2];
+  }
+}
+
+}  // namespace emulation

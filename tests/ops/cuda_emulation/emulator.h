@@ -1,0 +1,80 @@
+// Runs CUDA kernels on the CPU: every thread of a block is a fiber that runs until it waits for others, one block after
+// another. What a GPU leaves open (the order of blocks and threads, the contents of fresh shared memory) is drawn from
+// a seed, the environment variable GROOTVL_EMULATION_SEED; 0 is ascending order. What CUDA leaves undefined (threads
+// that wait for each other for ever, a warp function that names a lane which has ended) is an error.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "vector_types.h"
+
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+namespace emulation {
+
+constexpr unsigned kWarpSize = 32;
+constexpr unsigned kMaxThreads = 1024;
+
+// A place in the source, as default argument that of the call.
+struct Site {
+  const char* file;
+  int line;
+
+  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
+};
+
+// Runs body(arguments) once for each thread of the grid.
+void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* arguments);
+
+// What the votes of a block come to, once all its threads that have not ended are here.
+struct Votes {
+  unsigned count, voters;
+};
+Votes wait_for_block(bool vote, const char* function, Site site);
+
+// Waits for the lanes of the mask and returns the value that lane `source` brought, or the votes of the lanes.
+uint64_t exchange(unsigned mask, uint64_t value, unsigned source, const char* function, Site site);
+unsigned vote(unsigned mask, bool vote, const char* function, Site site);
+
+// Lets other threads run first, now and then. Atomics call it.
+void pause();
+
+unsigned lane();
+
+// Dynamic shared memory of this block.
+extern void* dynamic_shared_memory;
+
+// A number for each block that has been run.
+extern uint64_t block_serial;
+
+void* allocate_shared(size_t bytes);
+void fill_with_garbage(void* memory, size_t bytes);
+
+// A variable in shared memory: garbage when a block first sees it.
+template <typename T>
+class SharedVariable {
+  static_assert(std::is_trivially_default_constructible_v<T>, "CUDA does not construct shared variables");
+
+ public:
+  T& of_this_block() {
+    if (memory_ == nullptr) {
+      memory_ = static_cast<T*>(allocate_shared(sizeof(T)));
+    }
+    if (serial_ != block_serial) {
+      serial_ = block_serial;
+      fill_with_garbage(memory_, sizeof(T));
+    }
+    return *memory_;
+  }
+
+ private:
+  T* memory_ = nullptr;
+  uint64_t serial_ = 0;
+};
+
+}  // namespace emulation

@@ -1,0 +1,149 @@
+// Stands in for CUDA's header of this name: the functions of the host that the operators use. Memory is the host's, and
+// a launch returns when the grid is done.
+#pragma once
+
+#include <cstring>
+#include <map>
+#include <tuple>
+#include <utility>
+
+#include "device_language.h"
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9
+};
+
+enum cudaMemcpyKind {
+  cudaMemcpyHostToHost,
+  cudaMemcpyHostToDevice,
+  cudaMemcpyDeviceToHost,
+  cudaMemcpyDeviceToDevice,
+  cudaMemcpyDefault
+};
+
+using cudaStream_t = struct CUstream_st*;
+
+struct cudaLaunchAttribute {};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim;
+  dim3 blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+namespace emulation {
+
+constexpr size_t kSharedBytes = 48 * 1024, kSharedBytesOnDemand = 232448;
+
+inline cudaError_t last_error = cudaSuccess;
+
+inline cudaError_t report(cudaError_t error) {
+  if (error != cudaSuccess) {
+    last_error = error;
+  }
+  return error;
+}
+
+// Dynamic shared memory that a kernel has been allowed to use.
+inline std::map<const void*, size_t>& shared_limits() {
+  static std::map<const void*, size_t> limits;
+  return limits;
+}
+
+// What a GPU of compute capability 9.0 refuses.
+inline cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
+  const dim3 grid = config.gridDim, block = config.blockDim;
+  const bool empty = grid.x == 0 || grid.y == 0 || grid.z == 0 || block.x == 0 || block.y == 0 || block.z == 0;
+  if (empty || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 || block.x > kMaxThreads ||
+      block.y > kMaxThreads || block.z > 64 || uint64_t{block.x} * block.y * block.z > kMaxThreads) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const auto found = shared_limits().find(kernel);
+  const size_t limit = found == shared_limits().end() ? kSharedBytes : found->second;
+  return config.dynamicSmemBytes > limit ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+}  // namespace emulation
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    default:
+      return "invalid argument";
+  }
+}
+
+inline cudaError_t cudaPeekAtLastError() {
+  return emulation::last_error;
+}
+
+inline cudaError_t cudaGetLastError() {
+  return std::exchange(emulation::last_error, cudaSuccess);
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(
+    const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  const cudaError_t error = emulation::check_launch(*config, reinterpret_cast<const void*>(kernel));
+  if (error != cudaSuccess) {
+    return emulation::report(error);
+  }
+  using Call = std::pair<void (*)(Parameters...), std::tuple<Parameters...>>;
+  const Call call(kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...));
+  const auto body = [](const void* of) {
+    const Call& call = *static_cast<const Call*>(of);
+    std::apply(call.first, call.second);
+  };
+  emulation::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, body, &call);
+  return cudaSuccess;
+}
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    if (value < 0 || static_cast<size_t>(value) > emulation::kSharedBytesOnDemand) {
+      return emulation::report(cudaErrorInvalidValue);
+    }
+    emulation::shared_limits()[reinterpret_cast<const void*>(kernel)] = value;
+  }
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : static_cast<int>(emulation::kSharedBytesOnDemand);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  if (bytes > 0) {
+    std::memset(memory, value, bytes);
+  }
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  if (bytes > 0) {
+    std::memcpy(to, from, bytes);
+  }
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return cudaSuccess;
+}

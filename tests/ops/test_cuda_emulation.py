@@ -1,0 +1,31 @@
+"""The CUDA kernels without a GPU: they pass the tests of the operators, emulated on the CPU (cuda_emulation/)."""
+
+import pytest
+
+from tests.ops.cuda_emulation.run import run_tests
+
+# Every kernel, in sizes that the sanitizers finish in about a minute.
+SANITIZED = (
+    "tests/ops/test_tree.py",
+    "tests/ops/test_scan.py",
+    "tests/ops/test_selective_scan.py",
+    "-k",
+    "as_defined or any_memory_format or tree_equals_reference or all_dtypes or empty or non_contiguous or slices",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("seed", "arguments"),
+    # Finite differences are thousands of launches, which another order does not make more telling.
+    [(1, ()), (2, ("-k", "not differences"))],
+)
+def test_operators_pass_their_tests(seed: int, arguments: tuple) -> None:
+    result = run_tests(arguments, seed=seed)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_operators_access_memory_as_they_may() -> None:
+    result = run_tests(SANITIZED, seed=2, sanitize=True)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-8000:]
