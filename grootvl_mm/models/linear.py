@@ -90,9 +90,10 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def _is_eager(x: Tensor) -> bool:
     # Subclasses (fake tensors) and tracers know PyTorch's operators only.
-    return type(x) is Tensor and not (
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type)
-    )
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+        return False
+    device = x.device.type
+    return not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
 
 
 def _keeps_graph(*values: Tensor) -> bool:

@@ -106,3 +106,10 @@ def test_compiles_as_one_graph_with_gradients(device: torch.device) -> None:
         if call is layer:
             expected = (y, grads)
     torch.testing.assert_close((y, grads), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_shapes_alone_will_do() -> None:
+    layer = make().to("meta")
+    y, tree = layer(torch.empty(2, 4, 5, 6, device="meta"))
+    assert y.shape == (2, 4, 5, 6)
+    assert tree.parent.shape == (2, 20)

@@ -55,6 +55,7 @@ ELSEWHERE = {
     "python tools/test.py configs/demo/mask-rcnn": "tests/tools/test_train_and_test.py",
     "python tools/model_converters/grootv_to_mmpretrain.py": "tests/tools/test_model_converters.py",
     "python tools/train.py my_": "tests/tools/test_docs.py",
+    "python demo/image_demo.py": "tests/demo/test_image_demo.py",
 }
 # Not run: they need what no test has.
 NEEDS = {
@@ -66,9 +67,10 @@ NEEDS = {
     "mim test mm": "COCO, ADE20K or ImageNet",
     "mim train grootvl_mm grootv-tiny": "ImageNet",
     "GPUS=": "a cluster",
+    "FORCE_CUDA=1 pip install": "a CUDA toolkit; tests/ops/test_cuda_build.py runs the build itself",
 }
 # Pages whose Python is run by another test, for example because it needs a checkpoint.
-PYTHON_ELSEWHERE: dict[str, str] = {}
+PYTHON_ELSEWHERE = {"docs/inference.md": "tests/demo/test_inferencers.py"}
 
 
 def find_start(command: str) -> str:
