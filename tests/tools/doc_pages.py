@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 from mmengine.config import Config
 
+from grootvl_mm.zoo import config_file
 from tests.configs.config_cases import load_config
 from tests.tools.tool_runs import ROOT
 
@@ -114,8 +115,9 @@ def _check_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
-def _load_config(path: str) -> dict:
-    return load_config(ROOT / path).to_dict()
+def _load_config(path_or_name: str) -> dict:
+    path = ROOT / path_or_name
+    return load_config(path if path.is_file() else Path(config_file(path_or_name))).to_dict()
 
 
 @functools.cache
