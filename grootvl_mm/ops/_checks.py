@@ -6,7 +6,9 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def check_tensor(name: str, value: Tensor, shape: str, dim: int, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:
+def check_tensor(
+    name: str, value: Tensor, shape: str | tuple[int, ...], dim: int, dtypes: tuple[torch.dtype, ...] = FLOATING
+) -> None:
     """A tensor of the given rank and of one of the dtypes.
 
     Raises:

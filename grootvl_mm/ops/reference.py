@@ -32,7 +32,12 @@ def grid_edge_weight(feature: Tensor, metric: str, log: bool) -> Tensor:
     Sums run in float64, so that equal features get equal weights wherever they lie. What is not finite (overflow of the
     exponential, features that are not numbers) becomes the largest finite float32.
     """
-    channels_last = feature.to(torch.float64).permute(0, 2, 3, 1)
+    return edge_weight(feature.to(torch.float64), metric, log)
+
+
+def edge_weight(feature: Tensor, metric: str, log: bool) -> Tensor:
+    """As :func:`grid_edge_weight`, but summed in the precision of the feature."""
+    channels_last = feature.permute(0, 2, 3, 1)
     pairs = (
         (channels_last[:, :-1], channels_last[:, 1:]),
         (channels_last[:, :, :-1], channels_last[:, :, 1:]),
@@ -45,7 +50,8 @@ def grid_edge_weight(feature: Tensor, metric: str, log: bool) -> Tensor:
 
 
 def _negative_cosine(lower: Tensor, higher: Tensor) -> Tensor:
-    return -torch.cosine_similarity(lower, higher, dim=-1, eps=1e-8)
+    # Not torch.cosine_similarity, which writes in place and so does not decompose.
+    return -(F.normalize(lower, dim=-1, eps=1e-8) * F.normalize(higher, dim=-1, eps=1e-8)).sum(-1)
 
 
 def _squared_distance(lower: Tensor, higher: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def tree_selective_scan(
     }
     values = {**inputs, "dt_weight": dt_weight, **vectors}
     for name, shape in shapes.items():
-        check_tensor(name, values[name], str(shape), len(shape))
+        check_tensor(name, values[name], shape, len(shape))
         if values[name].shape != shape:
             raise ValueError(f"{name} must have shape {shape} for x {tuple(x.shape)}, got {tuple(values[name].shape)}")
         if values[name].dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
