@@ -1,10 +1,13 @@
 # make demo [TASK=det|seg|cls]   train, evaluate and look at a small model
 # make test                      all checks and tests
 # make lint / make format        style only
-# Every target sets .venv up by itself; see .dev_scripts/setup_env.sh.
+# STACK=onedl runs any of them with the maintained onedl-* packages in place of OpenMMLab's.
+# Every target sets its environment up by itself; see .dev_scripts/setup_env.sh.
 SHELL := /bin/bash
 TASK ?= det
-BIN := .venv/bin
+STACK ?= openmmlab
+VENV := .venv$(if $(filter-out openmmlab,$(STACK)),-$(STACK))
+BIN := $(VENV)/bin
 EMULATION := tests/ops/cuda_emulation
 NATIVE := $(wildcard ops/csrc/*.cpp ops/csrc/*.h ops/csrc/cpu/* ops/csrc/cuda/*.cu ops/csrc/cuda/*.cuh)
 NATIVE += $(wildcard $(addprefix $(EMULATION)/,*.h *.cpp *.cu include/*.h include/c10/cuda/*.h))
@@ -12,7 +15,7 @@ NATIVE += $(wildcard $(addprefix $(EMULATION)/,*.h *.cpp *.cu include/*.h includ
 .PHONY: setup demo test lint format clean
 
 setup:
-	@.dev_scripts/setup_env.sh
+	@STACK=$(STACK) .dev_scripts/setup_env.sh
 
 demo: setup
 	$(BIN)/python tools/demo/run_demo.py --task $(TASK)
@@ -31,4 +34,4 @@ format: setup
 	$(BIN)/clang-format -i $(NATIVE)
 
 clean:
-	rm -rf .venv build *.egg-info grootvl_mm/_C*.so grootvl_mm/.mim
+	rm -rf $(VENV) build *.egg-info grootvl_mm/_C*.so grootvl_mm/.mim

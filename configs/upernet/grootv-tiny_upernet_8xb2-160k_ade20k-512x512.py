@@ -8,7 +8,7 @@ _base_ = [
     "../_base_/models/upernet_grootv.py",
     "../_base_/datasets/ade20k_grootv_512x512.py",
     "../_base_/schedules/ade20k_adamw_160k.py",
-    "mmseg::_base_/default_runtime.py",
+    "../_base_/segmentation_runtime.py",
 ]
 
 model = dict(data_preprocessor=dict(size=(512, 512)))

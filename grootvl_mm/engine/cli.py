@@ -16,8 +16,12 @@ from grootvl_mm.engine.checkpoint_files import CheckpointError, read_checkpoint
 from grootvl_mm.engine.cpu import adapt_to_cpu
 from grootvl_mm.engine.hooks import GlobalLossHook
 
-# default_scope of the config -> pip name of the package that serves the task
-HOSTS = {"mmdet": "mmdet", "mmseg": "mmsegmentation", "mmpretrain": "mmpretrain"}
+# default_scope of the config -> pip names of the package that serves the task: OpenMMLab's and that of the onedl stack
+HOSTS = {
+    "mmdet": ("mmdet", "onedl-mmdetection"),
+    "mmseg": ("mmsegmentation", "onedl-mmsegmentation"),
+    "mmpretrain": ("mmpretrain", "onedl-mmpretrain"),
+}
 
 
 def fail(message: str) -> NoReturn:
@@ -99,7 +103,11 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
             "the config is about detection, segmentation or classification"
         )
     if find_spec(scope) is None:
-        fail(f"{path} needs {scope} (its default_scope), which is not installed; run: mim install {HOSTS[scope]}")
+        name, onedl_name = HOSTS[scope]
+        fail(
+            f"{path} needs {scope} (its default_scope), which is not installed; run: mim install {name} "
+            f"(with onedl-mim: {onedl_name})"
+        )
     return cfg
 
 

@@ -68,6 +68,11 @@ def test_basenames_are_unique():
     assert [name for name, times in names.items() if times > 1] == []
 
 
+def test_no_base_that_only_one_stack_finds():
+    """onedl-mmengine looks for the package mmsegmentation, which is onedl-mmsegmentation there."""
+    assert [path.name for path in (ROOT / "configs").rglob("*.py") if "mmseg::" in path.read_text()] == []
+
+
 def test_names_its_scope_and_our_package(cfg):
     assert cfg.default_scope in ("mmdet", "mmseg", "mmpretrain")
     assert "grootvl_mm" in cfg.custom_imports["imports"]

@@ -28,11 +28,12 @@ def test_unknown_scope(text: str, came: str, tmp_path: Path):
 
 def test_host_that_is_not_installed(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"needs mmseg .* run: mim install mmsegmentation"):
+    with pytest.raises(SystemExit, match=r"needs mmseg .* run: mim install mmsegmentation \(with onedl-mim: onedl-"):
         cli.load_config(write(tmp_path, "default_scope = 'mmseg'"))
 
 
-def test_overrides(tmp_path: Path):
+def test_overrides(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: name)
     cfg = cli.load_config(write(tmp_path, "default_scope = 'mmdet'\na = dict(b=1)"), {"a.b": 2})
     assert cfg.a.b == 2
 

@@ -1,11 +1,11 @@
-"""openmim's commands after ``pip install .``, in an environment of its own."""
+"""The commands of openmim, or of onedl-mim, after ``pip install .``, in an environment of its own."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from tests.tools.tool_runs import ROOT, Mim
+from tests.tools.tool_runs import ROOT, Mim, mim_name
 
 pytestmark = pytest.mark.slow
 
@@ -14,9 +14,9 @@ pytestmark = pytest.mark.slow
 def test_train_and_test_through_the_host(host: str, task: str, mim: Mim, make_config, tmp_path: Path):
     config = make_config(task)
     options = ("--work-dir", tmp_path, "--cfg-options")
-    mim("train", host, config, *options, "train_cfg.max_iters=2", "train_cfg.val_interval=10")
+    mim("train", mim_name(host), config, *options, "train_cfg.max_iters=2", "train_cfg.val_interval=10")
     # Needs safe loading to accept mmengine's checkpoint, which only the config's custom_imports brings about.
-    output = mim("test", host, config, "--checkpoint", tmp_path / "iter_2.pth", "--work-dir", tmp_path)
+    output = mim("test", mim_name(host), config, "--checkpoint", tmp_path / "iter_2.pth", "--work-dir", tmp_path)
     assert "Iter(test)" in output
     assert "Testing finished successfully" in output
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,6 +79,12 @@ class Mim:
         )
         assert done.returncode == status, done.stdout[-4000:]
         return done.stdout
+
+
+def mim_name(host: str) -> str:
+    """What the installed mim calls a host: openmim the module (mmdet), onedl-mim the package (onedl-mmdetection)."""
+    (package,) = packages_distributions()[host]
+    return package if package.startswith("onedl-") else host
 
 
 def read_scalars(work_dir: Path) -> dict[int, dict]:

@@ -1,17 +1,50 @@
 # UperNet as mmseg defines it for Swin (512 channels, FCN auxiliary head of 256 channels and weight
 # 0.4, SyncBN); only the backbone is ours. Widths are those of GrootV-T.
-_base_ = "mmseg::_base_/models/upernet_swin.py"
-
 custom_imports = dict(imports=["grootvl_mm"], allow_failed_imports=False)
 
+norm_cfg = dict(type="SyncBN", requires_grad=True)
+data_preprocessor = dict(
+    type="SegDataPreProcessor",
+    mean=[123.675, 116.28, 103.53],
+    std=[58.395, 57.12, 57.375],
+    bgr_to_rgb=True,
+    pad_val=0,
+    seg_pad_val=255,
+)
 model = dict(
+    type="EncoderDecoder",
+    data_preprocessor=data_preprocessor,
     backbone=dict(
-        _delete_=True,
         type="grootvl_mm.GrootV",
         arch="tiny",
         out_indices=(0, 1, 2, 3),
         drop_path_rate=0.2,
     ),
-    decode_head=dict(in_channels=[80, 160, 320, 640], num_classes=150),
-    auxiliary_head=dict(in_channels=320, num_classes=150),
+    decode_head=dict(
+        type="UPerHead",
+        in_channels=[80, 160, 320, 640],
+        in_index=[0, 1, 2, 3],
+        pool_scales=(1, 2, 3, 6),
+        channels=512,
+        dropout_ratio=0.1,
+        num_classes=150,
+        norm_cfg=norm_cfg,
+        align_corners=False,
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
+    ),
+    auxiliary_head=dict(
+        type="FCNHead",
+        in_channels=320,
+        in_index=2,
+        channels=256,
+        num_convs=1,
+        concat_input=False,
+        dropout_ratio=0.1,
+        num_classes=150,
+        norm_cfg=norm_cfg,
+        align_corners=False,
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4),
+    ),
+    train_cfg=dict(),
+    test_cfg=dict(mode="whole"),
 )
