@@ -8,7 +8,8 @@ the same operator.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from grootvl_mm.torch_versions import flop_registry, is_autocast_enabled, is_compiling, register_flop_formula
 
 # (x, weight, bias, activation, its scalars, its algorithm); not there if PyTorch was built without oneDNN.
 _ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -90,10 +91,9 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def _is_eager(x: Tensor) -> bool:
     # Subclasses (fake tensors) and tracers know PyTorch's operators only.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+    if is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
         return False
-    device = x.device.type
-    return not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
+    return not is_autocast_enabled(x.device.type)
 
 
 def _keeps_graph(*values: Tensor) -> bool:
@@ -101,6 +101,8 @@ def _keeps_graph(*values: Tensor) -> bool:
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    if x.stride(-1) == 0:  # an expanded tensor: the oneDNN of torch 2.1 divides by that stride
+        x = x.clone(memory_format=torch.contiguous_format)
     return _ONEDNN_LINEAR(x, weight, bias, activation, [], "none")
 
 
@@ -138,7 +140,10 @@ class _LinearOfGELU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_gelu, grad_weight, grad_bias = linear_backward(grad, F.gelu(x), weight, ctx.needs_input_grad)
+        gelu = F.gelu(x)
+        if gelu.requires_grad:  # differentiated twice: gelu_backward of torch 2.1 misreads a transposed gradient
+            gelu.register_hook(lambda grad: None if grad is None else grad.contiguous())
+        grad_gelu, grad_weight, grad_bias = linear_backward(grad, gelu, weight, ctx.needs_input_grad)
         grad_x = None if grad_gelu is None else torch.ops.aten.gelu_backward(grad_gelu, x)
         return grad_x, grad_weight, grad_bias
 

@@ -13,9 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from grootvl_mm.ops import reference
+from grootvl_mm.torch_versions import (
+    infer_schema,
+    register_autocast,
+    register_autograd,
+    register_fake,
+    register_flop_formula,
+)
 
 NAMESPACE = "grootvl"
 # Floating inputs of the selective scan; parent, order, eps and propagation follow.
@@ -57,7 +63,7 @@ def _install_references(library: torch.library.Library) -> None:
     for name, function in REFERENCES.items():
         qualified = f"{NAMESPACE}::{name}"
         if _EXTENSION_ERROR is not None:
-            library.define(name + torch.library.infer_schema(function, mutates_args=()))
+            library.define(name + infer_schema(function, mutates_args=()))
             library.impl(name, function, "CompositeExplicitAutograd")
         elif not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
             library.impl(name, function, "CUDA")
@@ -78,26 +84,26 @@ def _operator(name: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-@torch.library.register_fake(f"{NAMESPACE}::grid_edge_weight")
+@register_fake(f"{NAMESPACE}::grid_edge_weight")
 def _(feature: Tensor, metric: str, log: bool) -> Tensor:
     batch, _, height, width = feature.shape
     num_edges = (height - 1) * width + height * (width - 1)
     return feature.new_empty((batch, num_edges), dtype=torch.float32)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::grid_tree")
+@register_fake(f"{NAMESPACE}::grid_tree")
 def _(edge_weight: Tensor, height: int, width: int, root: int) -> tuple[Tensor, Tensor]:
     shape = (edge_weight.shape[0], height * width)
     parent = edge_weight.new_empty(shape, dtype=torch.int32)
     return parent, torch.empty_like(parent)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::tree_scan")
+@register_fake(f"{NAMESPACE}::tree_scan")
 def _(x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagation: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::tree_scan_backward")
+@register_fake(f"{NAMESPACE}::tree_scan_backward")
 def _(
     grad_h: Tensor, x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagation: str
 ) -> tuple[Tensor, Tensor]:
@@ -107,12 +113,12 @@ def _(
     )
 
 
-@torch.library.register_fake(f"{NAMESPACE}::tree_selective_scan")
+@register_fake(f"{NAMESPACE}::tree_selective_scan")
 def _(x: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::tree_selective_scan_backward")
+@register_fake(f"{NAMESPACE}::tree_selective_scan_backward")
 def _(grad_y: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs = args[:_SELECTIVE_INPUTS]
     return tuple(torch.empty_like(value, memory_format=torch.contiguous_format) for value in inputs)
@@ -128,7 +134,7 @@ def _no_gradient(name: str) -> None:
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         return (None,) * ctx.num_inputs
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
+    register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
 
 
 _no_gradient("grid_edge_weight")
@@ -178,8 +184,8 @@ def _composed_backward(
     return grad_x, grad_decay * below_root
 
 
-torch.library.register_autograd(f"{NAMESPACE}::tree_scan", _scan_backward, setup_context=_save_scan)
-torch.library.register_autograd(f"{NAMESPACE}::tree_scan_backward", _scan_double_backward, setup_context=_save_scan)
+register_autograd(f"{NAMESPACE}::tree_scan", _scan_backward, setup_context=_save_scan)
+register_autograd(f"{NAMESPACE}::tree_scan_backward", _scan_double_backward, setup_context=_save_scan)
 
 
 def _save_selective_scan(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -207,16 +213,14 @@ def _selective_scan_double_backward(ctx: Any, *grad_grads: Tensor) -> tuple:
     return (*second, None, None, None, None)
 
 
-torch.library.register_autograd(
-    f"{NAMESPACE}::tree_selective_scan", _selective_scan_backward, setup_context=_save_selective_scan
-)
-torch.library.register_autograd(
+register_autograd(f"{NAMESPACE}::tree_selective_scan", _selective_scan_backward, setup_context=_save_selective_scan)
+register_autograd(
     f"{NAMESPACE}::tree_selective_scan_backward", _selective_scan_double_backward, setup_context=_save_selective_scan
 )
 
 for _device_type in ("cpu", "cuda"):
-    torch.library.register_autocast(f"{NAMESPACE}::tree_scan", _device_type, torch.float32)
-    torch.library.register_autocast(f"{NAMESPACE}::tree_selective_scan", _device_type, torch.float32)
+    register_autocast(f"{NAMESPACE}::tree_scan", _device_type, torch.float32)
+    register_autocast(f"{NAMESPACE}::tree_selective_scan", _device_type, torch.float32)
 
 
 # Operations for each element of x, a multiplication and an addition counting two. The choice of the tree counts none:

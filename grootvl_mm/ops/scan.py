@@ -6,6 +6,7 @@ from torch import Tensor
 from grootvl_mm.ops import _library  # noqa: F401  defines torch.ops.grootvl
 from grootvl_mm.ops._checks import FLOATING, check_choice, check_same_device, check_tensor
 from grootvl_mm.ops.tree import Tree
+from grootvl_mm.torch_versions import is_autocast_enabled
 
 PROPAGATIONS = ("all", "up", "down")
 
@@ -38,7 +39,7 @@ def tree_scan(x: Tensor, decay: Tensor, tree: Tree, propagation: str = "all") ->
     if decay.shape != x.shape:
         raise ValueError(f"decay must have the shape of x {tuple(x.shape)}, got {tuple(decay.shape)}")
     _check_tree(tree, x)
-    if decay.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if decay.dtype != x.dtype and not is_autocast_enabled(x.device.type):
         raise TypeError(f"decay must have the dtype of x {x.dtype}, got {decay.dtype}")
     check_same_device(x=x, decay=decay, parent=tree.parent, order=tree.order)
     return torch.ops.grootvl.tree_scan(x, decay, tree.parent, tree.order, propagation)
@@ -125,7 +126,7 @@ def tree_selective_scan(
         check_tensor(name, values[name], shape, len(shape))
         if values[name].shape != shape:
             raise ValueError(f"{name} must have shape {shape} for x {tuple(x.shape)}, got {tuple(values[name].shape)}")
-        if values[name].dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if values[name].dtype != x.dtype and not is_autocast_enabled(x.device.type):
             raise TypeError(f"{name} must have the dtype of x {x.dtype}, got {values[name].dtype}")
     _check_tree(tree, x)
     check_same_device(**values, parent=tree.parent, order=tree.order)

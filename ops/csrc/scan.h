@@ -12,14 +12,13 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-
-#include <string_view>
+#include <c10/util/string_view.h>
 
 namespace grootvl {
 
 enum class Propagation { kAll, kUp, kDown };
 
-inline Propagation parse_propagation(std::string_view name) {
+inline Propagation parse_propagation(c10::string_view name) {
   if (name == "all") {
     return Propagation::kAll;
   }

@@ -11,14 +11,13 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-
-#include <string_view>
+#include <c10/util/string_view.h>
 
 namespace grootvl {
 
 enum class Metric { kCosine, kEuclidean, kManhattan };
 
-inline Metric parse_metric(std::string_view name) {
+inline Metric parse_metric(c10::string_view name) {
   if (name == "cosine") {
     return Metric::kCosine;
   }

@@ -18,6 +18,7 @@ from grootvl_mm.engine.checkpoint_files import (
     rewrite_checkpoint,
     write_checkpoint,
 )
+from tests.marks import needs_safe_globals
 
 
 def assert_one_line(message: str) -> None:
@@ -133,6 +134,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         read_checkpoint(tmp_path)
 
 
+@needs_safe_globals
 def test_configs_of_the_published_training_code_come_as_dictionaries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

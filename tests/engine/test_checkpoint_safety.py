@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from grootvl_mm.engine.checkpoint_safety import allow_mmengine_checkpoints
+from tests.marks import needs_safe_globals
 
 
 class SafetyModel(BaseModel):
@@ -107,7 +108,7 @@ def load_in_fresh_process(checkpoint: Path, imports: str) -> subprocess.Complete
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.6", reason="safe loading is not the default")
+@needs_safe_globals
 def test_runner_checkpoint_loads_safely_once_the_package_is_imported(checkpoint: Path):
     without = load_in_fresh_process(checkpoint, "import mmengine")
     assert "Unsupported global" in without.stderr
@@ -122,9 +123,11 @@ def test_resume_works(checkpoint: Path):
     assert len(runner.message_hub.get_scalar("train/loss").data[0]) == 4
 
 
+@needs_safe_globals
 def test_every_numeric_type_loads(tmp_path: Path):
     content = [np.ones(2, dtype=code) for code in "?bhilBHILefd"] + [np.float32(1), np.int16(2), np.bool_(True)]
     torch.save(content, tmp_path / "arrays.pth")
+    allow_mmengine_checkpoints()
     loaded = torch.load(tmp_path / "arrays.pth", weights_only=True)
     assert [item.dtype for item in loaded] == [item.dtype for item in content]
 

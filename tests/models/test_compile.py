@@ -5,6 +5,9 @@ import torch
 from torch import Tensor
 
 from grootvl_mm.models import GrootV
+from tests.marks import needs_compiler
+
+pytestmark = needs_compiler
 
 NANO = {"channels": 8, "depths": [1]}
 

@@ -4,10 +4,13 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.export
 from torch import Tensor
-from torch.export import Dim, ExportedProgram
 
 from grootvl_mm.models import GrootV
+from tests.marks import needs_compiler
+
+pytestmark = needs_compiler
 
 NANO = {"channels": 8, "depths": [1]}
 OPERATORS = ("grid_edge_weight", "grid_tree", "tree_selective_scan")
@@ -17,14 +20,14 @@ def make(**options) -> GrootV:
     return GrootV(**{"arch": NANO, "out_indices": (0,)} | options).eval()
 
 
-def count_operators(program: ExportedProgram) -> dict[str, int]:
+def count_operators(program: torch.export.ExportedProgram) -> dict[str, int]:
     """How often each of our operators is in the graph."""
     targets = Counter(str(node.target) for node in program.graph.nodes)
     assert not any("mkldnn" in target for target in targets)
     return {name: targets[f"grootvl.{name}.default"] for name in OPERATORS}
 
 
-def assert_equal_maps(program: ExportedProgram, model: GrootV, image: Tensor) -> None:
+def assert_equal_maps(program: torch.export.ExportedProgram, model: GrootV, image: Tensor) -> None:
     torch.testing.assert_close(program.module()(image), model(image), rtol=1e-4, atol=1e-6)
 
 
@@ -66,7 +69,11 @@ def test_options(strict: bool, options: dict) -> None:
 def test_any_number_of_images_of_any_size() -> None:
     """From a size on with which no dimension shrinks to 1."""
     model = make(out_indices=(0, 1), arch={"channels": 8, "depths": [1, 1]})
-    free = {0: Dim("batch", min=1), 2: Dim("height", min=9), 3: Dim("width", min=9)}
+    free = {
+        0: torch.export.Dim("batch", min=1),
+        2: torch.export.Dim("height", min=9),
+        3: torch.export.Dim("width", min=9),
+    }
     program = torch.export.export(model, (torch.randn(2, 3, 18, 21),), dynamic_shapes=(free,))
     for shape in ((1, 3, 18, 21), (3, 3, 9, 64), (2, 3, 33, 33)):
         assert_equal_maps(program, model, torch.randn(shape))

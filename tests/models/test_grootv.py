@@ -1,13 +1,18 @@
 """The backbone: what it computes, what its options do, what it refuses."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from grootvl_mm.models import GrootV, TreeSSM
+from tests.marks import needs_compiler
 
 MICRO = {"channels": 8, "depths": [1, 2, 1]}
 
@@ -84,6 +89,44 @@ def test_checkpointing_gives_the_same_gradients(device: torch.device) -> None:
         sum(feature.square().mean() for feature in model(image)).backward()
     for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that operators made and that are still there, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(result)[0]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, self.now())
+        return result
+
+    def now(self) -> int:
+        return sum(size for reference, size in self.storages.values() if not reference.expired())
+
+
+def test_checkpointing_keeps_one_map_for_each_block() -> None:
+    kept, peak = {}, {}
+    for with_cp, depth in product((False, True), (4, 8)):
+        model = make(arch={"channels": 8, "depths": [depth]}, out_indices=(0,), with_cp=with_cp)
+        memory = LiveMemory()
+        with memory:
+            (feature,) = model(torch.randn(1, 3, 64, 64))
+            kept[with_cp, depth] = memory.now()
+            feature.mean().backward()
+        peak[with_cp, depth] = memory.peak
+    one_map = 8 * 16 * 16 * 4
+    # A block keeps its input, instead of all that it computes.
+    assert kept[True, 8] - kept[True, 4] == 4 * one_map
+    assert kept[False, 8] - kept[False, 4] > 4 * 12 * one_map
+    assert peak[True, 8] < 0.5 * peak[False, 8]
 
 
 @pytest.mark.parametrize("frozen_stages", [-1, 0, 1, 3])
@@ -234,6 +277,7 @@ def test_features_that_are_not_numbers_neither_hang_nor_crash(device: torch.devi
     assert maps[-1][1].isfinite().all()
 
 
+@needs_compiler
 @pytest.mark.parametrize("scan", ["tree", "cross"])
 def test_is_one_graph_for_the_compiler(device: torch.device, scan: str) -> None:
     model = make(scan=scan).to(device).eval()

@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import grootvl_mm
 from grootvl_mm.ops import _library, extension_error, grid_edge_weight, grid_tree, reference, tree_scan
+from grootvl_mm.torch_versions import infer_schema
+from tests.marks import needs_compiler
 from tests.ops.test_selective_scan import sample as random_selective_scan
 from tests.ops.trees import random_scan
 
@@ -46,15 +48,17 @@ def test_compiled_operators_are_in_use() -> None:
 def test_every_operator_has_a_reference_with_its_schema() -> None:
     for name, function in _library.REFERENCES.items():
         schema = str(getattr(torch.ops.grootvl, name).default._schema)
-        arguments = torch.library.infer_schema(function, mutates_args=())
+        arguments = infer_schema(function, mutates_args=())
         assert schema == f"grootvl::{name}{arguments}"
 
 
+@needs_compiler
 @pytest.mark.parametrize("name", sorted(_library.REFERENCES))
 def test_opcheck(device: torch.device, name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.grootvl, name).default, samples(device)[name])
 
 
+@needs_compiler
 def test_compiles_as_one_graph(device: torch.device) -> None:
     def block(feature: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
         tree = grid_tree(grid_edge_weight(feature), *feature.shape[2:])
@@ -70,6 +74,7 @@ def test_compiles_as_one_graph(device: torch.device) -> None:
     torch.testing.assert_close(grad, expected_grad)
 
 
+@needs_compiler
 def test_exports_with_the_operators_as_nodes() -> None:
     class Scan(torch.nn.Module):
         def forward(self, feature: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,7 @@ at::Tensor tree_scan(
     const at::Tensor& decay,
     const at::Tensor& parent,
     const at::Tensor& order,
-    std::string_view propagation_name) {
+    c10::string_view propagation_name) {
   const Propagation propagation = parse_propagation(propagation_name);
   check_scan_inputs(x, decay, parent, order);
   if (is_16_bit(x)) {
@@ -99,7 +99,7 @@ std::tuple<at::Tensor, at::Tensor> tree_scan_backward(
     const at::Tensor& decay,
     const at::Tensor& parent,
     const at::Tensor& order,
-    std::string_view propagation_name) {
+    c10::string_view propagation_name) {
   const Propagation propagation = parse_propagation(propagation_name);
   check_scan_inputs(x, decay, parent, order);
   check_scan_gradient(grad_h, x);

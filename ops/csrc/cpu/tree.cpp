@@ -45,7 +45,7 @@ bool all_finite(const float* values, int64_t count) {
 
 }  // namespace
 
-at::Tensor grid_edge_weight(const at::Tensor& feature, std::string_view metric_name, bool log) {
+at::Tensor grid_edge_weight(const at::Tensor& feature, c10::string_view metric_name, bool log) {
   const Metric metric = parse_metric(metric_name);
   check_feature(feature);
   const at::Tensor rows = feature.contiguous(at::MemoryFormat::ChannelsLast);

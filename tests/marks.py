@@ -1,0 +1,13 @@
+"""Marks that tests of several folders share."""
+
+import pytest
+import torch
+
+needs_compiler = pytest.mark.skipif(
+    not hasattr(torch.library, "register_autograd"),
+    reason="opcheck, torch.compile and torch.export of the operators need torch 2.4",
+)
+
+needs_safe_globals = pytest.mark.skipif(
+    torch.__version__ < "2.6", reason="safe loading is not the default, and cannot be told what else to allow"
+)
