@@ -250,9 +250,9 @@ SelectiveScanInputs backward(
     with_kernels([&](auto kernels) {
       using Kernels = decltype(kernels);
       for_each_image(inputs.x.size(0), [&](int64_t begin, int64_t end) {
-        Scratch<scalar_t> scratch(6, vertices, channels);
-        const Rows<scalar_t> decay = scratch[0], input = scratch[1], h = scratch[2];
-        const Rows<scalar_t> grad_h = scratch[3], grad_input = scratch[4], grad_decay = scratch[5];
+        Scratch<scalar_t> scratch(4, vertices, channels);
+        // On the way back, the gradients of input and decay take the places of those of h and of the sums.
+        const Rows<scalar_t> decay = scratch[0], sums = scratch[1], h = scratch[2], grad = scratch[3];
         for (int64_t image = begin; image < end; ++image) {
           const Tree tree = trees[image];
           const Selective<scalar_t> s = prepared.of_image<scalar_t>(image, eps);
@@ -264,10 +264,13 @@ SelectiveScanInputs backward(
               rows_of_result<scalar_t>(grads.gate, image)};
           for_each_piece(vertices, [&](int64_t, int64_t first, int64_t last) {
             std::vector<scalar_t> row(channels);
-            Kernels::template discretise<scalar_t>(s, first, last, decay, input, row.data());
-            std::copy(input[first], input[last], h[first]);
+            Kernels::template discretise<scalar_t>(s, first, last, decay, sums, row.data());
           });
-          scan_in_place(kernels, tree, channels, propagation, decay, h);
+          for_each_share(channels, [&](int64_t first, int64_t width) {
+            std::vector<uint8_t> flags(vertices);
+            Kernels::template scan_keeping_sums<scalar_t>(
+                tree, width, propagation, decay.from(first), sums.from(first), h.from(first), flags.data());
+          });
           for_each_piece(vertices, [&](int64_t piece, int64_t first, int64_t last) {
             std::vector<scalar_t> rows(2 * channels);
             Kernels::template read_out_backward<scalar_t>(
@@ -276,48 +279,39 @@ SelectiveScanInputs backward(
                 last,
                 h,
                 rows_of<scalar_t>(grad_rows, image),
-                grad_h,
+                grad,
                 parameters.of_piece(of_inputs, image, piece),
                 rows.data());
           });
           for_each_share(channels, [&](int64_t first, int64_t width) {
-            std::vector<uint8_t> has_sum(vertices, 0);
-            Kernels::template scan_backward<scalar_t>(
+            std::vector<uint8_t> flags(vertices);
+            Kernels::template scan_backward_from_sums<scalar_t>(
                 tree,
                 width,
                 propagation,
-                grad_h.from(first),
                 decay.from(first),
-                input.from(first),
-                grad_input.from(first),
-                grad_decay.from(first),
+                sums.from(first),
                 h.from(first),
-                has_sum.data());
+                grad.from(first),
+                flags.data());
           });
           for_each_piece(vertices, [&](int64_t piece, int64_t first, int64_t last) {
             std::vector<scalar_t> rows((Kernels::kTile + 1) * channels);
             Kernels::template discretise_backward<scalar_t>(
-                s,
-                first,
-                last,
-                decay,
-                grad_input,
-                grad_decay,
-                parameters.of_piece(of_inputs, image, piece),
-                rows.data());
+                s, first, last, decay, grad, sums, parameters.of_piece(of_inputs, image, piece), rows.data());
           });
         }
       });
     });
-    const std::vector<at::Tensor> sums = parameters.sums<scalar_t>();
-    grads.dt_weight = sums[0].t().contiguous();
-    grads.dt_bias = sums[1];
-    grads.A_log = sums[2].mul(prepared.in.A_log);
-    grads.Ds = sums[3];
-    grads.h_norm_weight = sums[4];
-    grads.h_norm_bias = sums[5];
-    grads.out_norm_weight = sums[6];
-    grads.out_norm_bias = sums[7];
+    const std::vector<at::Tensor> totals = parameters.sums<scalar_t>();
+    grads.dt_weight = totals[0].t().contiguous();
+    grads.dt_bias = totals[1];
+    grads.A_log = totals[2].mul(prepared.in.A_log);
+    grads.Ds = totals[3];
+    grads.h_norm_weight = totals[4];
+    grads.h_norm_bias = totals[5];
+    grads.out_norm_weight = totals[6];
+    grads.out_norm_bias = totals[7];
   });
   return grads;
 }
@@ -349,7 +343,7 @@ at::Tensor tree_selective_scan(
     const at::Tensor& parent,
     const at::Tensor& order,
     double eps,
-    std::string_view propagation_name) {
+    c10::string_view propagation_name) {
   const Propagation propagation = parse_propagation(propagation_name);
   const SelectiveScanInputs inputs{
       x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds, h_norm_weight, h_norm_bias, out_norm_weight, out_norm_bias};
@@ -380,7 +374,7 @@ std::tuple<At, At, At, At, At, At, At, At, At, At, At, At, At> tree_selective_sc
     const at::Tensor& parent,
     const at::Tensor& order,
     double eps,
-    std::string_view propagation_name) {
+    c10::string_view propagation_name) {
   const Propagation propagation = parse_propagation(propagation_name);
   const SelectiveScanInputs inputs{
       x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds, h_norm_weight, h_norm_bias, out_norm_weight, out_norm_bias};

@@ -40,8 +40,8 @@ struct TreeWorkspace {
         id(height * width),
         stack(kTogether * (height * width + 4)),
         least(height * width),
-        ends(2 * height * width + 1),
-        keys(2 * height * width + 1) {}
+        ends(2 * height * width + 8),
+        keys(2 * height * width + 8) {}
 
   int64_t height, width;
   // Edge weights as integers. vertical[v] is the edge above vertex v, horizontal[v] the one to its left; where there is
@@ -54,7 +54,8 @@ struct TreeWorkspace {
   Uninitialised<int32_t> leader, joined, next, id;
   Uninitialised<uint32_t> stack;
   Uninitialised<uint64_t> least;
-  // The edges between different components: both components in one word; the weight as an integer above the index.
+  // The edges between different components: both components in one word; the weight as an integer above the index. Some
+  // words behind the list may be overwritten.
   Uninitialised<uint64_t> ends, keys;
 };
 
