@@ -7,16 +7,25 @@ imports ``<scope>.registry`` by itself and then the ``locations`` named here.
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
 from mmengine.registry import Registry
 
 MODELS = Registry("model", parent=MMENGINE_MODELS, scope="grootvl_mm", locations=["grootvl_mm.models"])
 # By the scope only: importing mmengine's hooks takes OpenCV, which the models do without.
-HOOKS = Registry("hook", parent=MMENGINE_HOOKS, scope="grootvl_mm", locations=["grootvl_mm.engine.hooks"])
+HOOKS = Registry(
+    "hook",
+    parent=MMENGINE_HOOKS,
+    scope="grootvl_mm",
+    locations=["grootvl_mm.engine.hooks", "grootvl_mm.engine.repeatable"],
+)
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optimizer wrapper constructor",
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
     scope="grootvl_mm",
     locations=["grootvl_mm.engine.layer_decay"],
+)
+STRATEGIES = Registry(
+    "strategy", parent=MMENGINE_STRATEGIES, scope="grootvl_mm", locations=["grootvl_mm.engine.fully_shard"]
 )
 
 

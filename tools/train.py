@@ -4,10 +4,11 @@ import argparse
 
 from mmengine.config import Config
 from mmengine.logging import print_log
-from mmengine.runner import Runner
+from mmengine.registry import RUNNERS
 
 from grootvl_mm.engine import cli
-from grootvl_mm.engine.resume import find_resumable_checkpoint
+from grootvl_mm.engine.repeatable import make_repeatable
+from grootvl_mm.engine.resume import find_resumable_checkpoint, read_seed
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,6 +49,9 @@ def set_resume(cfg: Config, resume: str) -> None:
         cli.check_file(resume, "checkpoint", "give its path, or --resume alone for the newest one")
     cfg.resume = True
     cfg.load_from = resume
+    if cfg.get("randomness", {}).get("seed") is None and "://" not in resume:
+        # mmengine takes the seed over too, but only after it has shuffled the data.
+        cfg.merge_from_dict({"randomness.seed": read_seed(resume)})
 
 
 def set_amp(cfg: Config) -> None:
@@ -79,9 +83,10 @@ def main() -> None:
         set_auto_scale_lr(cfg)
     if args.resume is not None:
         set_resume(cfg, args.resume)
+    make_repeatable(cfg)
     cli.finish_runner_config(cfg)
     with cli.checkpoint_errors():
-        Runner.from_cfg(cfg).train()
+        RUNNERS.build(cfg).train()
     cli.close_process_group()
 
 

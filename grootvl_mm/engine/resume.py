@@ -1,7 +1,9 @@
-"""Finds the checkpoint from which an interrupted run goes on."""
+"""Finds the checkpoint from which an interrupted run goes on, and its seed."""
 
 import zipfile
 from pathlib import Path
+
+import torch
 
 
 def find_resumable_checkpoint(work_dir: str | Path) -> Path | None:
@@ -23,3 +25,10 @@ def find_resumable_checkpoint(work_dir: str | Path) -> Path | None:
     by_age = sorted((path for path in found if path.is_file()), key=lambda path: path.stat().st_mtime)
     # A zip archive, torch.save's format, ends with its directory: a cut-off one is not recognized.
     return next((path for path in reversed(by_age) if zipfile.is_zipfile(path)), None)
+
+
+def read_seed(checkpoint: str | Path) -> int | None:
+    """Return the seed of the run that wrote a training checkpoint, or None if the file does not tell."""
+    # Memory-mapped: the weights stay on disk.
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    return content.get("meta", {}).get("seed")

@@ -1,5 +1,6 @@
 """Every shipped config loads, builds, trains a step and predicts; its optimizer decays what its recipe says."""
 
+import re
 from collections import Counter
 
 import pytest
@@ -89,6 +90,16 @@ def test_sizes_are_the_published_ones(cfg, model):
     elif (cfg.model.type, arch) in MILLIONS:
         assert round(count(model) / 1e6) == MILLIONS[cfg.model.type, arch]
     assert cfg.model.backbone.drop_path_rate == DROP_PATH[cfg.default_scope][arch]
+
+
+@pytest.mark.parametrize("cfg", PAPER_CONFIGS, ids=lambda path: path.stem, indirect=True)
+def test_learning_rate_is_scaled_from_the_batch_of_the_recipe(cfg):
+    """Devices times images, as the config's name says; 8 devices where it says nothing."""
+    stated = re.search(r"_(\d+)xb(\d+)", cfg.filename)
+    devices, images = map(int, stated.groups()) if stated else (8, cfg.train_dataloader.batch_size)
+    assert cfg.train_dataloader.batch_size == images
+    assert cfg.auto_scale_lr.base_batch_size == devices * images
+    assert not cfg.auto_scale_lr.get("enable", False)
 
 
 def test_weight_decay_spares_flat_parameters(cfg, model):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 
-from grootvl_mm.engine.resume import find_resumable_checkpoint
+from grootvl_mm.engine.resume import find_resumable_checkpoint, read_seed
 
 
 def write(path: Path, age: int) -> Path:
@@ -45,3 +45,10 @@ def test_pointer_may_be_empty_stale_or_lead_elsewhere(tmp_path: Path):
     target = write(elsewhere / "iter_6.pth", 0)
     pointer.write_text(f"{target}\n")
     assert find_resumable_checkpoint(tmp_path) == target
+
+
+def test_seed_of_a_checkpoint(tmp_path: Path):
+    torch.save({"meta": {"seed": 7}, "state_dict": {"weight": torch.zeros(3)}}, tmp_path / "iter_1.pth")
+    assert read_seed(tmp_path / "iter_1.pth") == 7
+    torch.save({"state_dict": {}}, tmp_path / "weights.pth")
+    assert read_seed(tmp_path / "weights.pth") is None

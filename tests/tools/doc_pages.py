@@ -14,6 +14,8 @@ from types import ModuleType
 
 import pytest
 from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.utils import is_installed
 
 from grootvl_mm.zoo import config_file
 from tests.configs.config_cases import load_config
@@ -53,6 +55,13 @@ def commands(page: str) -> list[str]:
 def all_commands() -> list[str]:
     """The commands of all pages, each once."""
     return list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+
+
+def with_bases_found(code: str) -> str:
+    """A config with paths in place of ``mmseg::``, by which onedl-mmengine 0.10.12 does not find the bases of mmseg."""
+    if is_installed(MODULE2PACKAGE["mmseg"]):
+        return code
+    return code.replace("mmseg::", f"{Path(importlib.util.find_spec('mmseg').origin).parent}/.mim/configs/")
 
 
 def check_command(command: str, stubs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,17 @@ from mmengine.registry import DefaultScope
 from PIL import Image
 
 from tests.configs.config_cases import build_model, build_optimizer, load_config, random_batch
-from tests.tools.doc_pages import PAGES, all_commands, anchors, blocks, check_command, commands, links
-from tests.tools.tool_runs import ROOT, Command, Mim, read_scalars
+from tests.tools.doc_pages import (
+    PAGES,
+    all_commands,
+    anchors,
+    blocks,
+    check_command,
+    commands,
+    links,
+    with_bases_found,
+)
+from tests.tools.tool_runs import ROOT, Command, Mim, mim_name, read_scalars
 
 COMMANDS = all_commands()
 SHORT = (
@@ -67,6 +76,7 @@ NEEDS = {
     "mim test mm": "COCO, ADE20K or ImageNet",
     "mim train grootvl_mm grootv-tiny": "ImageNet",
     "GPUS=": "a cluster",
+    "NNODES=": "two machines; tests/tools/test_distributed.py runs two nodes on this one",
     "FORCE_CUDA=1 pip install": "a CUDA toolkit; tests/ops/test_cuda_build.py runs the build itself",
 }
 # Pages whose Python is run by another test, for example because it needs a checkpoint.
@@ -140,6 +150,7 @@ def test_commands_run_one_after_the_other(mim: Mim, demo_data: Path, tmp_path: P
     for command in COMMANDS:
         if (start := find_start(command)) in SHORTENED:
             line = re.sub(r"iter_\d+", "iter_2", f"{command} {SHORTENED[start]}")
+            line = re.sub(r"^(mim \w+) (mm\w+)", lambda found: f"{found[1]} {mim_name(found[2])}", line)
             line = re.sub(r"^mim ", f"{mim.python} -m mim ", line)
             line = re.sub(r"^python ", f"{mim.python} ", line)
             done = subprocess.run(
@@ -169,13 +180,14 @@ def test_code_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("code", python_blocks("_base_"))
 def test_config_builds_and_trains_a_step(code: str, tmp_path: Path) -> None:
     config = tmp_path / "config.py"
-    config.write_text(code)
+    config.write_text(with_bases_found(code))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     cfg = load_config(config)
     # Weights of other backbones would be downloaded for nothing.
     assert "Pretrained" not in str(cfg.model)
     if "num_queries" in cfg.model:
         cfg.model.num_queries = 20  # a small image has no more positions
-    model = build_model(cfg, init=False).train()
+    model = build_model(cfg).train()
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         losses = model.train_step(random_batch(cfg), build_optimizer(cfg, model))
     assert losses["loss"].isfinite()

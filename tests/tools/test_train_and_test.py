@@ -9,8 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from grootvl_mm.engine.checkpoint_files import read_checkpoint
+from grootvl_mm.engine.resume import find_resumable_checkpoint, read_seed
 from tests.tools.tool_runs import Command, read_metrics, read_scalars
 
 pytestmark = pytest.mark.slow
@@ -96,23 +99,42 @@ def test_tta(trained: Trained, command: Command, tmp_path: Path):
         assert "Traceback" not in output
 
 
-def test_killed_training_resumes_from_its_last_checkpoint(command: Command, make_config, tmp_path: Path):
+def test_killed_training_ends_as_one_that_was_not_killed(command: Command, make_config, tmp_path: Path):
+    """Bit by bit: weights, averaged weights, optimizer; with random numbers in model, batches and data worker."""
     config = make_config("cls")
-    arguments = (config, "--work-dir", tmp_path, "--resume", "--cfg-options")
-    process = command.popen("train.py", *arguments, "train_cfg.max_iters=100000")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    options = (
+        "--auto-scale-lr",
+        *("--cfg-options", "auto_scale_lr.base_batch_size=8", "default_hooks.ema.type=EMAHook"),
+        *("default_hooks.ema.momentum=0.1", "default_hooks.checkpoint.max_keep_ckpts=-1"),
+        "model.backbone.drop_path_rate=0.5",
+        *("model.train_cfg.augments.type=Mixup", "model.train_cfg.augments.alpha=0.8"),
+        *("train_dataloader.num_workers=1", "train_dataloader.dataset.pipeline.1.type=RandomResizedCrop"),
+        *("val_cfg=None", "val_dataloader=None", "val_evaluator=None"),
+    )
+    any_seed = "randomness.seed=None"
+    process = command.popen(
+        "train.py", config, "--work-dir", killed, "--resume", *options, any_seed, "train_cfg.max_iters=100000"
+    )
     deadline = time.monotonic() + 120
-    while not (tmp_path / "iter_6.pth").exists():
+    while not (killed / "iter_6.pth").exists():
         assert process.poll() is None, process.communicate()[0][-4000:]
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    done = max(read_scalars(tmp_path))
-
-    target = done + 3
-    unevaluated = ("val_cfg=None", "val_dataloader=None", "val_evaluator=None")
-    command("train.py", *arguments, f"train_cfg.max_iters={target}", *unevaluated)
-    scalars = read_scalars(tmp_path)
+    done = max(read_scalars(killed))
+    last = find_resumable_checkpoint(killed)
     # Checkpoints are written every 2 iterations; the one during which the process died may be lost.
-    assert max(5, done - 2) <= min(scalars) <= done + 1
-    assert max(scalars) == target
+    assert done - 2 <= int(last.stem.removeprefix("iter_")) <= done
+
+    steps = f"train_cfg.max_iters={done + 3}"
+    command("train.py", config, "--work-dir", killed, "--resume", *options, any_seed, steps)
+    assert max(read_scalars(killed)) == done + 3
+    assert min(read_scalars(killed)) == int(last.stem.removeprefix("iter_")) + 1
+    command("train.py", config, "--work-dir", whole, *options, f"randomness.seed={read_seed(last)}", steps)
+    assert read_scalars(whole)[1]["lr"] == pytest.approx(0.01 * 1.5e-3 * 2 / 8)
+    for name in (last.name, f"iter_{done + 3}.pth"):
+        expected, got = (read_checkpoint(folder / name) for folder in (whole, killed))
+        for part in ("state_dict", "ema_state_dict", "optimizer"):
+            torch.testing.assert_close(got[part], expected[part], rtol=0, atol=0)
