@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from mmengine.config import Config
@@ -19,7 +18,7 @@ from mmengine.utils import is_installed
 
 from grootvl_mm.zoo import config_file
 from tests.configs.config_cases import load_config
-from tests.tools.tool_runs import ROOT
+from tests.tools.tool_runs import ROOT, load_script
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
@@ -113,7 +112,7 @@ def _of_launcher(words: list[str], environment: dict[str, str], stubs: Path) -> 
 
 
 def _check_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = _load_script(words[0])
+    module = load_script(words[0])
     if not hasattr(module, "parse_args"):
         return
     monkeypatch.setattr(sys, "argv", words)
@@ -128,20 +127,6 @@ def _check_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 def _load_config(path_or_name: str) -> dict:
     path = ROOT / path_or_name
     return load_config(path if path.is_file() else Path(config_file(path_or_name))).to_dict()
-
-
-@functools.cache
-def _load_script(path: str) -> ModuleType:
-    script = ROOT / path
-    sys.path.insert(0, str(script.parent))  # as Python does for a script
-    try:
-        spec = importlib.util.spec_from_file_location(f"script_{script.stem}", script)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # data classes look their module up
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(script.parent))
-    return module
 
 
 def anchors(markdown: str) -> set[str]:

@@ -1,5 +1,7 @@
 """Runs the real commands of ``tools/`` as subprocesses and reads what they leave."""
 
+import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -9,6 +11,7 @@ import sysconfig
 import venv
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ("build", "dist", "data", "work_dirs", "*.egg-info", "*.so", "__pycache__", ".*")
@@ -41,6 +44,21 @@ class Command:
         output = process.communicate(timeout=300)[0]
         assert process.returncode == status, output[-4000:]
         return output
+
+
+@functools.cache
+def load_script(path: str) -> ModuleType:
+    """A script of this repository as a module, with the imports that it has when it is run."""
+    script = ROOT / path
+    sys.path.insert(0, str(script.parent))  # as Python does for a script
+    try:
+        spec = importlib.util.spec_from_file_location(f"script_{script.stem}", script)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # data classes look their module up
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(script.parent))
+    return module
 
 
 class Mim:
@@ -79,6 +97,15 @@ class Mim:
         )
         assert done.returncode == status, done.stdout[-4000:]
         return done.stdout
+
+
+def mim_finds_us() -> bool:
+    """Whether the installed mim finds the files of grootvl_mm.
+
+    onedl-mim 0.5.1 takes the first folder that an installation lists for the package. Where distribution and module
+    have the same name, that is the metadata.
+    """
+    return "openmim" in packages_distributions()["mim"]
 
 
 def mim_name(host: str) -> str:

@@ -71,14 +71,15 @@ def predict(cfg: Config, checkpoint: str, num: int) -> tuple[list[BaseDataElemen
 
 
 def draw_instances(
-    axes: Axes, boxes: np.ndarray, masks: np.ndarray, labels: np.ndarray, texts: list[str], palette: np.ndarray
+    axes: Axes, boxes: np.ndarray, masks: np.ndarray | None, labels: np.ndarray, texts: list[str], palette: np.ndarray
 ) -> None:
-    """Draw boxes (N, 4) as x1 y1 x2 y2, masks (N, H, W) and texts in the colours of their labels (N,)."""
-    for box, mask, label, text in zip(boxes, masks, labels, texts, strict=True):
-        colour = palette[label]
+    """Draw boxes (N, 4) as x1 y1 x2 y2, masks (N, H, W), if any, and texts in the colours of their labels (N,)."""
+    for mask, label in zip(() if masks is None else masks, labels, strict=masks is not None):
         overlay = np.zeros((*mask.shape, 4))
-        overlay[mask.astype(bool)] = (*colour, MASK_OPACITY)
+        overlay[mask.astype(bool)] = (*palette[label], MASK_OPACITY)
         axes.imshow(overlay)
+    for box, label, text in zip(boxes, labels, texts, strict=True):
+        colour = palette[label]
         x1, y1, x2, y2 = box
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.5))
         axes.text(x1, y1, text, fontsize=7, va="bottom", color=_ink_on(colour), bbox={**LABEL_BOX, "facecolor": colour})
@@ -91,10 +92,12 @@ def draw_detection(pair: tuple[Axes, Axes], sample: BaseDataElement, meta: dict,
     found = found[found.scores >= score_thr]
     labels = truth.labels.numpy()
     boxes = getattr(truth.bboxes, "tensor", truth.bboxes).numpy()
-    draw_instances(pair[0], boxes, truth.masks.masks, labels, [classes[label] for label in labels], palette)
+    masks = truth.masks.masks if "masks" in truth else None
+    draw_instances(pair[0], boxes, masks, labels, [classes[label] for label in labels], palette)
     labels = found.labels.numpy()
     texts = [f"{classes[label]} {score:.2f}" for label, score in zip(labels, found.scores.tolist(), strict=True)]
-    draw_instances(pair[1], found.bboxes.numpy(), found.masks.numpy(), labels, texts, palette)
+    masks = found.masks.numpy() if "masks" in found else None
+    draw_instances(pair[1], found.bboxes.numpy(), masks, labels, texts, palette)
 
 
 def draw_segmentation(pair: tuple[Axes, Axes], sample: BaseDataElement, meta: dict, _score_thr: float) -> None:
