@@ -8,6 +8,10 @@ needs_compiler = pytest.mark.skipif(
     reason="opcheck, torch.compile and torch.export of the operators need torch 2.4",
 )
 
+needs_float16_on_the_cpu = pytest.mark.skipif(
+    torch.__version__ < "2.4", reason="autocast to float16 on the CPU came after torch 2.1"
+)
+
 needs_safe_globals = pytest.mark.skipif(
     torch.__version__ < "2.6", reason="safe loading is not the default, and cannot be told what else to allow"
 )

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from grootvl_mm.engine.checkpoint_safety import allow_mmengine_checkpoints
+
 
 def find_resumable_checkpoint(work_dir: str | Path) -> Path | None:
     """Return the newest complete training checkpoint of a work dir, or None if there is none.
@@ -29,6 +31,7 @@ def find_resumable_checkpoint(work_dir: str | Path) -> Path | None:
 
 def read_seed(checkpoint: str | Path) -> int | None:
     """Return the seed of the run that wrote a training checkpoint, or None if the file does not tell."""
+    allow_mmengine_checkpoints()
     # Memory-mapped: the weights stay on disk.
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    content = torch.load(str(checkpoint), map_location="cpu", weights_only=True, mmap=True)
     return content.get("meta", {}).get("seed")

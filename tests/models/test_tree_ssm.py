@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from grootvl_mm.models import TreeSSM, tree_ssm
 from grootvl_mm.models.grootv import Block
+from tests.marks import needs_compiler, needs_float16_on_the_cpu
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_a_block_keeps_twelve_maps() -> None:
     assert values == 12 * x.numel() + 2 * x[..., 0].numel()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=needs_float16_on_the_cpu)])
 def test_autocast_gives_the_gradients_of_its_own_rules(
     device: torch.device, plain: Callable, dtype: torch.dtype
 ) -> None:
@@ -96,6 +97,7 @@ def test_autocast_gives_the_gradients_of_its_own_rules(
     torch.testing.assert_close(grads(), plain(grads))
 
 
+@needs_compiler
 def test_compiles_as_one_graph_with_gradients(device: torch.device) -> None:
     layer = make().to(device)
     x = torch.randn(2, 4, 5, 6, device=device, requires_grad=True)

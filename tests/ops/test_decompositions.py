@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from grootvl_mm.ops import decompositions, grid_edge_weight, grid_tree, tree_scan, tree_selective_scan
 from grootvl_mm.ops.scan import PROPAGATIONS
 from grootvl_mm.ops.tree import METRICS
+from tests.marks import needs_compiler
 from tests.ops.test_selective_scan import sample
 from tests.ops.trees import SEEDS, SIZES, random_scan, random_weight
 
@@ -87,6 +88,7 @@ class Layer(torch.nn.Module):
         return tree_scan(y, x.sigmoid(), tree)
 
 
+@needs_compiler
 def test_a_program_without_operators_of_our_own() -> None:
     """Nothing in it depends on the data: it serves other images, and more of them."""
     feature = torch.randn(2, 4, 3, 4)

@@ -251,6 +251,8 @@ def test_empty_folder_is_filled(demo, tmp_path):
 def running(tmp_path):
     """A run with two workers that is in the middle of its scenes."""
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "demo"), "--workers", "2"]
+    # A shell starts what runs in its background with SIGINT ignored, which children take over.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 30
     while not list(tmp_path.glob(".demo-*/new/images/train/*.png")):
