@@ -76,9 +76,11 @@ def test_reference_backward_is_the_derivative_of_the_reference() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("channels", [16, 40, 160])
-def test_all_dtypes(device: torch.device, dtype: torch.dtype, channels: int) -> None:
-    inputs, tree = sample(2, 12, 13, channels, 5, seed=channels, dtype=dtype)
+@pytest.mark.parametrize(
+    ("size", "channels", "rank"), [((12, 13), 16, 5), ((12, 13), 40, 5), ((12, 13), 160, 5), ((3, 4), 2560, 80)]
+)
+def test_all_dtypes(device: torch.device, dtype: torch.dtype, size: tuple, channels: int, rank: int) -> None:
+    inputs, tree = sample(2, *size, channels, rank, seed=channels, dtype=dtype)
     placed = {name: value.to(device) for name, value in inputs.items()}
     y = tree_selective_scan(**placed, tree=tree.to(device))
     assert y.dtype == dtype

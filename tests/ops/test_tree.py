@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, reference
+from grootvl_mm.ops import Tree, decompositions, grid_edge_weight, grid_tree, reference
 from tests.ops.trees import SEEDS, SIZES, assert_rooted, kruskal, random_weight
 
 METRICS = ("cosine", "euclidean", "manhattan")
@@ -107,6 +107,14 @@ def test_a_thousand_trees_with_ties_equal_the_reference(device: torch.device) ->
     weight = torch.cat([random_weight(250, height, width, seed, levels) for seed, levels in enumerate((0, 2, 5, 40))])
     tree = grid_tree(weight.to(device), height, width)
     assert torch.equal(tree.parent.cpu(), reference.grid_tree(weight, height, width, 0)[0])
+
+
+def test_a_million_vertices(device: torch.device) -> None:
+    weight = random_weight(1, 1000, 1000, seed=0, levels=4096)
+    expected, _ = decompositions.grid_tree(weight, 1000, 1000, 0)
+    tree = grid_tree(weight.to(device), 1000, 1000)
+    assert torch.equal(tree.parent.cpu(), expected)
+    assert torch.equal(tree.order.cpu().sort().values, torch.arange(1_000_000, dtype=torch.int32)[None])
 
 
 def test_negative_zero_ties_with_zero(device: torch.device) -> None:
