@@ -230,6 +230,8 @@ def follow_parent() -> None:
 
     # Ctrl-C reaches the whole process group; the parent alone answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The parent's handler raises an exception, which the pool would take for the scene's, and wait for this worker.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # After kill -9 of the parent the workers would wait for work for ever.
     threading.Thread(target=wait, daemon=True).start()
 
