@@ -12,7 +12,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/string_view.h>
+
+#include <tuple>
 
 namespace grootvl {
 
@@ -72,5 +75,64 @@ inline void check_scan_gradient(const at::Tensor& grad_h, const at::Tensor& x) {
       ' ',
       grad_h.device());
 }
+
+inline bool is_16_bit(const at::Tensor& x) {
+  return x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
+}
+
+// For devices that need nothing set while they compute.
+struct NoScope {
+  explicit NoScope(c10::Device) {}
+};
+
+// Both operators for any input, from what a device computes for float32 and float64 that are not empty:
+//   Device::forward(x, decay, parent, order, propagation, h) and
+//   Device::backward(grad_h, x, decay, parent, order, propagation, grad_x, grad_decay), results last;
+//   Device::Scope, made from the inputs' device, lives meanwhile.
+template <typename Device>
+struct ScanOperators {
+  static at::Tensor forward(
+      const at::Tensor& x,
+      const at::Tensor& decay,
+      const at::Tensor& parent,
+      const at::Tensor& order,
+      c10::string_view propagation_name) {
+    const Propagation propagation = parse_propagation(propagation_name);
+    check_scan_inputs(x, decay, parent, order);
+    const typename Device::Scope scope(x.device());
+    if (is_16_bit(x)) {
+      return forward(x.to(at::kFloat), decay.to(at::kFloat), parent, order, propagation_name).to(x.scalar_type());
+    }
+    at::Tensor h = at::empty(x.sizes(), x.options());
+    if (h.numel() > 0) {
+      Device::forward(x, decay, parent, order, propagation, h);
+    }
+    return h;
+  }
+
+  static std::tuple<at::Tensor, at::Tensor> backward(
+      const at::Tensor& grad_h,
+      const at::Tensor& x,
+      const at::Tensor& decay,
+      const at::Tensor& parent,
+      const at::Tensor& order,
+      c10::string_view propagation_name) {
+    const Propagation propagation = parse_propagation(propagation_name);
+    check_scan_inputs(x, decay, parent, order);
+    check_scan_gradient(grad_h, x);
+    const typename Device::Scope scope(x.device());
+    if (is_16_bit(x)) {
+      const auto [grad_x, grad_decay] =
+          backward(grad_h.to(at::kFloat), x.to(at::kFloat), decay.to(at::kFloat), parent, order, propagation_name);
+      return {grad_x.to(x.scalar_type()), grad_decay.to(x.scalar_type())};
+    }
+    at::Tensor grad_x = at::empty(x.sizes(), x.options());
+    at::Tensor grad_decay = at::empty(x.sizes(), x.options());
+    if (x.numel() > 0) {
+      Device::backward(grad_h, x, decay, parent, order, propagation, grad_x, grad_decay);
+    }
+    return {grad_x, grad_decay};
+  }
+};
 
 }  // namespace grootvl

@@ -14,6 +14,9 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/string_view.h>
+
+#include <tuple>
 
 #include "scan.h"
 
@@ -79,5 +82,96 @@ inline void check_selective_scan_inputs(
   check("out_norm_weight", in.out_norm_weight, {channels});
   check("out_norm_bias", in.out_norm_bias, {channels});
 }
+
+inline at::Tensor to_float(const at::Tensor& tensor) {
+  return tensor.to(at::kFloat);
+}
+
+// Both operators for any input, from what a device computes for float32 and float64:
+//   Device::forward(inputs, parent, order, eps, propagation) -> y and
+//   Device::backward(grad_y, inputs, parent, order, eps, propagation) -> gradients;
+//   Device::Scope, made from the inputs' device, lives meanwhile.
+template <typename Device>
+struct SelectiveScanOperators {
+  using At = at::Tensor;
+  using Gradients = std::tuple<At, At, At, At, At, At, At, At, At, At, At, At, At>;
+
+  static at::Tensor forward(
+      const at::Tensor& x,
+      const at::Tensor& dt,
+      const at::Tensor& b,
+      const at::Tensor& c,
+      const at::Tensor& gate,
+      const at::Tensor& dt_weight,
+      const at::Tensor& dt_bias,
+      const at::Tensor& A_log,
+      const at::Tensor& Ds,
+      const at::Tensor& h_norm_weight,
+      const at::Tensor& h_norm_bias,
+      const at::Tensor& out_norm_weight,
+      const at::Tensor& out_norm_bias,
+      const at::Tensor& parent,
+      const at::Tensor& order,
+      double eps,
+      c10::string_view propagation_name) {
+    const Propagation propagation = parse_propagation(propagation_name);
+    const SelectiveScanInputs inputs{
+        x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds, h_norm_weight, h_norm_bias, out_norm_weight, out_norm_bias};
+    check_selective_scan_inputs(inputs, parent, order);
+    const typename Device::Scope scope(x.device());
+    if (is_16_bit(x)) {
+      return Device::forward(inputs.map(to_float), parent, order, eps, propagation).to(x.scalar_type());
+    }
+    return Device::forward(inputs, parent, order, eps, propagation);
+  }
+
+  static Gradients backward(
+      const at::Tensor& grad_y,
+      const at::Tensor& x,
+      const at::Tensor& dt,
+      const at::Tensor& b,
+      const at::Tensor& c,
+      const at::Tensor& gate,
+      const at::Tensor& dt_weight,
+      const at::Tensor& dt_bias,
+      const at::Tensor& A_log,
+      const at::Tensor& Ds,
+      const at::Tensor& h_norm_weight,
+      const at::Tensor& h_norm_bias,
+      const at::Tensor& out_norm_weight,
+      const at::Tensor& out_norm_bias,
+      const at::Tensor& parent,
+      const at::Tensor& order,
+      double eps,
+      c10::string_view propagation_name) {
+    const Propagation propagation = parse_propagation(propagation_name);
+    const SelectiveScanInputs inputs{
+        x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds, h_norm_weight, h_norm_bias, out_norm_weight, out_norm_bias};
+    check_selective_scan_inputs(inputs, parent, order);
+    check_scan_gradient(grad_y, x);
+    const typename Device::Scope scope(x.device());
+    SelectiveScanInputs g;
+    if (is_16_bit(x)) {
+      g = Device::backward(to_float(grad_y), inputs.map(to_float), parent, order, eps, propagation)
+              .map([&](const at::Tensor& grad) { return grad.to(x.scalar_type()); });
+    } else {
+      g = Device::backward(grad_y, inputs, parent, order, eps, propagation);
+    }
+    return {
+        g.x,
+        g.dt,
+        g.b,
+        g.c,
+        g.gate,
+        g.dt_weight,
+        g.dt_bias,
+        g.A_log,
+        g.Ds,
+        g.h_norm_weight,
+        g.h_norm_bias,
+        g.out_norm_weight,
+        g.out_norm_bias};
+  }
+};
 
 }  // namespace grootvl

@@ -22,7 +22,7 @@ struct Compaction {
   // Numbers the components c of begin..count-1 that point to themselves, from `number` on: id[c], which is -1 for the
   // others. Returns the number after the last.
   static int32_t number_roots(
-      int32_t begin, int32_t count, const int32_t* __restrict pointer, int32_t number, int32_t* __restrict id) {
+      int32_t count, const int32_t* __restrict pointer, int32_t* __restrict id, int32_t begin = 0, int32_t number = 0) {
     for (int32_t c = begin; c < count; ++c) {
       const int32_t is_root = pointer[c] == c;
       id[c] = number | (is_root - 1);
@@ -31,10 +31,9 @@ struct Compaction {
     return number;
   }
 
-  // Lists the edges i of begin..count-1 that join different components, from[i] and to[i], and are there. ends gets the
+  // Lists the edges i of 0..count-1 that join different components, from[i] and to[i], and are there. ends gets the
   // components, keys the weight and `first` + i. Returns how many. Behind the list, 8 words may be overwritten.
   static int64_t list_crossing(
-      int64_t begin,
       int64_t count,
       const int32_t* __restrict from,
       const int32_t* __restrict to,
@@ -43,7 +42,7 @@ struct Compaction {
       uint64_t* __restrict ends,
       uint64_t* __restrict keys) {
     int64_t listed = 0;
-    for (int64_t i = begin; i < count; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       ends[listed] = pack(from[i], to[i]);
       keys[listed] = pack(weight[i], first + static_cast<uint32_t>(i));
       listed += (from[i] != to[i]) & (weight[i] != kNoEdge);
@@ -58,10 +57,9 @@ struct Compaction {
 
 // The same in vectors of 16 and 8.
 struct CompactionAvx512 {
-  static int32_t number_roots(
-      int32_t begin, int32_t count, const int32_t* __restrict pointer, int32_t number, int32_t* __restrict id) {
+  static int32_t number_roots(int32_t count, const int32_t* __restrict pointer, int32_t* __restrict id) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    int32_t c = begin;
+    int32_t c = 0, number = 0;
     for (; c + 16 <= count; c += 16) {
       const __m512i own = _mm512_add_epi32(_mm512_set1_epi32(c), lanes);
       const __mmask16 roots = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(pointer + c), own);
@@ -69,11 +67,10 @@ struct CompactionAvx512 {
       _mm512_storeu_si512(id + c, _mm512_mask_expand_epi32(_mm512_set1_epi32(-1), roots, numbers));
       number += __builtin_popcount(roots);
     }
-    return Compaction::number_roots(c, count, pointer, number, id);
+    return Compaction::number_roots(count, pointer, id, c, number);
   }
 
   static int64_t list_crossing(
-      int64_t begin,
       int64_t count,
       const int32_t* __restrict from,
       const int32_t* __restrict to,
@@ -86,7 +83,7 @@ struct CompactionAvx512 {
       return _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(high), 32), low);
     };
     const __m512i lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
-    int64_t listed = 0, i = begin;
+    int64_t listed = 0, i = 0;
     for (; i + 8 <= count; i += 8) {
       const __m256i u = load(from + i), v = load(to + i), w = load(weight + i);
       const __mmask8 crossing =
@@ -96,7 +93,9 @@ struct CompactionAvx512 {
       _mm512_storeu_si512(keys + listed, _mm512_maskz_compress_epi64(crossing, packed(w, edges)));
       listed += __builtin_popcount(crossing);
     }
-    return listed + Compaction::list_crossing(i, count, from, to, weight, first, ends + listed, keys + listed);
+    const uint32_t next = first + static_cast<uint32_t>(i);
+    return listed +
+           Compaction::list_crossing(count - i, from + i, to + i, weight + i, next, ends + listed, keys + listed);
   }
 };
 

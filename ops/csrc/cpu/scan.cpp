@@ -4,7 +4,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
@@ -53,92 +52,71 @@ Rows<scalar_t> rows_of_result(at::Tensor& result, const Task& task) {
   return {result.mutable_data_ptr<scalar_t>() + task.image * vertices * channels + task.first, channels};
 }
 
-bool is_16_bit(const at::Tensor& x) {
-  return x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
-}
+struct Cpu {
+  using Scope = NoScope;
+
+  static void forward(
+      const at::Tensor& x,
+      const at::Tensor& decay,
+      const at::Tensor& parent,
+      const at::Tensor& order,
+      Propagation propagation,
+      at::Tensor& h) {
+    const Trees trees(parent, order);
+    const at::Tensor x_rows = x.contiguous(), decay_rows = decay.contiguous();
+    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "tree_scan", [&] {
+      for_each_task(x_rows, [&](const Task& task, uint8_t* has_sum) {
+        with_kernels([&](auto kernels) {
+          kernels.template scan<scalar_t>(
+              trees[task.image],
+              task.width,
+              propagation,
+              rows_of<scalar_t>(decay_rows, task),
+              rows_of<scalar_t>(x_rows, task),
+              rows_of_result<scalar_t>(h, task),
+              has_sum);
+        });
+      });
+    });
+  }
+
+  static void backward(
+      const at::Tensor& grad_h,
+      const at::Tensor& x,
+      const at::Tensor& decay,
+      const at::Tensor& parent,
+      const at::Tensor& order,
+      Propagation propagation,
+      at::Tensor& grad_x,
+      at::Tensor& grad_decay) {
+    const Trees trees(parent, order);
+    const at::Tensor grad_rows = grad_h.contiguous(), x_rows = x.contiguous(), decay_rows = decay.contiguous();
+    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "tree_scan_backward", [&] {
+      for_each_task(x_rows, [&](const Task& task, uint8_t* has_sum) {
+        const c10::DataPtr memory = c10::GetCPUAllocator()->allocate(x.size(1) * task.width * sizeof(scalar_t));
+        with_kernels([&](auto kernels) {
+          kernels.template scan_backward<scalar_t>(
+              trees[task.image],
+              task.width,
+              propagation,
+              rows_of<scalar_t>(grad_rows, task),
+              rows_of<scalar_t>(decay_rows, task),
+              rows_of<scalar_t>(x_rows, task),
+              rows_of_result<scalar_t>(grad_x, task),
+              rows_of_result<scalar_t>(grad_decay, task),
+              Rows<scalar_t>{static_cast<scalar_t*>(memory.get()), task.width},
+              has_sum);
+        });
+      });
+    });
+  }
+};
 
 }  // namespace
 
-at::Tensor tree_scan(
-    const at::Tensor& x,
-    const at::Tensor& decay,
-    const at::Tensor& parent,
-    const at::Tensor& order,
-    c10::string_view propagation_name) {
-  const Propagation propagation = parse_propagation(propagation_name);
-  check_scan_inputs(x, decay, parent, order);
-  if (is_16_bit(x)) {
-    return tree_scan(x.to(at::kFloat), decay.to(at::kFloat), parent, order, propagation_name).to(x.scalar_type());
-  }
-  at::Tensor h = at::empty(x.sizes(), x.options());
-  if (h.numel() == 0) {
-    return h;
-  }
-  const Trees trees(parent, order);
-  const at::Tensor x_rows = x.contiguous(), decay_rows = decay.contiguous();
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "tree_scan", [&] {
-    for_each_task(x_rows, [&](const Task& task, uint8_t* has_sum) {
-      with_kernels([&](auto kernels) {
-        kernels.template scan<scalar_t>(
-            trees[task.image],
-            task.width,
-            propagation,
-            rows_of<scalar_t>(decay_rows, task),
-            rows_of<scalar_t>(x_rows, task),
-            rows_of_result<scalar_t>(h, task),
-            has_sum);
-      });
-    });
-  });
-  return h;
-}
-
-std::tuple<at::Tensor, at::Tensor> tree_scan_backward(
-    const at::Tensor& grad_h,
-    const at::Tensor& x,
-    const at::Tensor& decay,
-    const at::Tensor& parent,
-    const at::Tensor& order,
-    c10::string_view propagation_name) {
-  const Propagation propagation = parse_propagation(propagation_name);
-  check_scan_inputs(x, decay, parent, order);
-  check_scan_gradient(grad_h, x);
-  if (is_16_bit(x)) {
-    const auto [grad_x, grad_decay] = tree_scan_backward(
-        grad_h.to(at::kFloat), x.to(at::kFloat), decay.to(at::kFloat), parent, order, propagation_name);
-    return {grad_x.to(x.scalar_type()), grad_decay.to(x.scalar_type())};
-  }
-  at::Tensor grad_x = at::empty(x.sizes(), x.options());
-  at::Tensor grad_decay = at::empty(x.sizes(), x.options());
-  if (x.numel() == 0) {
-    return {grad_x, grad_decay};
-  }
-  const Trees trees(parent, order);
-  const at::Tensor grad_rows = grad_h.contiguous(), x_rows = x.contiguous(), decay_rows = decay.contiguous();
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "tree_scan_backward", [&] {
-    for_each_task(x_rows, [&](const Task& task, uint8_t* has_sum) {
-      const c10::DataPtr memory = c10::GetCPUAllocator()->allocate(x.size(1) * task.width * sizeof(scalar_t));
-      with_kernels([&](auto kernels) {
-        kernels.template scan_backward<scalar_t>(
-            trees[task.image],
-            task.width,
-            propagation,
-            rows_of<scalar_t>(grad_rows, task),
-            rows_of<scalar_t>(decay_rows, task),
-            rows_of<scalar_t>(x_rows, task),
-            rows_of_result<scalar_t>(grad_x, task),
-            rows_of_result<scalar_t>(grad_decay, task),
-            Rows<scalar_t>{static_cast<scalar_t*>(memory.get()), task.width},
-            has_sum);
-      });
-    });
-  });
-  return {grad_x, grad_decay};
-}
-
 TORCH_LIBRARY_IMPL(grootvl, CPU, m) {
-  m.impl("tree_scan", &tree_scan);
-  m.impl("tree_scan_backward", &tree_scan_backward);
+  m.impl("tree_scan", &ScanOperators<Cpu>::forward);
+  m.impl("tree_scan_backward", &ScanOperators<Cpu>::backward);
 }
 
 }  // namespace grootvl::cpu

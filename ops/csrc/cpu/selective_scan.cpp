@@ -11,7 +11,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -145,7 +144,7 @@ void scan_in_place(
   });
 }
 
-at::Tensor forward(
+at::Tensor selective_scan_forward(
     const SelectiveScanInputs& inputs,
     const at::Tensor& parent,
     const at::Tensor& order,
@@ -229,7 +228,7 @@ class ParameterGradients {
   at::Tensor rows_;
 };
 
-SelectiveScanInputs backward(
+SelectiveScanInputs selective_scan_backward(
     const at::Tensor& grad_y,
     const SelectiveScanInputs& inputs,
     const at::Tensor& parent,
@@ -316,96 +315,18 @@ SelectiveScanInputs backward(
   return grads;
 }
 
-bool is_16_bit(const at::Tensor& x) {
-  return x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
-}
+struct Cpu {
+  using Scope = NoScope;
 
-at::Tensor to_float(const at::Tensor& tensor) {
-  return tensor.to(at::kFloat);
-}
+  static constexpr auto forward = &selective_scan_forward;
+  static constexpr auto backward = &selective_scan_backward;
+};
 
 }  // namespace
 
-at::Tensor tree_selective_scan(
-    const at::Tensor& x,
-    const at::Tensor& dt,
-    const at::Tensor& b,
-    const at::Tensor& c,
-    const at::Tensor& gate,
-    const at::Tensor& dt_weight,
-    const at::Tensor& dt_bias,
-    const at::Tensor& A_log,
-    const at::Tensor& Ds,
-    const at::Tensor& h_norm_weight,
-    const at::Tensor& h_norm_bias,
-    const at::Tensor& out_norm_weight,
-    const at::Tensor& out_norm_bias,
-    const at::Tensor& parent,
-    const at::Tensor& order,
-    double eps,
-    c10::string_view propagation_name) {
-  const Propagation propagation = parse_propagation(propagation_name);
-  const SelectiveScanInputs inputs{
-      x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds, h_norm_weight, h_norm_bias, out_norm_weight, out_norm_bias};
-  check_selective_scan_inputs(inputs, parent, order);
-  if (is_16_bit(x)) {
-    return forward(inputs.map(to_float), parent, order, eps, propagation).to(x.scalar_type());
-  }
-  return forward(inputs, parent, order, eps, propagation);
-}
-
-using At = at::Tensor;
-
-std::tuple<At, At, At, At, At, At, At, At, At, At, At, At, At> tree_selective_scan_backward(
-    const at::Tensor& grad_y,
-    const at::Tensor& x,
-    const at::Tensor& dt,
-    const at::Tensor& b,
-    const at::Tensor& c,
-    const at::Tensor& gate,
-    const at::Tensor& dt_weight,
-    const at::Tensor& dt_bias,
-    const at::Tensor& A_log,
-    const at::Tensor& Ds,
-    const at::Tensor& h_norm_weight,
-    const at::Tensor& h_norm_bias,
-    const at::Tensor& out_norm_weight,
-    const at::Tensor& out_norm_bias,
-    const at::Tensor& parent,
-    const at::Tensor& order,
-    double eps,
-    c10::string_view propagation_name) {
-  const Propagation propagation = parse_propagation(propagation_name);
-  const SelectiveScanInputs inputs{
-      x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds, h_norm_weight, h_norm_bias, out_norm_weight, out_norm_bias};
-  check_selective_scan_inputs(inputs, parent, order);
-  check_scan_gradient(grad_y, x);
-  SelectiveScanInputs g;
-  if (is_16_bit(x)) {
-    g = backward(to_float(grad_y), inputs.map(to_float), parent, order, eps, propagation)
-            .map([&](const at::Tensor& grad) { return grad.to(x.scalar_type()); });
-  } else {
-    g = backward(grad_y, inputs, parent, order, eps, propagation);
-  }
-  return {
-      g.x,
-      g.dt,
-      g.b,
-      g.c,
-      g.gate,
-      g.dt_weight,
-      g.dt_bias,
-      g.A_log,
-      g.Ds,
-      g.h_norm_weight,
-      g.h_norm_bias,
-      g.out_norm_weight,
-      g.out_norm_bias};
-}
-
 TORCH_LIBRARY_IMPL(grootvl, CPU, m) {
-  m.impl("tree_selective_scan", &tree_selective_scan);
-  m.impl("tree_selective_scan_backward", &tree_selective_scan_backward);
+  m.impl("tree_selective_scan", &SelectiveScanOperators<Cpu>::forward);
+  m.impl("tree_selective_scan_backward", &SelectiveScanOperators<Cpu>::backward);
 }
 
 }  // namespace grootvl::cpu
