@@ -13,7 +13,7 @@ import torch
 from mmengine.utils import is_seq_of
 from torch import Tensor
 
-from grootvl_mm.engine.checkpoint_safety import allow_mmengine_checkpoints
+from grootvl_mm.engine.checkpoint_safety import load_safely
 from grootvl_mm.models.published import CheckpointError
 
 SUFFIX = ".pth"
@@ -39,8 +39,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; give a checkpoint file")
     try:
         _check_sums(path)
-        allow_mmengine_checkpoints()  # again: onedl-mmengine forgets types after it has read a file
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_safely(path)
     except pickle.UnpicklingError as error:
         refused = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         if refused:

@@ -10,6 +10,7 @@ config that the published training code puts into its checkpoints, which is read
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,3 +72,18 @@ def allow_mmengine_checkpoints() -> None:
             *(type(np.dtype(code)) for code in _DTYPES),
         ]
     )
+
+
+def load_safely(path: str | Path, **options: Any) -> Any:
+    """Read a file of ``torch.save`` onto the CPU, with what mmengine's checkpoints hold and nothing else.
+
+    Args:
+        path: the file.
+        options: of ``torch.load``.
+
+    Raises:
+        pickle.UnpicklingError: the file holds objects of other types.
+    """
+    # Again: onedl-mmengine forgets types after it has read a file.
+    allow_mmengine_checkpoints()
+    return torch.load(str(path), map_location="cpu", weights_only=True, **options)

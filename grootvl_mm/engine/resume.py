@@ -3,9 +3,7 @@
 import zipfile
 from pathlib import Path
 
-import torch
-
-from grootvl_mm.engine.checkpoint_safety import allow_mmengine_checkpoints
+from grootvl_mm.engine.checkpoint_safety import load_safely
 
 
 def find_resumable_checkpoint(work_dir: str | Path) -> Path | None:
@@ -31,7 +29,6 @@ def find_resumable_checkpoint(work_dir: str | Path) -> Path | None:
 
 def read_seed(checkpoint: str | Path) -> int | None:
     """Return the seed of the run that wrote a training checkpoint, or None if the file does not tell."""
-    allow_mmengine_checkpoints()
     # Memory-mapped: the weights stay on disk.
-    content = torch.load(str(checkpoint), map_location="cpu", weights_only=True, mmap=True)
+    content = load_safely(checkpoint, mmap=True)
     return content.get("meta", {}).get("seed")
