@@ -1,6 +1,5 @@
 """The model zoo: configs, metafiles and tables agree, the results are the paper's, ``mim search`` reads the index."""
 
-import importlib.util
 import shutil
 import sys
 
@@ -9,6 +8,7 @@ import yaml
 from modelindex.load_model_index import load
 
 from tests.configs.config_cases import CONFIG_FILES, ROOT
+from tests.tools.tool_runs import load_script
 
 IN1K = "ImageNet-1k"
 PAPER = {
@@ -37,10 +37,7 @@ CLASSIFIER = "configs/demo/grootv-pico_demo-cls.py"
 def check_zoo():
     for host in ("mmdet", "mmseg", "mmpretrain"):
         pytest.importorskip(host)
-    spec = importlib.util.spec_from_file_location("check_zoo", ROOT / ".dev_scripts" / "check_zoo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(".dev_scripts/check_zoo.py")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """docs/api.md is what .dev_scripts/make_api_docs.py makes of the docstrings."""
 
-import importlib.util
 import pkgutil
 import re
 import sys
@@ -9,15 +8,12 @@ import pytest
 import torch
 
 import grootvl_mm
-from tests.tools.tool_runs import ROOT
+from tests.tools.tool_runs import ROOT, load_script
 
 
 @pytest.fixture(scope="module")
 def make_api_docs():
-    spec = importlib.util.spec_from_file_location("make_api_docs", ROOT / ".dev_scripts" / "make_api_docs.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(".dev_scripts/make_api_docs.py")
 
 
 def run(module, monkeypatch, *arguments):

@@ -1,6 +1,5 @@
 """tools/analysis_tools/get_flops.py against the published figures, and against a forward pass with values."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.configs.config_cases import CONFIG_FILES, load_config
-from tests.tools.tool_runs import ROOT
+from tests.tools.tool_runs import ROOT, load_script
 
 for host in ("mmdet", "mmseg", "mmpretrain"):
     pytest.importorskip(host)
@@ -38,10 +37,7 @@ PARTS = {
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("get_flops", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(str(TOOL.relative_to(ROOT)))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The tools of tools/model_converters, on small models and on what their users may give them by mistake."""
 
-import importlib.util
 import re
 import runpy
 import sys
@@ -21,7 +20,7 @@ from grootvl_mm.models.published import convert_published
 from tests.configs.config_cases import load_config
 from tests.engine.test_checkpoint_safety import make_runner, registered  # noqa: F401
 from tests.models.test_published import publish
-from tests.tools.tool_runs import ROOT
+from tests.tools.tool_runs import ROOT, load_script
 
 pytest.importorskip("mmpretrain")
 
@@ -49,10 +48,7 @@ def averaged() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def converter() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("grootv_to_mmpretrain", ROOT / "tools" / CONVERT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(f"tools/{CONVERT}")
 
 
 @pytest.fixture
