@@ -8,7 +8,7 @@ TASK ?= det
 STACK ?= openmmlab
 VENV := .venv$(if $(filter-out openmmlab,$(STACK)),-$(STACK))
 BIN := $(VENV)/bin
-EMULATION := tests/ops/cuda_emulation
+EMULATION := tests/cuda_emulation
 NATIVE := $(wildcard ops/csrc/*.cpp ops/csrc/*.h ops/csrc/cpu/* ops/csrc/cuda/*.cu ops/csrc/cuda/*.cuh)
 NATIVE += $(wildcard $(addprefix $(EMULATION)/,*.h *.cpp *.cu include/*.h include/c10/cuda/*.h))
 
@@ -18,7 +18,7 @@ setup:
 	@STACK=$(STACK) .dev_scripts/setup_env.sh
 
 demo: setup
-	$(BIN)/python tools/demo/run_demo.py --task $(TASK)
+	$(BIN)/python demo/train_on_digits.py --task $(TASK)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

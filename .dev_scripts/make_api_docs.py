@@ -45,7 +45,7 @@ SECTIONS = (
     Section("Operators", ("grootvl_mm.ops",)),
     Section("Models", ("grootvl_mm.models",)),
     Section("Training", ("grootvl_mm.engine",)),
-    Section("Model names", ("grootvl_mm.zoo",)),
+    Section("Model names", ("grootvl_mm.apis.zoo",)),
 )
 
 

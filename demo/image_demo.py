@@ -23,7 +23,7 @@ from mmengine.registry import init_default_scope
 from tqdm import tqdm
 
 from grootvl_mm import zoo
-from grootvl_mm.engine import cli
+from grootvl_mm.apis import cli
 
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 FPS = 25.0  # of a video that does not tell its own

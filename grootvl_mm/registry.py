@@ -7,6 +7,7 @@ imports ``<scope>.registry`` by itself and then the ``locations`` named here.
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
 from mmengine.registry import Registry
 
@@ -16,16 +17,22 @@ HOOKS = Registry(
     "hook",
     parent=MMENGINE_HOOKS,
     scope="grootvl_mm",
-    locations=["grootvl_mm.engine.hooks", "grootvl_mm.engine.repeatable"],
+    locations=["grootvl_mm.engine.hooks"],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optimizer wrapper constructor",
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
     scope="grootvl_mm",
-    locations=["grootvl_mm.engine.layer_decay"],
+    locations=["grootvl_mm.engine.optimizers"],
+)
+OPTIM_WRAPPERS = Registry(
+    "optimizer wrapper",
+    parent=MMENGINE_OPTIM_WRAPPERS,
+    scope="grootvl_mm",
+    locations=["grootvl_mm.engine.optimizers"],
 )
 STRATEGIES = Registry(
-    "strategy", parent=MMENGINE_STRATEGIES, scope="grootvl_mm", locations=["grootvl_mm.engine.fully_shard"]
+    "strategy", parent=MMENGINE_STRATEGIES, scope="grootvl_mm", locations=["grootvl_mm.engine.strategies"]
 )
 
 
@@ -34,7 +41,7 @@ def expose_bare_names() -> None:
 
     Those scopes look an unknown name up in mmengine's root registries, so the modules are registered there too.
     """
-    for registry in (MODELS, OPTIM_WRAPPER_CONSTRUCTORS):
+    for registry in (MODELS, OPTIM_WRAPPERS, OPTIM_WRAPPER_CONSTRUCTORS):
         for name, module in registry.module_dict.items():
             if name not in registry.parent.module_dict:
                 registry.parent.register_module(name=name, module=module)

@@ -6,7 +6,7 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 
-from grootvl_mm.engine import cli
+from grootvl_mm.apis import cli
 
 # Per default_scope: what draws the predictions, and what gathers them for --out.
 VISUALIZERS = {

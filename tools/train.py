@@ -6,9 +6,9 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 
-from grootvl_mm.engine import cli
-from grootvl_mm.engine.repeatable import make_repeatable
-from grootvl_mm.engine.resume import find_resumable_checkpoint, read_seed
+from grootvl_mm.apis import cli
+from grootvl_mm.apis.resume import find_resumable_checkpoint, read_seed
+from grootvl_mm.engine.hooks.step_seed_hook import make_repeatable
 
 
 def parse_args() -> argparse.Namespace:

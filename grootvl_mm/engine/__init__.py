@@ -1,5 +1,5 @@
-"""What training and its tools need beside the models."""
+"""What mmengine's Runner takes beside models: hooks, optimizer wrappers and their constructors, strategies."""
 
-from grootvl_mm.engine.layer_decay import LayerDecayOptimWrapperConstructor
+from grootvl_mm.engine.optimizers import CPUAmpOptimWrapper, LayerDecayOptimWrapperConstructor
 
-__all__ = ["LayerDecayOptimWrapperConstructor"]
+__all__ = ["CPUAmpOptimWrapper", "LayerDecayOptimWrapperConstructor"]

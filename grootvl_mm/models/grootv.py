@@ -8,8 +8,12 @@ import torch.utils.checkpoint
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from grootvl_mm.models.linear import MLP
-from grootvl_mm.models.published import CheckpointError, rename_published_backbone, rename_published_classifier
+from grootvl_mm.layers.linear import MLP
+from grootvl_mm.models.published_checkpoints import (
+    CheckpointError,
+    rename_published_backbone,
+    rename_published_classifier,
+)
 from grootvl_mm.models.tree_ssm import TreeSSM
 from grootvl_mm.ops import Tree
 from grootvl_mm.registry import MODELS
@@ -176,7 +180,7 @@ class GrootV(BaseModule):
         "base": {"channels": 128, "depths": (2, 2, 13, 2)},
         "large": {"channels": 192, "depths": (2, 2, 13, 2)},
     }
-    # 1 (and none) are the published names; see models/published.py.
+    # 1 (and none) are the published names; see models/published_checkpoints.py.
     _version = 2
 
     def __init__(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from grootvl_mm.models.linear import Linear, can_recompute, linear, linear_backward
+from grootvl_mm.layers.linear import Linear, can_recompute, linear, linear_backward
 from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_selective_scan
 from grootvl_mm.ops.scan import PROPAGATIONS
 from grootvl_mm.ops.tree import METRICS

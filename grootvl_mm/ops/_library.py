@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grootvl_mm.ops import reference
-from grootvl_mm.torch_versions import (
+from grootvl_mm.ops._compat import (
     infer_schema,
     register_autocast,
     register_autograd,

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from grootvl_mm.ops import _library  # noqa: F401  defines torch.ops.grootvl
 from grootvl_mm.ops._checks import FLOATING, check_choice, check_same_device, check_tensor
+from grootvl_mm.ops._compat import is_autocast_enabled
 from grootvl_mm.ops.tree import Tree
-from grootvl_mm.torch_versions import is_autocast_enabled
 
 PROPAGATIONS = ("all", "up", "down")
 

@@ -10,7 +10,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 from torch import nn
 
-from tests.configs.config_cases import (
+from tests.helpers.config_cases import (
     CONFIG_FILES,
     IMAGE_SIZE,
     ROOT,

@@ -10,7 +10,7 @@ from mmengine.dataset import Compose
 from mmengine.registry import DATASETS, EVALUATOR, TRANSFORMS, DefaultScope
 from PIL import Image
 
-from tests.configs.config_cases import CONFIG_FILES, ROOT, has_masks, load_config, num_classes
+from tests.helpers.config_cases import CONFIG_FILES, ROOT, has_masks, load_config, num_classes
 
 HEIGHT, WIDTH = 60, 90
 

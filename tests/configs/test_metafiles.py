@@ -7,8 +7,8 @@ import pytest
 import yaml
 from modelindex.load_model_index import load
 
-from tests.configs.config_cases import CONFIG_FILES, ROOT
-from tests.tools.tool_runs import load_script
+from tests.helpers.config_cases import CONFIG_FILES, ROOT
+from tests.helpers.tool_runs import load_script
 
 IN1K = "ImageNet-1k"
 PAPER = {

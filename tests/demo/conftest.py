@@ -9,7 +9,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS, DefaultScope
 
-from tests.configs.config_cases import ROOT, load_config
+from tests.helpers.config_cases import ROOT, load_config
 
 NAMES = {
     "det": "mask-rcnn_grootv-pico_fpn_demo",

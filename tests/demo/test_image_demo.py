@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.configs.config_cases import ROOT
 from tests.demo.conftest import NAMES
+from tests.helpers.config_cases import ROOT
 
 for host in ("mmdet", "mmseg", "mmpretrain"):
     pytest.importorskip(host)

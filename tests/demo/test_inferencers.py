@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from grootvl_mm.zoo import config_file
+from grootvl_mm.apis.zoo import config_file
 from tests.demo.conftest import NAMES
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

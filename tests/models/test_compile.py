@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from grootvl_mm.models import GrootV
-from tests.marks import needs_compiler
+from tests.helpers.marks import needs_compiler
 
 pytestmark = needs_compiler
 

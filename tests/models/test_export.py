@@ -8,7 +8,7 @@ import torch.export
 from torch import Tensor
 
 from grootvl_mm.models import GrootV
-from tests.marks import needs_compiler
+from tests.helpers.marks import needs_compiler
 
 pytestmark = needs_compiler
 

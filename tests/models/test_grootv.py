@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from grootvl_mm.models import GrootV, TreeSSM
-from tests.marks import needs_compiler
+from tests.helpers.marks import needs_compiler
 
 MICRO = {"channels": 8, "depths": [1, 2, 1]}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grootvl_mm.models import GrootV, GrootVNeck
-from grootvl_mm.models.published import convert_published
+from grootvl_mm.models.published_checkpoints import convert_published
 
 MICRO = {"channels": 8, "depths": [1, 1, 2, 1]}
 # The inverse of the conversion, written down a second time: ours to published, for the parts that are renamed.

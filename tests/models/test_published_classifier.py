@@ -13,8 +13,8 @@ from mmengine.runner import Runner, load_checkpoint
 from torch import Tensor, nn
 
 from grootvl_mm.models import GrootV, GrootVNeck
-from grootvl_mm.models.published import CheckpointError
-from tests.configs.config_cases import ROOT, load_config
+from grootvl_mm.models.published_checkpoints import CheckpointError
+from tests.helpers.config_cases import ROOT, load_config
 from tests.models.test_published import REFERENCE, publish
 
 mmpretrain = pytest.importorskip("mmpretrain")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from grootvl_mm.models import TreeSSM, tree_ssm
 from grootvl_mm.models.grootv import Block
-from tests.marks import needs_compiler, needs_float16_on_the_cpu
+from tests.helpers.marks import needs_compiler, needs_float16_on_the_cpu
 
 
 @pytest.fixture

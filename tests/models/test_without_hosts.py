@@ -19,7 +19,7 @@ def test_builds_and_trains_without_mmcv_and_the_hosts() -> None:
 import sys
 sys.modules.update(dict.fromkeys({BLOCKED!r}))
 import torch
-import grootvl_mm.zoo
+import grootvl_mm.apis.zoo
 from mmengine.registry import MODELS
 backbone = MODELS.build(dict(type="grootvl_mm.GrootV", arch="pico"))
 neck = MODELS.build(dict(type="grootvl_mm.GrootVNeck", in_channels=192, out_channels=288))

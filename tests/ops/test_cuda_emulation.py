@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.ops.cuda_emulation.run import run_tests
+from tests.cuda_emulation.run import run_tests
 
 # Every kernel, in sizes that the sanitizers finish in about a minute.
 SANITIZED = (

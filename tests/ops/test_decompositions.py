@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from grootvl_mm.ops import decompositions, grid_edge_weight, grid_tree, tree_scan, tree_selective_scan
 from grootvl_mm.ops.scan import PROPAGATIONS
 from grootvl_mm.ops.tree import METRICS
-from tests.marks import needs_compiler
+from tests.helpers.marks import needs_compiler
+from tests.helpers.trees import SEEDS, SIZES, random_scan, random_weight
 from tests.ops.test_selective_scan import sample
-from tests.ops.trees import SEEDS, SIZES, random_scan, random_weight
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import grootvl_mm
 from grootvl_mm.ops import _library, extension_error, grid_edge_weight, grid_tree, reference, tree_scan
-from grootvl_mm.torch_versions import infer_schema
-from tests.marks import needs_compiler
+from grootvl_mm.ops._compat import infer_schema
+from tests.helpers.marks import needs_compiler
+from tests.helpers.trees import random_scan
 from tests.ops.test_selective_scan import sample as random_selective_scan
-from tests.ops.trees import random_scan
 
 PACKAGE = Path(grootvl_mm.__file__).parent
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grootvl_mm.ops import Tree, grid_tree, reference, tree_scan
-from tests.ops.trees import SEEDS, SIZES, brute_force_scan, random_scan, random_weight
+from tests.helpers.trees import SEEDS, SIZES, brute_force_scan, random_scan, random_weight
 
 PROPAGATIONS = ("all", "up", "down")
 SCAN_BACKWARD = torch.ops.grootvl.tree_scan_backward

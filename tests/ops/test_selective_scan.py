@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grootvl_mm.ops import Tree, grid_tree, reference, tree_scan, tree_selective_scan
-from tests.ops.trees import SEEDS, SIZES, random_weight
+from tests.helpers.trees import SEEDS, SIZES, random_weight
 
 PROPAGATIONS = ("all", "up", "down")
 NAMES = ("x", "dt", "b", "c", "gate", "dt_weight", "dt_bias", "A_log", "Ds")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grootvl_mm.ops import Tree, decompositions, grid_edge_weight, grid_tree, reference
-from tests.ops.trees import SEEDS, SIZES, assert_rooted, kruskal, random_weight
+from tests.helpers.trees import SEEDS, SIZES, assert_rooted, kruskal, random_weight
 
 METRICS = ("cosine", "euclidean", "manhattan")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.tool_runs import ROOT, Command, Mim
+from tests.helpers.tool_runs import ROOT, Command, Mim
 
 SHIPPED = {
     "det": "mask-rcnn_grootv-pico_fpn_demo.py",

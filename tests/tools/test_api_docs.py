@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import grootvl_mm
-from tests.tools.tool_runs import ROOT, load_script
+from tests.helpers.tool_runs import ROOT, load_script
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.tools.tool_runs import ROOT, Command
+from tests.helpers.tool_runs import ROOT, Command
 
 TOOLS = ROOT / "tools" / "analysis_tools"
 OPERATORS = ["grid_edge_weight", "grid_tree", "tree_scan", "tree_scan_backward"]

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from grootvl_mm.engine.checkpoint_files import read_checkpoint
-from tests.tools.tool_runs import ROOT, Command, read_metrics, read_scalars
+from grootvl_mm.apis.checkpoint_files import read_checkpoint
+from tests.helpers.tool_runs import ROOT, Command, read_metrics, read_scalars
 
 
 def free_port() -> str:

@@ -18,8 +18,8 @@ import torch
 from mmengine.registry import DefaultScope
 from PIL import Image
 
-from tests.configs.config_cases import build_model, build_optimizer, load_config, random_batch
-from tests.tools.doc_pages import (
+from tests.helpers.config_cases import build_model, build_optimizer, load_config, random_batch
+from tests.helpers.doc_pages import (
     PAGES,
     all_commands,
     anchors,
@@ -29,7 +29,7 @@ from tests.tools.doc_pages import (
     links,
     with_bases_found,
 )
-from tests.tools.tool_runs import ROOT, Command, Mim, mim_finds_us, mim_name, read_scalars
+from tests.helpers.tool_runs import ROOT, Command, Mim, mim_finds_us, mim_name, read_scalars
 
 COMMANDS = all_commands()
 SHORT = (

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from mmdet.structures.mask import BitmapMasks
 from mmengine.structures import InstanceData
 
-from tests.tools.tool_runs import load_script
+from tests.helpers.tool_runs import load_script
 
 META = {"classes": ("cat", "dog"), "palette": [(255, 0, 0), (0, 255, 0)]}
 

@@ -20,9 +20,9 @@ from torch.export import ExportedProgram
 
 import grootvl_mm
 from grootvl_mm.models import GrootV
-from tests.configs.config_cases import load_config
+from tests.helpers.config_cases import load_config
+from tests.helpers.tool_runs import ROOT
 from tests.tools.conftest import SHIPPED
-from tests.tools.tool_runs import ROOT
 
 for host in ("mmdet", "mmseg", "mmpretrain"):
     pytest.importorskip(host)

@@ -10,8 +10,8 @@ import torch
 from mmengine.registry import MODELS, DefaultScope
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.configs.config_cases import CONFIG_FILES, load_config
-from tests.tools.tool_runs import ROOT, load_script
+from tests.helpers.config_cases import CONFIG_FILES, load_config
+from tests.helpers.tool_runs import ROOT, load_script
 
 for host in ("mmdet", "mmseg", "mmpretrain"):
     pytest.importorskip(host)

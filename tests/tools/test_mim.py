@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.tool_runs import ROOT, Mim, mim_finds_us, mim_name
+from tests.helpers.tool_runs import ROOT, Mim, mim_finds_us, mim_name
 
 pytestmark = pytest.mark.slow
 by_name = pytest.mark.skipif(not mim_finds_us(), reason="onedl-mim 0.5.1 takes our metadata for our package")

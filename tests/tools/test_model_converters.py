@@ -14,13 +14,13 @@ from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
 from grootvl_mm import __version__
-from grootvl_mm.engine.checkpoint_files import read_checkpoint
+from grootvl_mm.apis.checkpoint_files import read_checkpoint
 from grootvl_mm.models import GrootV, GrootVNeck
-from grootvl_mm.models.published import convert_published
-from tests.configs.config_cases import load_config
-from tests.engine.test_checkpoint_safety import make_runner, registered  # noqa: F401
+from grootvl_mm.models.published_checkpoints import convert_published
+from tests.helpers.config_cases import load_config
+from tests.helpers.tool_runs import ROOT, load_script
 from tests.models.test_published import publish
-from tests.tools.tool_runs import ROOT, load_script
+from tests.utils.test_safe_checkpoints import make_runner, registered  # noqa: F401
 
 pytest.importorskip("mmpretrain")
 

@@ -11,8 +11,8 @@ import torch
 from mmengine.registry import DefaultScope
 
 from grootvl_mm.models import GrootV, GrootVNeck
+from tests.helpers.tool_runs import ROOT, Command, read_metrics
 from tests.models.test_published import publish
-from tests.tools.tool_runs import ROOT, Command, read_metrics
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("mmpretrain")

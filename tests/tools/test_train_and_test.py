@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from grootvl_mm.engine.checkpoint_files import read_checkpoint
-from grootvl_mm.engine.resume import find_resumable_checkpoint, read_seed
-from tests.tools.tool_runs import Command, read_metrics, read_scalars
+from grootvl_mm.apis.checkpoint_files import read_checkpoint
+from grootvl_mm.apis.resume import find_resumable_checkpoint, read_seed
+from tests.helpers.tool_runs import Command, read_metrics, read_scalars
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.tool_runs import ROOT
+from tests.helpers.tool_runs import ROOT
 
 CONFIG = ROOT / "configs" / "demo" / "grootv-pico_demo-cls.py"
 

@@ -40,7 +40,7 @@ from measuring import (
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
-from grootvl_mm.engine import cli
+from grootvl_mm.apis import cli
 from grootvl_mm.models.tree_ssm import TreeSSM
 from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_scan
 from grootvl_mm.ops.reference import grid_edges, selective_scan

@@ -36,7 +36,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from grootvl_mm.engine import cli
+from grootvl_mm.apis import cli
 
 # Height and width for which the task's papers state FLOPs.
 DEFAULT_SHAPES = {"mmpretrain": (224, 224), "mmdet": (800, 1280), "mmseg": (512, 2048)}

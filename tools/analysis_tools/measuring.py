@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from grootvl_mm.engine import cli
+from grootvl_mm.apis import cli
 from grootvl_mm.ops import extension_error
 from grootvl_mm.version import __version__
 

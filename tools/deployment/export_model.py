@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import grootvl_mm
-from grootvl_mm.engine import cli
-from grootvl_mm.engine.checkpoint_files import CheckpointError, read_checkpoint
+from grootvl_mm.apis import cli
+from grootvl_mm.apis.checkpoint_files import CheckpointError, read_checkpoint
 from grootvl_mm.ops import extension_error
 from grootvl_mm.ops.decompositions import decomposition_table
 

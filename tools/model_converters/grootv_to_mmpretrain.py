@@ -22,10 +22,10 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor
 
 from grootvl_mm import __version__
-from grootvl_mm.engine import cli
-from grootvl_mm.engine.checkpoint_files import CheckpointError, is_state_dict, rewrite_checkpoint
+from grootvl_mm.apis import cli
+from grootvl_mm.apis.checkpoint_files import CheckpointError, is_state_dict, rewrite_checkpoint
 from grootvl_mm.models import GrootV
-from grootvl_mm.models.published import WEIGHTS, convert_published, is_published, strip_prefixes
+from grootvl_mm.models.published_checkpoints import WEIGHTS, convert_published, is_published, strip_prefixes
 
 CLASSIFIER = Path(__file__).resolve().parents[2] / "configs" / "_base_" / "models" / "grootv_classifier.py"
 

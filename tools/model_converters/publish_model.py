@@ -13,8 +13,8 @@ from mmengine.logging import MMLogger
 from torch import Tensor
 
 from grootvl_mm import __version__
-from grootvl_mm.engine import cli
-from grootvl_mm.engine.checkpoint_files import CheckpointError, rewrite_checkpoint
+from grootvl_mm.apis import cli
+from grootvl_mm.apis.checkpoint_files import CheckpointError, rewrite_checkpoint
 
 
 def parse_args() -> argparse.Namespace:

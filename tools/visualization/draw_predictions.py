@@ -23,7 +23,7 @@ from mmengine.runner import load_checkpoint
 from mmengine.structures import BaseDataElement
 from PIL import Image
 
-from grootvl_mm.engine import cli
+from grootvl_mm.apis import cli
 
 PANEL = 2.2  # inches
 MASK_OPACITY = 0.45

@@ -5,7 +5,7 @@ from typing import Any
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from grootvl_mm.models.published import rename_published_neck
+from grootvl_mm.models.published_checkpoints import rename_published_neck
 from grootvl_mm.registry import MODELS
 
 

@@ -16,21 +16,21 @@
 
 namespace grootvl::cpu::baseline {
 using Compact = Compaction;
-#include "cpu/all_kernels.inc"
+#include "cpu/all_kernels-inl.h"
 }  // namespace grootvl::cpu::baseline
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace grootvl::cpu::avx2 {
 using Compact = Compaction;
-#include "cpu/all_kernels.inc"
+#include "cpu/all_kernels-inl.h"
 }  // namespace grootvl::cpu::avx2
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 namespace grootvl::cpu::avx512 {
 using Compact = CompactionAvx512;
-#include "cpu/all_kernels.inc"
+#include "cpu/all_kernels-inl.h"
 }  // namespace grootvl::cpu::avx512
 #pragma GCC pop_options
 #else

@@ -1,0 +1,151 @@
+"""Make the demo data, train a GrootV-pico model on them, evaluate it and draw what it found.
+
+A run that was interrupted goes on from its last checkpoint when the same command is given again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.logging import MMLogger
+
+from grootvl_mm.apis import cli
+from grootvl_mm.apis.resume import find_resumable_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ROOT / "tools"
+CONFIG_DATA = "data/demo/"  # data_root of the demo configs
+
+
+class Metric(NamedTuple):
+    """A result that a full run must reach."""
+
+    name: str
+    key: str  # in the JSON file of the evaluation
+    scale: float  # of the value there, 1 or 100
+    floor: float  # 0 to 1
+
+
+class Task(NamedTuple):
+    """One of the three demos."""
+
+    title: str
+    config: str
+    metrics: tuple[Metric, ...]
+
+
+TASKS = {
+    "det": Task(
+        "Mask R-CNN",
+        "mask-rcnn_grootv-pico_fpn_demo.py",
+        (Metric("box AP50", "coco/bbox_mAP_50", 1, 0.75), Metric("mask AP50", "coco/segm_mAP_50", 1, 0.65)),
+    ),
+    "seg": Task("UperNet", "grootv-pico_upernet_demo-seg.py", (Metric("mIoU", "mIoU", 100, 0.50),)),
+    "cls": Task("classification", "grootv-pico_demo-cls.py", (Metric("top-1", "accuracy/top1", 100, 0.85),)),
+}
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", choices=TASKS, default="det", help="default: %(default)s")
+    parser.add_argument("--work-dir", type=Path, help="folder of the run (default: work_dirs/demo-TASK)")
+    parser.add_argument(
+        "--data", type=Path, default=Path(CONFIG_DATA), help="demo data, made if missing (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--iters", type=int, help="shorten the training, for a quick look; the floors are not checked then"
+    )
+    args = parser.parse_args()
+    if args.iters is not None and args.iters < 1:
+        parser.error(f"--iters must be at least 1, got {args.iters}")
+    args.work_dir = args.work_dir or Path("work_dirs", f"demo-{args.task}")
+    return args
+
+
+def run(script: str, *arguments: object) -> None:
+    """Run a script of ``tools/`` and stop if it fails."""
+    command = [sys.executable, str(TOOLS / script), *map(str, arguments)]
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        cli.fail(f"{script} ended with status {status} (command: {' '.join(command)})")
+
+
+def moved_paths(node: object, data: Path, key: str = "") -> Iterator[str]:
+    """Yield the overrides that turn the config's paths below ``CONFIG_DATA`` into paths below ``data``."""
+    if isinstance(node, dict):
+        for name, child in node.items():
+            yield from moved_paths(child, data, f"{key}.{name}" if key else name)
+    elif isinstance(node, str) and node.startswith(CONFIG_DATA):
+        yield f"{key}={data}/{node.removeprefix(CONFIG_DATA)}"
+
+
+def read_metrics(folder: Path, metrics: tuple[Metric, ...]) -> dict[str, float]:
+    """Read the newest evaluation in the work dir of ``tools/test.py``, as name to value of 0 to 1."""
+    newest = max(folder.glob("*/*.json"), key=lambda path: path.stat().st_mtime)
+    values = json.loads(newest.read_text())
+    return {metric.name: values[metric.key] / metric.scale for metric in metrics}
+
+
+def main() -> None:
+    """Run the command."""
+    args = parse_args()
+    logger = MMLogger.get_instance("demo")
+    task = TASKS[args.task]
+    start = time.monotonic()
+
+    if (args.data / "meta.json").is_file():
+        logger.info("1/4 Data: %s is there.", args.data)
+    else:
+        logger.info("1/4 Data: composing scenes in %s.", args.data)
+        run("dataset_converters/make_demo_data.py", "--out", args.data)
+
+    config = ROOT / "configs" / "demo" / task.config
+    cfg = Config.fromfile(config)
+    iters = args.iters or cfg.train_cfg.max_iters
+    overrides = list(moved_paths(cfg.to_dict(), args.data)) if args.data != Path(CONFIG_DATA) else []
+    options = ["--cfg-options", *overrides] if overrides else []
+
+    final = args.work_dir / f"iter_{iters}.pth"
+    found = find_resumable_checkpoint(args.work_dir)
+    if found == final:
+        logger.info("2/4 Training: %s is there.", final)
+    else:
+        progress = f"going on from {found}" if found else "from the start"
+        logger.info("2/4 Training: %s, %d iterations on the %s, %s.", task.title, iters, get_device(), progress)
+        # Step 3 evaluates; doing so at the end of the training too would only cost time.
+        unevaluated = ["val_cfg=None", "val_dataloader=None", "val_evaluator=None"]
+        kept = [override for override in overrides if not override.startswith("val_")]
+        shortened = [f"train_cfg.max_iters={iters}", *unevaluated, *kept]
+        run("train.py", config, "--work-dir", args.work_dir, "--resume", "auto", "--cfg-options", *shortened)
+    trained = time.monotonic()
+
+    logger.info("3/4 Evaluation on the held-out scenes.")
+    run("test.py", config, final, "--work-dir", args.work_dir / "test", *options)
+    values = read_metrics(args.work_dir / "test", task.metrics)
+
+    picture = args.work_dir / "predictions.png"
+    logger.info("4/4 Picture: ground truth and prediction side by side.")
+    run("visualization/draw_predictions.py", config, final, picture, *options)
+
+    for metric in task.metrics:
+        floor = "" if args.iters else f" (floor {metric.floor:.2f})"
+        logger.info("%s: %.3f%s", metric.name, values[metric.name], floor)
+    minutes = (time.monotonic() - start) / 60
+    logger.info("Time: %.1f minutes, %.1f until trained", minutes, (trained - start) / 60)
+    logger.info("Picture: %s", picture)
+    # Written so that a NaN misses its floor too.
+    missed = [metric.name for metric in task.metrics if not values[metric.name] >= metric.floor]
+    if missed and not args.iters:
+        cli.fail(f"the demo missed its floor: {', '.join(missed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The configs of this package by name, for the inferencers and other APIs of the hosts.
+
+mmdet and mmseg look a model name up in their own zoo only, so give them the path::
+
+    DetInferencer(config_file("mask-rcnn_grootv-tiny_fpn_1x_coco"), weights=FILE)
+
+mmpretrain knows further zoos once they are registered::
+
+    register_in_mmpretrain()
+    get_model("grootv-tiny_8xb128_in1k", pretrained=FILE)
+"""
+
+import difflib
+from functools import cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def model_names() -> list[str]:
+    """The names of all models, sorted; they are those of their config files."""
+    return sorted(_configs())
+
+
+def config_file(name: str) -> str:
+    """Path of a model's config file.
+
+    Args:
+        name: One of :func:`model_names`, for example ``grootv-tiny_8xb128_in1k``.
+
+    Raises:
+        ValueError: There is no such model.
+        FileNotFoundError: This installation has no configs.
+    """
+    configs = _configs()
+    if name not in configs:
+        near = difflib.get_close_matches(name, configs)
+        raise ValueError(
+            f"grootvl_mm has no model {name!r}; "
+            + (f"similar names: {', '.join(near)}" if near else "grootvl_mm.apis.zoo.model_names() lists all")
+        )
+    return str(configs[name])
+
+
+def register_in_mmpretrain() -> None:
+    """Make ``get_model``, ``list_models`` and the inferencers of mmpretrain know our models by name.
+
+    It imports mmpretrain, which takes seconds; importing grootvl_mm does not. Calling it twice does no harm.
+    """
+    from mmpretrain.apis import ModelHub
+
+    if not all(map(ModelHub.has, _configs())):
+        folder = _folder()
+        ModelHub.register_model_index(folder / "model-index.yml", config_prefix=folder)
+
+
+@cache
+def _configs() -> dict[str, Path]:
+    return {path.stem: path for path in (_folder() / "configs").glob("[!_]*/*.py")}
+
+
+def _folder() -> Path:
+    """Where ``configs`` and ``model-index.yml`` lie: in the installed package, or beside it in a checkout."""
+    for folder in (PACKAGE / ".mim", PACKAGE.parent):
+        if (folder / "model-index.yml").is_file():
+            return folder
+    raise FileNotFoundError(f"no configs in {PACKAGE / '.mim'}; install grootvl_mm again (pip install .)")

@@ -1,0 +1,7 @@
+"""Hooks of mmengine's Runner. Importing them takes OpenCV, which the models do without."""
+
+from grootvl_mm.engine.hooks.global_loss_hook import GlobalLossHook
+from grootvl_mm.engine.hooks.published_checkpoint_hook import PublishedCheckpointHook
+from grootvl_mm.engine.hooks.step_seed_hook import StepSeedHook
+
+__all__ = ["GlobalLossHook", "PublishedCheckpointHook", "StepSeedHook"]

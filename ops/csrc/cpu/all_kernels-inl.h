@@ -1,0 +1,7 @@
+// All kernels of one instruction set; included inside its namespace.
+#include "cpu/elementary-inl.h"
+#include "cpu/scan_kernels-inl.h"
+#include "cpu/selective_scan_kernels-inl.h"
+#include "cpu/tree_kernels-inl.h"
+
+struct Kernels : TreeKernels, ScanKernels, SelectiveScanKernels {};

@@ -1,0 +1,50 @@
+"""Runs tests with the CUDA kernels, emulated on the CPU, in place of the compiled CPU kernels.
+
+``python -m tests.cuda_emulation.run [--seed N] [--sanitize] [arguments of pytest]``
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from tests.cuda_emulation.build import ROOT, operator_library, sanitizer_environment
+
+OPERATOR_TESTS = tuple(
+    f"tests/ops/test_{name}.py" for name in ("tree", "scan", "selective_scan", "library", "published_semantics")
+)
+
+
+def command(arguments: Sequence[str] = ()) -> list[str]:
+    """pytest for the tests that say something about the CUDA kernels: all of them, if ``arguments`` name none."""
+    names_tests = any(argument.startswith("tests/") for argument in arguments)
+    tests = () if names_tests else OPERATOR_TESTS
+    return [sys.executable, "-m", "pytest", "-m", "not cpu_kernels and not gpu", *tests, *arguments]
+
+
+def environment(seed: int, sanitize: bool = False) -> dict[str, str]:
+    """That of a process whose operators are the emulated ones; compiles them when they have changed."""
+    variables = {"GROOTVL_LIBRARY": str(operator_library(sanitize)), "GROOTVL_EMULATION_SEED": str(seed)}
+    return os.environ | variables | (sanitizer_environment() if sanitize else {})
+
+
+def run_tests(arguments: Sequence[str] = (), seed: int = 0, sanitize: bool = False) -> subprocess.CompletedProcess:
+    """The finished run of :func:`command`."""
+    return subprocess.run(
+        command(arguments), env=environment(seed, sanitize), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def main() -> None:
+    """Parse the command line, then become pytest."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="order of blocks and threads; 0 is ascending (default)")
+    parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UndefinedBehaviorSanitizer")
+    own, arguments = parser.parse_known_args()
+    os.chdir(ROOT)
+    os.execve(sys.executable, command(arguments), environment(own.seed, own.sanitize))
+
+
+if __name__ == "__main__":
+    main()
