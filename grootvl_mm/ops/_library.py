@@ -8,6 +8,7 @@ the results, gradients, autocast, FLOPs) is registered here once. ``GROOTVL_LIBR
 import os
 import warnings
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from grootvl_mm.ops._compat import (
 )
 
 NAMESPACE = "grootvl"
-# Floating inputs of the selective scan; parent, order, eps and propagation follow.
-_SELECTIVE_INPUTS = 13
+# Floating inputs of the selective scan, of which the first are activations and the others parameters; parent, order,
+# eps and propagation follow.
+_SELECTIVE_INPUTS, _SELECTIVE_ACTIVATIONS = 13, 5
 REFERENCES: dict[str, Callable] = {
     function.__name__: function
     for function in (
@@ -207,7 +209,7 @@ def _selective_scan_double_backward(ctx: Any, *grad_grads: Tensor) -> tuple:
 
     with torch.enable_grad():
         grad_y, *leaves = (tensor.detach().requires_grad_() for tensor in differentiable)
-        y = reference.selective_scan(scan, *leaves, ctx.eps)
+        y = reference.selective_scan(scan, *map(reference.accumulated, leaves), ctx.eps).to(grad_y.dtype)
         grads = torch.autograd.grad(y, leaves, grad_y, create_graph=True)
         second = torch.autograd.grad(grads, (grad_y, *leaves), grad_grads, allow_unused=True)
     return (*second, None, None, None, None)
@@ -218,9 +220,24 @@ register_autograd(
     f"{NAMESPACE}::tree_selective_scan_backward", _selective_scan_double_backward, setup_context=_save_selective_scan
 )
 
+
+def _autocast_selective_scan(device_type: str) -> None:
+    """Activations stay as they are, in the widest dtype among them; only parameters, which are small, are cast."""
+
+    def kernel(*inputs: Any) -> Tensor:
+        activations, parameters = inputs[:_SELECTIVE_ACTIVATIONS], inputs[_SELECTIVE_ACTIVATIONS:_SELECTIVE_INPUTS]
+        dtype = reduce(torch.promote_types, (value.dtype for value in activations))
+        activations = (value.to(dtype) for value in activations)
+        parameters = (value.to(torch.promote_types(dtype, torch.float32)) for value in parameters)
+        with torch.autocast(device_type, enabled=False):
+            return _operator("tree_selective_scan")(*activations, *parameters, *inputs[_SELECTIVE_INPUTS:])
+
+    _LIBRARY.impl("tree_selective_scan", kernel, f"Autocast{device_type.upper()}")
+
+
 for _device_type in ("cpu", "cuda"):
     register_autocast(f"{NAMESPACE}::tree_scan", _device_type, torch.float32)
-    register_autocast(f"{NAMESPACE}::tree_selective_scan", _device_type, torch.float32)
+    _autocast_selective_scan(_device_type)
 
 
 # Operations for each element of x, a multiplication and an addition counting two. The choice of the tree counts none:

@@ -214,8 +214,8 @@ def tree_scan(x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagati
 
     16-bit inputs are accumulated in float32 and rounded once at the end.
     """
-    levels = _Levels(parent, _accumulated(decay))
-    rows = _accumulated(x).flatten(0, 1)
+    levels = _Levels(parent, accumulated(decay))
+    rows = accumulated(x).flatten(0, 1)
     if propagation == "down":
         h = levels.down(rows)
     else:
@@ -229,8 +229,8 @@ def tree_scan_backward(
     grad_h: Tensor, x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagation: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``x`` and ``decay``, each (B, L, D); that of the root's decay is 0."""
-    levels = _Levels(parent, _accumulated(decay))
-    a, rows, grads = levels.decay, _accumulated(x).flatten(0, 1), _accumulated(grad_h).flatten(0, 1)
+    levels = _Levels(parent, accumulated(decay))
+    a, rows, grads = levels.decay, accumulated(x).flatten(0, 1), accumulated(grad_h).flatten(0, 1)
     to_parent = levels.parent
     if propagation == "up":
         grad_x = levels.down(grads)
@@ -296,7 +296,7 @@ def tree_selective_scan(
     def scan(value: Tensor, decay: Tensor) -> Tensor:
         return tree_scan(value, decay, parent, order, propagation)
 
-    y = selective_scan(scan, *(_accumulated(value) for value in (*inputs, *norms)), eps)
+    y = selective_scan(scan, *(accumulated(value) for value in (*inputs, *norms)), eps)
     return y.to(x.dtype)
 
 
@@ -321,12 +321,12 @@ def tree_selective_scan_backward(
     propagation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the 13 floating inputs of :func:`tree_selective_scan`, in their order and dtype."""
-    dtype = x.dtype
+    dtypes = (x.dtype,) * 5 + (dt_weight.dtype,) * 8
     grad_y, x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds, h_norm_weight, h_norm_bias = (
-        _accumulated(value)
+        accumulated(value)
         for value in (grad_y, x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds, h_norm_weight, h_norm_bias)
     )
-    out_norm_weight, out_norm_bias = _accumulated(out_norm_weight), _accumulated(out_norm_bias)
+    out_norm_weight, out_norm_bias = accumulated(out_norm_weight), accumulated(out_norm_bias)
     pre = F.linear(dt, dt_weight, dt_bias)
     delta, rate = F.softplus(pre), -torch.exp(A_log)
     decay = torch.exp(rate * delta)
@@ -350,7 +350,7 @@ def tree_selective_scan_backward(
     grad_A_log = (grad_decay * decay * delta).sum((0, 1)) * rate
     inputs = (grad_x, grad_dt, grad_b, grad_c, grad_gate)
     parameters = (grad_dt_weight, grad_pre.sum((0, 1)), grad_A_log, grad_Ds, *grad_h_norm, *grad_out_norm)
-    return tuple(grad.to(dtype) for grad in (*inputs, *parameters))
+    return tuple(grad.to(dtype) for grad, dtype in zip((*inputs, *parameters), dtypes, strict=True))
 
 
 def _layer_norm_backward(grad: Tensor, value: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -362,5 +362,6 @@ def _layer_norm_backward(grad: Tensor, value: Tensor, weight: Tensor, eps: float
     return scale * through, (grad * normal).sum((0, 1)), grad.sum((0, 1))
 
 
-def _accumulated(value: Tensor) -> Tensor:
+def accumulated(value: Tensor) -> Tensor:
+    """The value in what the operators compute in: at least float32."""
     return value.to(torch.promote_types(value.dtype, torch.float32)).contiguous()

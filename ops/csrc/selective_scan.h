@@ -51,7 +51,8 @@ struct SelectiveScanInputs {
   template <typename Activation, typename Parameter>
   SelectiveScanInputs map_parts(const Activation& activation, const Parameter& parameter) const {
     int index = 0;
-    return map([&](const at::Tensor& tensor) { return index++ < kActivations ? activation(tensor) : parameter(tensor); });
+    return map(
+        [&](const at::Tensor& tensor) { return index++ < kActivations ? activation(tensor) : parameter(tensor); });
   }
 
   static constexpr int kActivations = 5;

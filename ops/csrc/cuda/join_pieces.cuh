@@ -110,9 +110,7 @@ __global__ void join_kernel(
   };
   const auto step = [&](int k, acc_t value) {
     return Step{
-        value,
-        __ldg(summaries.through + (first_critical + k) * channels + channel),
-        __ldg(tree.critical_parent + k)};
+        value, __ldg(summaries.through + (first_critical + k) * channels + channel), __ldg(tree.critical_parent + k)};
   };
 #pragma unroll
   for (int s = 0; s < S::kCount; ++s) {

@@ -27,12 +27,13 @@
 
 namespace grootvl::cuda {
 
-// Lanes of a row in a tile, threads of a block, and the groups of lanes they make.
-constexpr int kRowLanes = 8, kTileThreads = 256, kTileGroups = kTileThreads / kRowLanes;
+// Lanes of a row in a tile, threads of a block, the groups of lanes they make, and blocks that a multiprocessor shall
+// have room for, so that some load while others walk their pieces.
+constexpr int kRowLanes = 8, kTileThreads = 256, kTileGroups = kTileThreads / kRowLanes, kTileBlocks = 3;
 
-// Rows that a group has on their way at once.
+// Rows that a group has on their way at once, and half as many where no more are left.
 template <typename acc_t>
-constexpr int kRowsInFlight = sizeof(acc_t) == 4 ? 6 : 2;
+constexpr int kRowsInFlight = sizeof(acc_t) == 4 ? 4 : 2;
 
 // Which image and channels a lane has: blocks of the x axis are images x groups of channels. Lanes beyond the last
 // channel read the first ones and write nothing.
@@ -113,10 +114,49 @@ struct Cells {
   }
 };
 
-// Loads a tile. `Input` has kStreams and, for rows and the channels of this lane:
+// Loads kCount rows a group, from `first` on. `Input` has kStreams and, for rows and the channels of this lane:
 //   Lane lane(channel)                   what it needs all the time
 //   Raw load(row, channel, lane_in_row)  loads only, so that several can be on their way
 //   use(raws, lane, channel, take)       take(j, values of the streams, what is kept) for each of several
+template <int kCount, typename acc_t, int kPack, typename Input>
+__device__ void load_rows(
+    const Input& input,
+    const typename Input::Lane& of_lane,
+    const LanePlace<kPack>& place,
+    const TreePieces& tree,
+    const Tile& tile,
+    int first,
+    int64_t first_row,
+    const Cells<acc_t, kPack, Input::kStreams>& cells) {
+  int vertices[kCount], links[kCount];
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    const int row = min(first + j * kTileGroups, tile.rows - 1);
+    const bool is_member = row < tile.members;
+    vertices[j] = __ldg(is_member ? tree.vertex + tile.first_slot + row : tree.critical_vertex);
+    links[j] = is_member ? __ldg(tree.link + tile.first_slot + row) : -1;
+  }
+  typename Input::Raw raws[kCount];
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    raws[j] = input.load(first_row + vertices[j], place.channel, place.lane);
+  }
+  input.use(raws, of_lane, place.channel, [&](int j, const Pack<acc_t, kPack>* values, const Pack<acc_t, kPack>& kept) {
+    const int row = first + j * kTileGroups;
+    if (row < tile.rows) {
+#pragma unroll
+      for (int s = 0; s < Input::kStreams; ++s) {
+        cells(s, row) = values[s];
+      }
+      cells.kept(row) = kept;
+      if (place.lane == 0) {
+        cells.vertex[row] = vertices[j];
+        cells.link[row] = links[j];
+      }
+    }
+  });
+}
+
 template <typename acc_t, int kPack, typename Input>
 __device__ void load_tile(
     const Input& input,
@@ -126,39 +166,18 @@ __device__ void load_tile(
     const Tile& tile,
     int64_t first_row,
     const Cells<acc_t, kPack, Input::kStreams>& cells) {
-  constexpr int kCount = kRowsInFlight<acc_t>;
-  for (int first = 0; first < tile.rows; first += kCount * kTileGroups) {
-    int vertices[kCount], links[kCount];
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const int row = min(first + j * kTileGroups + place.group, tile.rows - 1);
-      const bool is_member = row < tile.members;
-      vertices[j] = __ldg(is_member ? tree.vertex + tile.first_slot + row : tree.critical_vertex);
-      links[j] = is_member ? __ldg(tree.link + tile.first_slot + row) : -1;
+  constexpr int kMany = kRowsInFlight<acc_t>, kFew = kMany / 2, kWarpGroups = kWarpSize / kRowLanes;
+  // All lanes of a warp do the same, since they exchange what they have loaded.
+  const int in_warp = place.group % kWarpGroups;
+  int first = place.group - in_warp;
+  while (first < tile.rows) {
+    if (first + kFew * kTileGroups < tile.rows) {
+      load_rows<kMany>(input, of_lane, place, tree, tile, first + in_warp, first_row, cells);
+      first += kMany * kTileGroups;
+    } else {
+      load_rows<kFew>(input, of_lane, place, tree, tile, first + in_warp, first_row, cells);
+      first += kFew * kTileGroups;
     }
-    typename Input::Raw raws[kCount];
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      raws[j] = input.load(first_row + vertices[j], place.channel, place.lane);
-    }
-    input.use(
-        raws,
-        of_lane,
-        place.channel,
-        [&](int j, const Pack<acc_t, kPack>* values, const Pack<acc_t, kPack>& kept) {
-          const int row = first + j * kTileGroups + place.group;
-          if (row < tile.rows) {
-#pragma unroll
-            for (int s = 0; s < Input::kStreams; ++s) {
-              cells(s, row) = values[s];
-            }
-            cells.kept(row) = kept;
-            if (place.lane == 0) {
-              cells.vertex[row] = vertices[j];
-              cells.link[row] = links[j];
-            }
-          }
-        });
   }
   __syncthreads();
 }
@@ -188,8 +207,13 @@ __device__ void for_each_member(
 
 // `partials` has a row for each piece of each image, for what it adds to its top.
 template <typename S, typename acc_t, int kPack, typename Input>
-__global__ void __launch_bounds__(kTileThreads) summarise_kernel(
-    Input input, Partials<acc_t, S::kCount> partials, Pieces batch, int64_t channels, Tiling tiling, Summaries<acc_t> summaries) {
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks) summarise_kernel(
+    Input input,
+    Partials<acc_t, S::kCount> partials,
+    Pieces batch,
+    int64_t channels,
+    Tiling tiling,
+    Summaries<acc_t> summaries) {
   using Values = Pack<acc_t, kPack>;
   const LanePlace<kPack> place(channels);
   const TreePieces tree = batch[place.image];
@@ -279,7 +303,7 @@ __global__ void __launch_bounds__(kTileThreads) summarise_kernel(
 // `Output` takes what is known of a row: write(at, row, decay, sums, results of the parent, results), and of the root
 // write_root(at, results), `at` being the place of this lane's channels.
 template <typename S, typename acc_t, int kPack, typename Input, typename Output>
-__global__ void __launch_bounds__(kTileThreads) finish_kernel(
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks) finish_kernel(
     Input input, Output output, Pieces batch, int64_t channels, Tiling tiling, Summaries<acc_t> summaries) {
   using Values = Pack<acc_t, kPack>;
   constexpr bool kAnyUp = S::up(0) || S::up(S::kCount - 1);
@@ -350,17 +374,18 @@ __global__ void __launch_bounds__(kTileThreads) finish_kernel(
   }
 }
 
-// Rows of a tile: about 48 KiB of them, so that a multiprocessor has several blocks, but twice the longest piece.
+// Tiles as large as the blocks of a multiprocessor have room for, since walking takes as long as the longest piece
+// whatever a tile has beside it, but twice the longest piece; all tiles of a tree have about the same number of rows.
 inline Tiling choose_tiling(const Pieces& pieces, int64_t bytes_a_row) {
-  const int64_t room = shared_memory_limit() / bytes_a_row;
-  int64_t capacity = std::max<int64_t>((48 << 10) / bytes_a_row, 2 * pieces.most_members);
-  capacity = std::max<int64_t>(std::min(capacity, room), pieces.most_members + 1);
-  const int64_t rows = capacity - pieces.most_members;
-  const int64_t tiles = std::max<int64_t>(divide_up<int64_t>(pieces.vertices - 1, rows), 1);
-  return {
-      static_cast<int>(rows),
-      static_cast<int>(std::min<int64_t>(capacity, pieces.vertices)),
-      static_cast<int>(tiles)};
+  // What the device keeps for itself of each block's shared memory.
+  constexpr int64_t kReserved = 1 << 10;
+  const int64_t room = shared_memory_limit() - kReserved, members = std::max(pieces.vertices - 1, 1);
+  const int64_t wished =
+      std::max<int64_t>((room / kTileBlocks - kReserved) / bytes_a_row, 2 * int64_t{pieces.most_members});
+  const int64_t most_rows = std::max<int64_t>(std::min(wished, room / bytes_a_row) - pieces.most_members, 1);
+  const int64_t tiles = divide_up(members, most_rows), rows = divide_up(members, tiles);
+  const int64_t capacity = std::min<int64_t>(rows + pieces.most_members, pieces.vertices);
+  return {static_cast<int>(rows), static_cast<int>(capacity), static_cast<int>(tiles)};
 }
 
 // Runs the three kernels. `input` and `output` are for rows (B * L, channels); at least one row and one channel.
@@ -383,11 +408,18 @@ void scan_pieces(
   const Tiling tiling = choose_tiling(pieces, kRowBytes);
   const int64_t bytes = tiling.capacity * kRowBytes;
   TORCH_CHECK(
-      bytes <= shared_memory_limit(), "a piece of a tree takes ", bytes, " bytes, more than the device's shared memory");
+      bytes <= shared_memory_limit(),
+      "a piece of a tree takes ",
+      bytes,
+      " bytes, more than the device's shared memory");
   const int64_t blocks = batch * divide_up<int64_t>(channels, kRowLanes * kPack);
   TORCH_CHECK_VALUE(
-      blocks < int64_t{1} << 31, "the batch times the channels is too large for one launch, got ", batch, " images of ",
-      channels, " channels");
+      blocks < int64_t{1} << 31,
+      "the batch times the channels is too large for one launch, got ",
+      batch,
+      " images of ",
+      channels,
+      " channels");
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(std::min(tiling.tiles, 65535)));
   launch(
       summarise_kernel<S, acc_t, kPack, Input>,
@@ -452,15 +484,15 @@ struct BackwardOutput {
       const Pack<acc_t, kPack>* result) const {
     store_pack(grad_x + at, result[1]);
     store_pack(grad_decay + at, make_pack<acc_t, kPack>([&](int p) {
-      if constexpr (kForward == Propagation::kAll) {
-        return sum[1][p] * (above_result[0][p] - decay[p] * sum[0][p]) +
-               sum[0][p] * (above_result[1][p] - decay[p] * sum[1][p]);
-      } else if constexpr (kForward == Propagation::kUp) {
-        return sum[0][p] * above_result[1][p];
-      } else {
-        return sum[1][p] * above_result[0][p];
-      }
-    }));
+                 if constexpr (kForward == Propagation::kAll) {
+                   return sum[1][p] * (above_result[0][p] - decay[p] * sum[0][p]) +
+                          sum[0][p] * (above_result[1][p] - decay[p] * sum[1][p]);
+                 } else if constexpr (kForward == Propagation::kUp) {
+                   return sum[0][p] * above_result[1][p];
+                 } else {
+                   return sum[1][p] * above_result[0][p];
+                 }
+               }));
   }
   template <typename acc_t, int kPack>
   __device__ void write_root(int64_t at, const Pack<acc_t, kPack>* result) const {

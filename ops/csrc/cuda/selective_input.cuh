@@ -152,8 +152,7 @@ struct SelectiveInput {
       const acc_t b = static_cast<acc_t>(raws[j].b);
       const Values delta = make_pack<acc_t, kPack>([&](int p) { return softplus(steps[j][p]); });
       Values of_streams[kStreams];
-      of_streams[0] =
-          make_pack<acc_t, kPack>([&](int p) { return delta[p] * b * static_cast<acc_t>(raws[j].x[p]); });
+      of_streams[0] = make_pack<acc_t, kPack>([&](int p) { return delta[p] * b * static_cast<acc_t>(raws[j].x[p]); });
       if constexpr (kStreams > 1) {
         of_streams[1] = convert<acc_t>(raws[j].grad_h);
       }

@@ -28,8 +28,8 @@ struct InputGradients {
 
 // Lanes as in a tile of the scan; blocks of the x axis are tiles of channels, those of the y axis share the rows.
 template <typename T, typename between_t, typename acc_t, int kPack>
-__global__ void __launch_bounds__(kTileThreads) input_backward_kernel(
-    SelectiveInput<T, between_t, acc_t, kPack, 1> in, InputGradients<T, between_t, acc_t> grads) {
+__global__ void __launch_bounds__(kTileThreads)
+    input_backward_kernel(SelectiveInput<T, between_t, acc_t, kPack, 1> in, InputGradients<T, between_t, acc_t> grads) {
   using Values = Pack<acc_t, kPack>;
   using Stored = Pack<between_t, kPack>;
   const int64_t channels = in.step.channels;
@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(kTileThreads) input_backward_kernel(
   const Values skip = load_pack<kPack>(grads.skip + place.channel);
   Values sums[kInputSums] = {};
   const int64_t stride = static_cast<int64_t>(gridDim.y) * kInputRows * kTileGroups;
-  for (int64_t first = static_cast<int64_t>(blockIdx.y) * kInputRows * kTileGroups; first < grads.rows; first += stride) {
+  for (int64_t first = static_cast<int64_t>(blockIdx.y) * kInputRows * kTileGroups; first < grads.rows;
+       first += stride) {
     int64_t rows[kInputRows];
     typename SelectiveInput<T, between_t, acc_t, kPack, 1>::Raw raws[kInputRows];
     Stored mixed[kInputRows], value[kInputRows], decay[kInputRows];

@@ -1,5 +1,5 @@
-// What follows the scan of a selective layer, row by row: y = LayerNorm_out(LayerNorm_h(h) c + Ds x) SiLU(gate), and its
-// backward pass. A row stays in the registers of its lanes from the first load to the last store.
+// What follows the scan of a selective layer, row by row: y = LayerNorm_out(LayerNorm_h(h) c + Ds x) SiLU(gate), and
+// its backward pass. A row stays in the registers of its lanes from the first load to the last store.
 #pragma once
 
 #include "cuda/collectives.cuh"
@@ -87,8 +87,7 @@ struct RowInputs {
 
 // Takes the mean off a row and divides it by its standard deviation. Returns 1 / the latter.
 template <bool kWide, typename acc_t, int kPack>
-__device__ acc_t
-standardise(Pack<acc_t, kPack> (&values)[kLanePacks], const RowLanes<kPack>& place, acc_t eps) {
+__device__ acc_t standardise(Pack<acc_t, kPack> (&values)[kLanePacks], const RowLanes<kPack>& place, acc_t eps) {
   acc_t mean[1] = {}, square[1] = {};
 #pragma unroll
   for (int i = 0; i < kLanePacks; ++i) {

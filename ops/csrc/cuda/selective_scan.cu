@@ -25,8 +25,8 @@ namespace grootvl::cuda {
 
 namespace {
 
-// Blocks that share the rows: enough to fill a large GPU, few enough that their sums stay small. Sums must not depend on
-// the device, so the number does not either.
+// Blocks that share the rows: enough to fill a large GPU, few enough that their sums stay small. Sums must not depend
+// on the device, so the number does not either.
 constexpr int64_t kMostRowBlocks = 2048;
 
 // Lanes that hold a row in kLanePacks packs each: a power of two.
@@ -269,7 +269,8 @@ SelectiveScanInputs selective_scan_backward(
 }
 
 struct Cuda {
-  // The device of the inputs, and the dtypes of the operands also in matrix products, whatever autocast the caller is in.
+  // The device of the inputs, and the dtypes of the operands also in matrix products, whatever autocast the caller is
+  // in.
   struct Scope {
     explicit Scope(c10::Device device) : device(device), no_autocast(c10::autocast_dispatch_keyset) {}
 
