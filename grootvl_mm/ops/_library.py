@@ -8,6 +8,7 @@ the results, gradients, autocast, FLOPs) is registered here once. ``GROOTVL_LIBR
 import os
 import warnings
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +192,24 @@ register_autograd(
     f"{NAMESPACE}::tree_selective_scan_backward", _selective_scan_double_backward, setup_context=_save_selective_scan
 )
 
+
+def _autocast_selective_scan(device_type: str) -> None:
+    """Activations stay as they are, in the widest dtype among them; only parameters, which are small, are cast."""
+
+    def kernel(*inputs: Any) -> Tensor:
+        values = reference.SelectiveScanInputs(*inputs[: len(reference.SelectiveScanInputs._fields)])
+        dtype = reduce(torch.promote_types, (value.dtype for value in values.activations()))
+        activations = (value.to(dtype) for value in values.activations())
+        parameters = (value.to(torch.promote_types(dtype, torch.float32)) for value in values.parameters())
+        with torch.autocast(device_type, enabled=False):
+            return _operator("tree_selective_scan")(*activations, *parameters, *inputs[len(values) :])
+
+    _LIBRARY.impl("tree_selective_scan", kernel, f"Autocast{device_type.upper()}")
+
+
 for _device_type in ("cpu", "cuda"):
     register_autocast(f"{NAMESPACE}::tree_scan", _device_type, torch.float32)
-    register_autocast(f"{NAMESPACE}::tree_selective_scan", _device_type, torch.float32)
+    _autocast_selective_scan(_device_type)
 
 
 # Operations for each element of x, a multiplication and an addition counting two. The choice of the tree counts none:

@@ -228,8 +228,8 @@ def tree_scan(x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagati
 
     16-bit inputs are accumulated in float32 and rounded once at the end.
     """
-    levels = _Levels(parent, _accumulated(decay))
-    rows = _accumulated(x).flatten(0, 1)
+    levels = _Levels(parent, accumulated(decay))
+    rows = accumulated(x).flatten(0, 1)
     if propagation == "down":
         h = levels.down(rows)
     else:
@@ -245,9 +245,9 @@ def tree_scan_backward(
     """Gradients of ``x`` and ``decay``, each (B, L, D); that of the root's decay is 0."""
 
     def scan(value: Tensor, direction: str) -> Tensor:
-        return tree_scan(value, _accumulated(decay), parent, order, direction)
+        return tree_scan(value, accumulated(decay), parent, order, direction)
 
-    grads = scan_backward(scan, _accumulated(grad_h), _accumulated(x), _accumulated(decay), parent, propagation)
+    grads = scan_backward(scan, accumulated(grad_h), accumulated(x), accumulated(decay), parent, propagation)
     return grads[0].to(x.dtype), grads[1].to(decay.dtype)
 
 
@@ -286,6 +286,14 @@ class SelectiveScanInputs(NamedTuple):
     h_norm_bias: Tensor
     out_norm_weight: Tensor
     out_norm_bias: Tensor
+
+    def activations(self) -> tuple[Tensor, ...]:
+        """Those that are computed from the image."""
+        return self[:5]
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Those that are learned."""
+        return self[5:]
 
 
 def selective_scan(
@@ -358,8 +366,8 @@ def tree_selective_scan(*args: Tensor | float | str) -> Tensor:
     def scan(value: Tensor, decay: Tensor) -> Tensor:
         return tree_scan(value, decay, parent, order, propagation)
 
-    accumulated = SelectiveScanInputs(*map(_accumulated, inputs))
-    return plain_selective_scan(scan, accumulated, eps).to(inputs[0].dtype)
+    values = SelectiveScanInputs(*map(accumulated, inputs))
+    return plain_selective_scan(scan, values, eps).to(inputs[0].dtype)
 
 
 @_spelled(leading=("grad_y",))
@@ -368,10 +376,10 @@ def tree_selective_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the 13 floating inputs of :func:`tree_selective_scan`, in their order and dtype."""
     *tensors, parent, order, eps, propagation = args
-    grad_y, *inputs = map(_accumulated, tensors)
+    grad_y, *inputs = map(accumulated, tensors)
     with enable_autograd():
         grads = selective_scan_backward(grad_y, inputs, parent, order, eps, propagation)
-    return tuple(grad.to(tensors[0].dtype) for grad in grads)
+    return tuple(grad.to(value.dtype) for grad, value in zip(grads, tensors[1:], strict=True))
 
 
 def selective_scan_backward(
@@ -385,5 +393,6 @@ def selective_scan_backward(
     return vjp(lambda *values: plain_selective_scan(scan, SelectiveScanInputs(*values), eps), inputs, grad_y)
 
 
-def _accumulated(value: Tensor) -> Tensor:
+def accumulated(value: Tensor) -> Tensor:
+    """The value in what the operators compute in: at least float32."""
     return value.to(torch.promote_types(value.dtype, torch.float32)).contiguous()

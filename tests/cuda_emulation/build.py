@@ -146,7 +146,8 @@ def operator_library(sanitize: bool = False) -> Path:
     return compile_library(
         [*sorted(CSRC.glob("*.cpp")), *kernels],
         headers,
-        flags=(*include, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"),
+        # Newer headers of PyTorch need more than the C++17 of the kernels.
+        flags=("-std=c++20", *include, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"),
         link=[f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"],
         sanitize=sanitize,
     )
