@@ -354,13 +354,85 @@ def tree_selective_scan_backward(
 
 
 def _layer_norm_backward(grad: Tensor, value: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the value (B, L, D), of weight and of bias (D)."""
+    """Gradients of the value (..., D), of weight and of bias (D)."""
     scale = torch.rsqrt(value.var(-1, keepdim=True, correction=0) + eps)
     normal = (value - value.mean(-1, keepdim=True)) * scale
     inner = grad * weight
     through = inner - inner.mean(-1, keepdim=True) - normal * (inner * normal).mean(-1, keepdim=True)
-    return scale * through, (grad * normal).sum((0, 1)), grad.sum((0, 1))
+    return scale * through, (grad * normal).flatten(0, -2).sum(0), grad.flatten(0, -2).sum(0)
 
 
 def _accumulated(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32)).contiguous()
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
+    """Layer norm over the last axis, see :func:`grootvl_mm.ops.layer_norm`: (..., C) to (..., C)."""
+    value, weight, bias = (_accumulated(tensor) for tensor in (x, weight, bias))
+    return F.layer_norm(value, x.shape[-1:], weight, bias, eps).to(dtype or x.dtype)
+
+
+def residual_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    factor: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """``x + factor * branch`` and its layer norm, see :func:`grootvl_mm.ops.residual_layer_norm`: two (B, ..., C)."""
+    total = (_accumulated(x) + _scaled(_accumulated(branch), factor)).to(x.dtype)
+    return total, layer_norm(total, weight, bias, eps, dtype)
+
+
+def layer_norm_backward(
+    grad_sum: Tensor | None,
+    grad_normed: Tensor,
+    value: Tensor,
+    factor: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    branch_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of what was added up and normed (..., C), of the branch, of weight and of bias (C).
+
+    Without a ``branch_dtype`` the second has no elements.
+    """
+    through, grad_weight, grad_bias = _layer_norm_backward(
+        *(_accumulated(tensor) for tensor in (grad_normed, value, weight)), eps
+    )
+    grad_x = through if grad_sum is None else through + grad_sum
+    grad_branch = value.new_empty(0) if branch_dtype is None else _scaled(grad_x, factor).to(branch_dtype, copy=True)
+    return grad_x.to(value.dtype), grad_branch, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+def _scaled(value: Tensor, factor: Tensor | None) -> Tensor:
+    """(B, ..., C) times a factor for each sample (B)."""
+    if factor is None:
+        return value
+    return value * factor.to(value.dtype).view(-1, *[1] * (value.dim() - 1))
+
+
+def depthwise_conv_silu(x: Tensor, weight: Tensor) -> Tensor:
+    """SiLU of a depth-wise 3x3 convolution, see :func:`grootvl_mm.ops.depthwise_conv_silu`: (B, H, W, D), the same."""
+    return F.silu(_depthwise_conv(_accumulated(x), _accumulated(weight))).to(x.dtype).contiguous()
+
+
+def depthwise_conv_silu_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x`` (B, H, W, D) and ``weight`` (D, 1, 3, 3)."""
+    taps, rows = _accumulated(weight), _accumulated(x)
+    z = _depthwise_conv(rows, taps)
+    sigmoid = torch.sigmoid(z)
+    grad = _accumulated(grad_y) * sigmoid * (1 + z * (1 - sigmoid))
+    grad_x = _depthwise_conv(grad, taps.flip(-2, -1))
+    padded = F.pad(rows, (0, 0, 1, 1, 1, 1))
+    height, width = x.shape[1:3]
+    of_taps = [(grad * padded[:, i : i + height, j : j + width]).sum((0, 1, 2)) for i in range(3) for j in range(3)]
+    grad_weight = torch.stack(of_taps, 1).view(weight.shape)
+    return grad_x.to(x.dtype).contiguous(), grad_weight.to(weight.dtype)
+
+
+def _depthwise_conv(x: Tensor, weight: Tensor) -> Tensor:
+    """(B, H, W, D) to (B, H, W, D)."""
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, padding=1, groups=weight.shape[0]).permute(0, 2, 3, 1)
