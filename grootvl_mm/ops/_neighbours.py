@@ -1,6 +1,5 @@
 """What PyTorch has to know about the scan's neighbours, layer norm and depth-wise convolution; see ``_library.py``."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,33 +86,23 @@ def _residual_layer_norm_backward(ctx: Any, grad_sum: Tensor | None, grad_normed
 
 def _save_layer_norm_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     grad_sum, grad_normed, value, factor, weight, ctx.eps, ctx.branch_dtype = inputs
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad_sum, grad_normed, value, factor, weight)
 
 
-def _layer_norm_double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple:
-    """Differentiates the formula of the backward, which its reference writes in differentiable operators."""
+def _layer_norm_double_backward(ctx: Any, *grad_grads: Tensor) -> tuple:
+    """Differentiates the formula of the backward, written in PyTorch's operators."""
     grad_sum, grad_normed, value, factor, weight = ctx.saved_tensors
+    has_branch, of_sum = ctx.branch_dtype is not None, () if grad_sum is None else (grad_sum,)
 
     def backward(grad_normed: Tensor, value: Tensor, weight: Tensor, grad_sum: Tensor | None = None) -> tuple:
-        return reference.layer_norm_backward(grad_sum, grad_normed, value, factor, weight, ctx.eps, ctx.branch_dtype)
-
-    inputs = (grad_normed, value, weight) if grad_sum is None else (grad_normed, value, weight, grad_sum)
-    of_normed, of_value, of_weight, *of_sum = _differentiate(backward, inputs, grad_grads)
-    return of_sum[0] if of_sum else None, of_normed, of_value, None, of_weight, None, None
-
-
-def _differentiate(function: Callable, inputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> list:
-    """Gradients of a function's inputs; those of its outputs may be missing."""
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-        outputs = function(*leaves)
-        used = [i for i, grad in enumerate(grads) if grad is not None and outputs[i].requires_grad]
-        if not used:
-            return [None] * len(inputs)
-        return list(
-            torch.autograd.grad([outputs[i] for i in used], leaves, [grads[i] for i in used], allow_unused=True)
+        grad_x, grad_branch, *of_parameters = reference.plain_layer_norm_backward(
+            grad_sum, grad_normed, value, factor, weight, ctx.eps, ctx.branch_dtype
         )
+        return (grad_x, grad_branch, *of_parameters) if has_branch else (grad_x, *of_parameters)
+
+    grad_grads = grad_grads if has_branch else (grad_grads[0], *grad_grads[2:])
+    of_normed, of_value, of_weight, *of_sum = reference.vjp(backward, (grad_normed, value, weight, *of_sum), grad_grads)
+    return of_sum[0] if of_sum else None, of_normed, of_value, None, of_weight, None, None
 
 
 register_autograd(f"{NAMESPACE}::layer_norm", _layer_norm_backward, setup_context=_save_layer_norm)
@@ -126,18 +115,15 @@ register_autograd(
 
 
 def _save_conv(ctx: Any, inputs: tuple, output: Any) -> None:
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs)
 
 
-def _conv_backward(ctx: Any, grad_y: Tensor | None) -> tuple:
-    if grad_y is None:
-        return None, None
+def _conv_backward(ctx: Any, grad_y: Tensor) -> tuple:
     return _operator("depthwise_conv_silu_backward")(grad_y, *ctx.saved_tensors)
 
 
-def _conv_double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple:
-    return tuple(_differentiate(reference.depthwise_conv_silu_backward, ctx.saved_tensors, grad_grads))
+def _conv_double_backward(ctx: Any, *grad_grads: Tensor) -> tuple:
+    return reference.vjp(reference.plain_conv_silu_backward, ctx.saved_tensors, grad_grads)
 
 
 register_autograd(f"{NAMESPACE}::depthwise_conv_silu", _conv_backward, setup_context=_save_conv)
