@@ -13,7 +13,7 @@ from tests.helpers.trees import SEEDS
 EPS = 1e-6
 BACKWARD = torch.ops.grootvl.layer_norm_backward
 # Few and many, in packs and not, up to the widest rows of the kernels' own and beyond.
-CHANNELS = (1, 3, 8, 40, 80, 160, 516, 640, 1000, 1024, 1028)
+CHANNELS = (2, 3, 8, 40, 80, 160, 516, 640, 1000, 1024, 1028)
 PRECISIONS = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 # Dtypes of x, and of the branch and the result beside it.
 DTYPES = [(dtype, dtype) for dtype in PRECISIONS] + [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
@@ -127,6 +127,16 @@ def test_gradients_equal_those_of_pytorch(
     for mine, other in zip(actual, expected, strict=True):
         other = torch.zeros_like(mine) if other is None else other
         torch.testing.assert_close(mine, other, rtol=1e-2 if mine.dtype == narrow != torch.float32 else 1e-4, atol=1e-4)
+
+
+def test_a_single_channel_is_all_bias(device: torch.device) -> None:
+    x, weight, bias, grad = (torch.randn(shape, device=device) for shape in ((5, 1), (1,), (1,), (5, 1)))
+    torch.testing.assert_close(layer_norm(x, weight, bias, EPS), bias.expand(5, 1))
+    grad_x, _, grad_weight, grad_bias = BACKWARD(None, grad, x, None, weight, EPS, None)
+    # The gradient is 0 but for the rounding of what is divided by the root of eps.
+    torch.testing.assert_close(grad_x, torch.zeros_like(x), rtol=0, atol=1e-3)
+    torch.testing.assert_close(grad_weight, torch.zeros_like(weight), rtol=0, atol=1e-6)
+    torch.testing.assert_close(grad_bias, grad.sum(0))
 
 
 def test_large_means_cost_no_precision(device: torch.device) -> None:
