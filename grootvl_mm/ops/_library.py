@@ -34,6 +34,11 @@ REFERENCES: dict[str, Callable] = {
         reference.tree_scan_backward,
         reference.tree_selective_scan,
         reference.tree_selective_scan_backward,
+        reference.layer_norm,
+        reference.residual_layer_norm,
+        reference.layer_norm_backward,
+        reference.depthwise_conv_silu,
+        reference.depthwise_conv_silu_backward,
     )
 }
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from tests.cuda_emulation.build import ROOT, operator_library, sanitizer_environment
 
 OPERATOR_TESTS = tuple(
-    f"tests/ops/test_{name}.py" for name in ("tree", "scan", "selective_scan", "library", "published_semantics")
+    f"tests/ops/test_{name}.py"
+    for name in ("tree", "scan", "selective_scan", "norm", "conv", "library", "published_semantics")
 )
 
 

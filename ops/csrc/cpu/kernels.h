@@ -5,11 +5,13 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <utility>
 
 #include "cpu/compaction.h"
 #include "cpu/isa.h"
+#include "cpu/rounding.h"
 #include "cpu/types.h"
 #include "scan.h"
 #include "tree.h"

@@ -1,7 +1,7 @@
 // What lies around the scan in a tree state space layer: from the projections to decay and input, and from the scanned
 // values through two layer norms and the gate. Rows as in scan_kernels-inl.h; all are `channels` wide.
 
-struct SelectiveScanKernels : Elementary {
+struct SelectiveScanKernels : LayerNormKernels {
   // Channels whose sums over the rank stay in registers.
   static constexpr int kBlock = 64;
 
@@ -63,14 +63,6 @@ struct SelectiveScanKernels : Elementary {
     }
   }
 
-  // Mean and 1 / sqrt(variance + eps) of a row, in two passes.
-  template <typename scalar_t>
-  static Moments<scalar_t> moments(const scalar_t* row, int64_t channels, scalar_t eps) {
-    const scalar_t mean = sum(channels, [&](int64_t c) { return row[c]; }) / channels;
-    const scalar_t square = sum(channels, [&](int64_t c) { return (row[c] - mean) * (row[c] - mean); });
-    return {mean, 1 / std::sqrt(square / channels + eps)};
-  }
-
   // mixed = LayerNorm_h(h) * c + Ds * x
   template <typename scalar_t>
   static void mix(
@@ -110,27 +102,6 @@ struct SelectiveScanKernels : Elementary {
       for (int64_t c = 0; c < s.channels; ++c) {
         to[c] = ((row[c] - m.mean) * m.scale * weight[c] + bias[c]) * gate[c] * sigmoid(gate[c]);
       }
-    }
-  }
-
-  // Gradient of a row before a layer norm, in place of that behind it; adds to the gradients of weight and bias.
-  template <typename scalar_t>
-  static void norm_backward(
-      const scalar_t* __restrict row,
-      Moments<scalar_t> m,
-      const scalar_t* __restrict weight,
-      int64_t channels,
-      scalar_t* __restrict grad,
-      scalar_t* __restrict grad_weight,
-      scalar_t* __restrict grad_bias) {
-    const auto normal = [&](int64_t c) { return (row[c] - m.mean) * m.scale; };
-    const scalar_t mean = sum(channels, [&](int64_t c) { return grad[c] * weight[c]; }) / channels;
-    const scalar_t product = sum(channels, [&](int64_t c) { return grad[c] * weight[c] * normal(c); }) / channels;
-#pragma GCC ivdep
-    for (int64_t c = 0; c < channels; ++c) {
-      grad_weight[c] += grad[c] * normal(c);
-      grad_bias[c] += grad[c];
-      grad[c] = m.scale * (grad[c] * weight[c] - mean - normal(c) * product);
     }
   }
 

@@ -3,9 +3,11 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <cstdint>
 #include <type_traits>
 
 #include "cuda/launch.cuh"
@@ -123,6 +125,40 @@ inline at::Tensor readable_rows(const at::Tensor& tensor, int64_t width) {
 template <typename T>
 Rows<const T> rows_of(const at::Tensor& tensor) {
   return {tensor.const_data_ptr<T>(), tensor.stride(1)};
+}
+
+template <int kWidth, typename scalar_t, typename acc_t>
+__device__ void store_pack(const acc_t (&values)[kWidth], scalar_t* to) {
+  Pack<scalar_t, kWidth> pack;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    pack.value[i] = static_cast<scalar_t>(values[i]);
+  }
+  *reinterpret_cast<Pack<scalar_t, kWidth>*>(to) = pack;
+}
+
+// A result whose dtype is known when the kernel runs; all threads take the same branch.
+struct AnyOutput {
+  void* data;
+  c10::ScalarType dtype;
+
+  template <int kWidth, typename acc_t>
+  __device__ void store(int64_t at, const acc_t (&values)[kWidth]) const {
+    switch (dtype) {
+      case c10::ScalarType::Half:
+        return store_pack(values, static_cast<c10::Half*>(data) + at);
+      case c10::ScalarType::BFloat16:
+        return store_pack(values, static_cast<c10::BFloat16*>(data) + at);
+      default:
+        return store_pack(values, static_cast<acc_t*>(data) + at);
+    }
+  }
+};
+
+// Whether packs of `width` values may be loaded from rows that lie `stride` values apart.
+template <typename scalar_t>
+bool is_packed(const scalar_t* data, int64_t stride, int width) {
+  return stride % width == 0 && reinterpret_cast<uintptr_t>(data) % (width * sizeof(scalar_t)) == 0;
 }
 
 }  // namespace grootvl::cuda
