@@ -27,9 +27,12 @@
 
 namespace grootvl::cuda {
 
-// Lanes of a row in a tile, threads of a block, the groups of lanes they make, and blocks that a multiprocessor shall
-// have room for, so that some load while others walk their pieces.
-constexpr int kRowLanes = 8, kTileThreads = 256, kTileGroups = kTileThreads / kRowLanes, kTileBlocks = 3;
+// Lanes of a row in a tile, threads of a block, and the groups of lanes they make.
+constexpr int kRowLanes = 8, kTileThreads = 256, kTileGroups = kTileThreads / kRowLanes;
+
+// Blocks that a multiprocessor shall have room for, so that some load while others walk their pieces.
+template <int kStreams>
+constexpr int kTileBlocks = kStreams == 1 ? 3 : 2;
 
 // Rows that a group has on their way at once, and half as many where no more are left.
 template <typename acc_t>
@@ -117,7 +120,8 @@ struct Cells {
 // Loads kCount rows a group, from `first` on. `Input` has kStreams and, for rows and the channels of this lane:
 //   Lane lane(channel)                   what it needs all the time
 //   Raw load(row, channel, lane_in_row)  loads only, so that several can be on their way
-//   use(raws, lane, channel, take)       take(j, values of the streams, what is kept) for each of several
+//   use(raws, row_of, lane, channel, take)  take(j, values of the streams, what is kept) for each of several rows,
+//                                           which row_of(j) tells
 template <int kCount, typename acc_t, int kPack, typename Input>
 __device__ void load_rows(
     const Input& input,
@@ -141,20 +145,26 @@ __device__ void load_rows(
   for (int j = 0; j < kCount; ++j) {
     raws[j] = input.load(first_row + vertices[j], place.channel, place.lane);
   }
-  input.use(raws, of_lane, place.channel, [&](int j, const Pack<acc_t, kPack>* values, const Pack<acc_t, kPack>& kept) {
-    const int row = first + j * kTileGroups;
-    if (row < tile.rows) {
+  const auto row_of = [&](int j) { return first_row + vertices[j]; };
+  input.use(
+      raws,
+      row_of,
+      of_lane,
+      place.channel,
+      [&](int j, const Pack<acc_t, kPack>* values, const Pack<acc_t, kPack>& kept) {
+        const int row = first + j * kTileGroups;
+        if (row < tile.rows) {
 #pragma unroll
-      for (int s = 0; s < Input::kStreams; ++s) {
-        cells(s, row) = values[s];
-      }
-      cells.kept(row) = kept;
-      if (place.lane == 0) {
-        cells.vertex[row] = vertices[j];
-        cells.link[row] = links[j];
-      }
-    }
-  });
+          for (int s = 0; s < Input::kStreams; ++s) {
+            cells(s, row) = values[s];
+          }
+          cells.kept(row) = kept;
+          if (place.lane == 0) {
+            cells.vertex[row] = vertices[j];
+            cells.link[row] = links[j];
+          }
+        }
+      });
 }
 
 template <typename acc_t, int kPack, typename Input>
@@ -207,7 +217,7 @@ __device__ void for_each_member(
 
 // `partials` has a row for each piece of each image, for what it adds to its top.
 template <typename S, typename acc_t, int kPack, typename Input>
-__global__ void __launch_bounds__(kTileThreads, kTileBlocks) summarise_kernel(
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<S::kCount>) summarise_kernel(
     Input input,
     Partials<acc_t, S::kCount> partials,
     Pieces batch,
@@ -303,7 +313,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks) summarise_kernel(
 // `Output` takes what is known of a row: write(at, row, decay, sums, results of the parent, results), and of the root
 // write_root(at, results), `at` being the place of this lane's channels.
 template <typename S, typename acc_t, int kPack, typename Input, typename Output>
-__global__ void __launch_bounds__(kTileThreads, kTileBlocks) finish_kernel(
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<S::kCount>) finish_kernel(
     Input input, Output output, Pieces batch, int64_t channels, Tiling tiling, Summaries<acc_t> summaries) {
   using Values = Pack<acc_t, kPack>;
   constexpr bool kAnyUp = S::up(0) || S::up(S::kCount - 1);
@@ -376,12 +386,11 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks) finish_kernel(
 
 // Tiles as large as the blocks of a multiprocessor have room for, since walking takes as long as the longest piece
 // whatever a tile has beside it, but twice the longest piece; all tiles of a tree have about the same number of rows.
-inline Tiling choose_tiling(const Pieces& pieces, int64_t bytes_a_row) {
+inline Tiling choose_tiling(const Pieces& pieces, int64_t bytes_a_row, int blocks) {
   // What the device keeps for itself of each block's shared memory.
   constexpr int64_t kReserved = 1 << 10;
   const int64_t room = shared_memory_limit() - kReserved, members = std::max(pieces.vertices - 1, 1);
-  const int64_t wished =
-      std::max<int64_t>((room / kTileBlocks - kReserved) / bytes_a_row, 2 * int64_t{pieces.most_members});
+  const int64_t wished = std::max<int64_t>((room / blocks - kReserved) / bytes_a_row, 2 * int64_t{pieces.most_members});
   const int64_t most_rows = std::max<int64_t>(std::min(wished, room / bytes_a_row) - pieces.most_members, 1);
   const int64_t tiles = divide_up(members, most_rows), rows = divide_up(members, tiles);
   const int64_t capacity = std::min<int64_t>(rows + pieces.most_members, pieces.vertices);
@@ -405,7 +414,7 @@ void scan_pieces(
   const Summaries<acc_t> summaries(memory.mutable_data_ptr<acc_t>(), S::kCount, rows, channels);
 
   constexpr int64_t kRowBytes = Cells<acc_t, kPack, S::kCount>::kRowBytes;
-  const Tiling tiling = choose_tiling(pieces, kRowBytes);
+  const Tiling tiling = choose_tiling(pieces, kRowBytes, kTileBlocks<S::kCount>);
   const int64_t bytes = tiling.capacity * kRowBytes;
   TORCH_CHECK(
       bytes <= shared_memory_limit(),

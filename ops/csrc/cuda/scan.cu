@@ -36,8 +36,8 @@ struct GivenInput {
     }
     return raw;
   }
-  template <int kCount, typename Take>
-  __device__ void use(const Raw (&raws)[kCount], const Lane&, int64_t, const Take& take) const {
+  template <int kCount, typename RowOf, typename Take>
+  __device__ void use(const Raw (&raws)[kCount], const RowOf&, const Lane&, int64_t, const Take& take) const {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       Values of_streams[kStreams];

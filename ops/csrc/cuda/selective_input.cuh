@@ -57,10 +57,11 @@ struct StepInput {
     return lane < rank ? static_cast<acc_t>(dt[row][lane]) : acc_t{0};
   }
 
-  // Of several rows at once, so that a weight is read once for all: `first` came from load. For whole warps.
-  template <int kCount>
+  // Of several rows at once, so that a weight is read once for all: row_of(j) tells them, `first` came from load. For
+  // whole warps.
+  template <int kCount, typename RowOf>
   __device__ void steps(
-      const int64_t (&rows)[kCount],
+      const RowOf& row_of,
       const acc_t (&first)[kCount],
       int64_t channel,
       int lane,
@@ -76,7 +77,7 @@ struct StepInput {
       if (begin > 0) {
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
-          terms[j] = begin + lane < rank ? static_cast<acc_t>(dt[rows[j]][begin + lane]) : acc_t{0};
+          terms[j] = begin + lane < rank ? static_cast<acc_t>(dt[row_of(j)][begin + lane]) : acc_t{0};
         }
       }
       const int count = min(kRowLanes, rank - begin);
@@ -111,7 +112,6 @@ struct SelectiveInput {
     int lane;
   };
   struct Raw {
-    int64_t row;
     Pack<T, kPack> x;
     Pack<between_t, kPack> grad_h;
     T b;
@@ -127,7 +127,6 @@ struct SelectiveInput {
   }
   __device__ Raw load(int64_t row, int64_t channel, int lane) const {
     Raw raw;
-    raw.row = row;
     raw.x = load_pack<kPack>(x[row] + channel);
     if constexpr (kStreams > 1) {
       raw.grad_h = load_pack<kPack>(grad_h[row] + channel);
@@ -136,17 +135,16 @@ struct SelectiveInput {
     raw.dt = step.load(row, lane);
     return raw;
   }
-  template <int kCount, typename Take>
-  __device__ void use(const Raw (&raws)[kCount], const Lane& of_lane, int64_t channel, const Take& take) const {
-    int64_t rows[kCount];
+  template <int kCount, typename RowOf, typename Take>
+  __device__ void use(
+      const Raw (&raws)[kCount], const RowOf& row_of, const Lane& of_lane, int64_t channel, const Take& take) const {
     acc_t terms[kCount];
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      rows[j] = raws[j].row;
       terms[j] = raws[j].dt;
     }
     Values steps[kCount];
-    step.steps(rows, terms, channel, of_lane.lane, of_lane.bias, steps);
+    step.steps(row_of, terms, channel, of_lane.lane, of_lane.bias, steps);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const acc_t b = static_cast<acc_t>(raws[j].b);

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kTileThreads)
       terms[j] = raws[j].dt;
     }
     Values steps[kInputRows];
-    in.step.steps(rows, terms, place.channel, place.lane, of_lane.bias, steps);
+    in.step.steps([&](int j) { return rows[j]; }, terms, place.channel, place.lane, of_lane.bias, steps);
 #pragma unroll
     for (int j = 0; j < kInputRows; ++j) {
       const bool is_own = first + j * kTileGroups + place.group < grads.rows && place.is_active;
