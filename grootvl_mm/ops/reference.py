@@ -400,7 +400,7 @@ def accumulated(value: Tensor) -> Tensor:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
     """Layer norm over the last axis, see :func:`grootvl_mm.ops.layer_norm`: (..., C) to (..., C)."""
-    value, weight, bias = (_accumulated(tensor) for tensor in (x, weight, bias))
+    value, weight, bias = (accumulated(tensor) for tensor in (x, weight, bias))
     return F.layer_norm(value, x.shape[-1:], weight, bias, eps).to(dtype or x.dtype)
 
 
@@ -414,7 +414,7 @@ def residual_layer_norm(
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """``x + factor * branch`` and its layer norm, see :func:`grootvl_mm.ops.residual_layer_norm`: two (B, ..., C)."""
-    total = (_accumulated(x) + _scaled(_accumulated(branch), factor)).to(x.dtype)
+    total = (accumulated(x) + _scaled(accumulated(branch), factor)).to(x.dtype)
     return total, layer_norm(total, weight, bias, eps, dtype)
 
 
@@ -449,8 +449,8 @@ def plain_layer_norm_backward(
     def norm(value: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.layer_norm(value, value.shape[-1:], weight, bias, eps)
 
-    inputs = (_accumulated(value), _accumulated(weight), torch.zeros_like(_accumulated(weight)))
-    grad_x, grad_weight, grad_bias = vjp(norm, inputs, _accumulated(grad_normed))
+    inputs = (accumulated(value), accumulated(weight), torch.zeros_like(accumulated(weight)))
+    grad_x, grad_weight, grad_bias = vjp(norm, inputs, accumulated(grad_normed))
     if grad_sum is not None:
         grad_x = grad_x + grad_sum
     grad_branch = value.new_empty(0) if branch_dtype is None else _scaled(grad_x, factor).to(branch_dtype, copy=True)
@@ -466,7 +466,7 @@ def _scaled(value: Tensor, factor: Tensor | None) -> Tensor:
 
 def depthwise_conv_silu(x: Tensor, weight: Tensor) -> Tensor:
     """SiLU of a depth-wise 3x3 convolution, see :func:`grootvl_mm.ops.depthwise_conv_silu`: (B, H, W, D), the same."""
-    return _plain_conv_silu(_accumulated(x), _accumulated(weight)).to(x.dtype).contiguous()
+    return _plain_conv_silu(accumulated(x), accumulated(weight)).to(x.dtype).contiguous()
 
 
 def _plain_conv_silu(x: Tensor, weight: Tensor) -> Tensor:
@@ -482,6 +482,6 @@ def depthwise_conv_silu_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> t
 
 def plain_conv_silu_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`depthwise_conv_silu_backward`, differentiable again where grad mode is on."""
-    inputs = (_accumulated(x), _accumulated(weight))
-    grad_x, grad_weight = vjp(_plain_conv_silu, inputs, _accumulated(grad_y))
+    inputs = (accumulated(x), accumulated(weight))
+    grad_x, grad_weight = vjp(_plain_conv_silu, inputs, accumulated(grad_y))
     return grad_x.to(x.dtype).contiguous(), grad_weight.to(weight.dtype).contiguous()
