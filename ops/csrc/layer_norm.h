@@ -2,7 +2,8 @@
 // promise on every device, and the checks they share.
 //
 // layer_norm(x, weight, bias, eps, dtype) -> normed
-//   x (..., C), any strides; weight, bias (C), in the dtype of x or, where x has 16 bits, in float32. normed contiguous:
+//   x (..., C), any strides; weight, bias (C), in the dtype of x or, where x has 16 bits, in float32. normed
+//   contiguous:
 //     normed = (x - mean) / sqrt(variance + eps) * weight + bias, over C
 // residual_layer_norm(x, branch, factor, weight, bias, eps, dtype) -> (sum, normed)
 //   branch of the shape of x (B, ..., C); factor None or (B). sum in the dtype of x, both contiguous:
@@ -10,8 +11,8 @@
 // layer_norm_backward(grad_sum, grad_normed, value, factor, weight, eps, branch_dtype) ->
 //     (grad_x, grad_branch, grad_weight, grad_bias)
 //   value is what was normed: x or sum; grad_sum None where nothing else uses it. grad_x is the gradient of value, the
-//   two gradients added up, and grad_branch = factor * grad_x in branch_dtype; without a branch_dtype it has no elements.
-//   factor gets no gradient.
+//   two gradients added up, and grad_branch = factor * grad_x in branch_dtype; without a branch_dtype it has no
+//   elements. factor gets no gradient.
 //
 // A float32 x may come with a branch of 16 bits and leave as 16 bits: `dtype` and the dtype of branch are those of x,
 // or float16 or bfloat16 where x is float32; dtype None is that of x. 16-bit values are computed in float32; sum is
@@ -142,7 +143,11 @@ struct LayerNormOperators {
     at::Tensor grad_branch = branch_dtype.has_value() ? at::empty(value.sizes(), value.options().dtype(*branch_dtype))
                                                       : at::empty({0}, value.options());
     if (value.numel() == 0) {
-      return {grad_x, grad_branch, at::zeros(weight.sizes(), weight.options()), at::zeros(weight.sizes(), weight.options())};
+      return {
+          grad_x,
+          grad_branch,
+          at::zeros(weight.sizes(), weight.options()),
+          at::zeros(weight.sizes(), weight.options())};
     }
     const at::Tensor of_parameters = Device::backward(
         of_sum, grad_normed.contiguous(), prepare(in), grad_x, branch_dtype.has_value() ? grad_branch : at::Tensor());
@@ -171,7 +176,9 @@ struct LayerNormOperators {
   static LayerNormInputs prepare(const LayerNormInputs& in) {
     const at::ScalarType dtype = accumulated_dtype(in.x.scalar_type());
     const auto contiguous = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.contiguous() : tensor; };
-    const auto accumulated = [&](const at::Tensor& tensor) { return contiguous(tensor.defined() ? tensor.to(dtype) : tensor); };
+    const auto accumulated = [&](const at::Tensor& tensor) {
+      return contiguous(tensor.defined() ? tensor.to(dtype) : tensor);
+    };
     return {
         contiguous(in.x),
         contiguous(in.branch),

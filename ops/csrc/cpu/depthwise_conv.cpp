@@ -98,9 +98,7 @@ struct Cpu {
         with_kernels([&](auto kernels) {
           for (int64_t row = band.first; row < band.last; ++row) {
             kernels.convolve(
-                images.rows(band.image, row),
-                taps.const_data_ptr<acc_t>(),
-                to + (band.image * height + row) * values);
+                images.rows(band.image, row), taps.const_data_ptr<acc_t>(), to + (band.image * height + row) * values);
           }
         });
       });

@@ -6,7 +6,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "cpu/dtypes.h"
 #include "cpu/kernels.h"
@@ -60,26 +59,25 @@ struct Cpu {
       const acc_t eps = static_cast<acc_t>(in.eps);
       with_scalar_beside<scalar_t>(normed.scalar_type(), [&](auto of_normed) {
         auto* to = normed.mutable_data_ptr<decltype(of_normed)>();
-        with_scalar_beside<scalar_t>(in.branch.defined() ? in.branch.scalar_type() : in.x.scalar_type(), [&](auto of_branch) {
-          using branch_t = decltype(of_branch);
-          const branch_t* branch = optional_data<branch_t>(in.branch);
-          scalar_t* total = sum.defined() ? sum.mutable_data_ptr<scalar_t>() : nullptr;
-          pieces.for_each([&](int64_t, int64_t first, int64_t last) {
-            std::vector<acc_t> row(channels);
-            with_kernels([&](auto kernels) {
-              for (int64_t r = first; r < last; ++r) {
-                const int64_t at = r * channels;
-                if (branch == nullptr) {
-                  kernels.widen_row(x + at, channels, row.data());
-                } else {
-                  const acc_t scale = factor == nullptr ? acc_t(1) : factor[r / pieces.rows_a_sample];
-                  kernels.add(x + at, branch + at, scale, channels, total + at, row.data());
-                }
-                kernels.norm_row(row.data(), weight, bias, eps, channels, to + at);
-              }
+        with_scalar_beside<scalar_t>(
+            in.branch.defined() ? in.branch.scalar_type() : in.x.scalar_type(), [&](auto of_branch) {
+              using branch_t = decltype(of_branch);
+              const branch_t* branch = optional_data<branch_t>(in.branch);
+              scalar_t* total = sum.defined() ? sum.mutable_data_ptr<scalar_t>() : nullptr;
+              pieces.for_each([&](int64_t, int64_t first, int64_t last) {
+                with_kernels([&](auto kernels) {
+                  for (int64_t r = first; r < last; ++r) {
+                    const int64_t at = r * channels;
+                    if (branch != nullptr) {
+                      const acc_t scale = factor == nullptr ? acc_t(1) : factor[r / pieces.rows_a_sample];
+                      kernels.add(x + at, branch + at, scale, channels, total + at);
+                    }
+                    // What is stored is normed, rounded as it is, since that is what the backward pass will see.
+                    kernels.norm((branch == nullptr ? x : total) + at, weight, bias, eps, channels, to + at);
+                  }
+                });
+              });
             });
-          });
-        });
       });
     });
   }
@@ -108,23 +106,22 @@ struct Cpu {
           using branch_t = decltype(of_branch);
           branch_t* to_branch = grad_branch.defined() ? grad_branch.mutable_data_ptr<branch_t>() : nullptr;
           pieces.for_each([&](int64_t piece, int64_t first, int64_t last) {
-            std::vector<acc_t> rows(2 * channels);
-            acc_t *row = rows.data(), *of_row = row + channels;
             acc_t* of_weight = sums.mutable_data_ptr<acc_t>() + piece * 2 * channels;
             with_kernels([&](auto kernels) {
               for (int64_t r = first; r < last; ++r) {
                 const int64_t at = r * channels;
-                kernels.widen_row(value + at, channels, row);
-                kernels.widen_row(grad + at, channels, of_row);
-                const auto moments = kernels.template moments<acc_t>(row, channels, eps);
-                kernels.norm_backward(row, moments, weight, channels, of_row, of_weight, of_weight + channels);
-                kernels.store_gradients(
-                    of_row,
+                kernels.norm_backward(
+                    value + at,
+                    kernels.template moments<acc_t>(value + at, channels, eps),
+                    weight,
+                    channels,
+                    grad + at,
                     of_sum == nullptr ? nullptr : of_sum + at,
                     factor == nullptr ? acc_t(1) : factor[r / pieces.rows_a_sample],
-                    channels,
                     to + at,
-                    to_branch == nullptr ? nullptr : to_branch + at);
+                    to_branch == nullptr ? nullptr : to_branch + at,
+                    of_weight,
+                    of_weight + channels);
               }
             });
           });

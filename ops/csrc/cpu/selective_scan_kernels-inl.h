@@ -117,6 +117,7 @@ struct SelectiveScanKernels : LayerNormKernels {
       const Rows<scalar_t>& grad_h,
       const SelectiveGradients<scalar_t>& g,
       scalar_t* __restrict rows) {
+    constexpr scalar_t* kNone = nullptr;
     scalar_t* __restrict mixed = rows;
     scalar_t* __restrict grad = rows + s.channels;
     for (int64_t v = begin; v < end; ++v) {
@@ -136,7 +137,18 @@ struct SelectiveScanKernels : LayerNormKernels {
         grad_gate[c] = grad_out[c] * normed * sig * (1 + gate[c] * (1 - sig));
         grad[c] = grad_out[c] * gate[c] * sig;
       }
-      norm_backward(mixed, of_mixed, s.out_norm_weight, s.channels, grad, g.out_norm_weight, g.out_norm_bias);
+      norm_backward(
+          mixed,
+          of_mixed,
+          s.out_norm_weight,
+          s.channels,
+          grad,
+          kNone,
+          scalar_t(1),
+          grad,
+          kNone,
+          g.out_norm_weight,
+          g.out_norm_bias);
       const scalar_t factor = *s.c[v];
       const scalar_t* __restrict x = s.x[v];
       const scalar_t* __restrict skip = s.skip;
@@ -154,7 +166,18 @@ struct SelectiveScanKernels : LayerNormKernels {
         grad_skip[c] += grad[c] * x[c];
         to[c] = grad[c] * factor;
       }
-      norm_backward(of_vertex, of_h, s.h_norm_weight, s.channels, to, g.h_norm_weight, g.h_norm_bias);
+      norm_backward(
+          of_vertex,
+          of_h,
+          s.h_norm_weight,
+          s.channels,
+          to,
+          kNone,
+          scalar_t(1),
+          to,
+          kNone,
+          g.h_norm_weight,
+          g.h_norm_bias);
     }
   }
 

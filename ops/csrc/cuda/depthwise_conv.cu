@@ -1,6 +1,6 @@
-// CUDA kernels of the depth-wise convolution. A thread has a few neighbouring channels and two rows of an image; it goes
-// along them column by column and keeps what the taps need in registers, so nothing is shared and nothing waits. Rows
-// beside these are read again, mostly from the caches.
+// CUDA kernels of the depth-wise convolution. A thread has a few neighbouring channels and two rows of an image; it
+// goes along them column by column and keeps what the taps need in registers, so nothing is shared and nothing waits.
+// Rows beside these are read again, mostly from the caches.
 //
 // The gradient of the weight is summed by each thread over its columns, by each block over its threads, and then over
 // the blocks; their number depends on the shape only, so results do not change from run to run.
@@ -434,7 +434,7 @@ struct Cuda {
       };
       constexpr int kWidest = sizeof(scalar_t) == 8 ? 1 : 2;
       are_packed<scalar_t>(x, kWidest) && are_packed<scalar_t>(grad_y, kWidest) ? run(Width<kWidest>())
-                                                                               : run(Width<1>());
+                                                                                : run(Width<1>());
     });
     return sums.sum(0);
   }
