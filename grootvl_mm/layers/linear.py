@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grootvl_mm.ops._compat import is_autocast_enabled, onednn_linear
 
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``; plain float32 tensors on the CPU go to oneDNN."""
     if not _is_for_onednn(input, weight, bias):
