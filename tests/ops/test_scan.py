@@ -127,7 +127,7 @@ def test_tangents_are_refused(requires_grad: bool) -> None:
     x, decay, tree = random_scan(1, 3, 3, 2, seed=0, dtype=torch.float64)
     x.requires_grad_(requires_grad)
     for tangents in ((x, decay * 0), (x * 0, decay)):
-        with pytest.raises(NotImplementedError, match="tree_scan has no forward-mode derivative.*use reverse mode"):
+        with pytest.raises(NotImplementedError, match=r"no forward-mode derivative.*use reverse mode"):
             torch.func.jvp(lambda x, decay: tree_scan(x, decay, tree), (x, decay), tangents)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="use reverse mode"):
         tree_scan(torch.autograd.forward_ad.make_dual(x, x.detach()), decay, tree)
