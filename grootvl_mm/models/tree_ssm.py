@@ -122,7 +122,10 @@ class TreeSSM(InitializedModule):
 
     def build_tree(self, feature: Tensor) -> Tree:
         """The trees of (B, D, H, W) features."""
-        height, width = feature.shape[2:]
+        height, width = map(int, feature.shape[2:]) if torch.jit.is_tracing() else feature.shape[2:]
+        if torch.jit.is_tracing():
+            # torch.jit.trace turns sizes into constants: a program must refuse other images than those of its size.
+            feature = feature.split([height], dim=2)[0].split([width], dim=3)[0]
         if self.scan != "tree":
             return raster_path(feature.shape[0], height, width, self.tree_root, by_columns=False, device=feature.device)
         # exp cannot overflow for the cosine; for the distances it does, so their exponents are compared.
