@@ -374,7 +374,7 @@ def parse_args() -> argparse.Namespace:
     sides = parser.add_mutually_exclusive_group()
     sides.add_argument("--size", type=at_least(MIN_SIDE), default=128, metavar="N", help="side of a scene in pixels")
     sides.add_argument("--sizes", dest="size", type=height_and_width, nargs="+", metavar="HxW",
-        default=argparse.SUPPRESS, help="sizes, of which each scene gets one at random, e.g. 96x160 160x96")  # fmt: skip
+        default=argparse.SUPPRESS, help="sizes, of which each scene gets one at random, e.g. 96x128")  # fmt: skip
     add("--digits", type=number, nargs=2, default=[2, 5], metavar=("MIN", "MAX"),
         help="number of digits in a scene; fewer where no more fit")  # fmt: skip
     add("--seed", type=at_least(0), default=0, metavar="N", help="seed of everything random")
