@@ -97,16 +97,16 @@ def crop(image: Tensor, valid_sizes: Tensor) -> Tensor:
     return torch.where(valid.unsqueeze(1), image, 0)
 
 
-def pyramid(valid_sizes: Tensor, height: int, width: int, levels: int) -> list[Padding]:
+def pyramid(valid_sizes: Tensor, image: Tensor, levels: int) -> list[Padding]:
     """The padding of maps of half the images' size, of a quarter and so on, as convolutions of stride 2 make them.
 
     Args:
         valid_sizes: (B, 2), heights and widths of the pictures.
-        height: of the images.
-        width: of the images.
+        image: (B, C, H, W), the batch; its shape is all that counts.
         levels: number of maps.
     """
     paddings = []
+    height, width = image.shape[2:]
     for _ in range(levels):
         valid_sizes, height, width = (valid_sizes + 1) // 2, (height + 1) // 2, (width + 1) // 2
         paddings.append(_padding(valid_sizes, height, width))

@@ -24,6 +24,9 @@ from grootvl_mm.ops import Tree
 from grootvl_mm.registry import MODELS
 
 TREE_SHARINGS = ("block", "stage")
+# Leaves of symbolic traces, as torchvision's create_feature_extractor makes them.
+torch.fx.wrap("find_valid_sizes")
+torch.fx.wrap("pyramid")
 
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
@@ -121,17 +124,10 @@ def _scale(branch: Tensor, gamma: Tensor | None) -> Tensor:
 class Stage(nn.Module):
     """Blocks at one resolution and a norm, whose output is the stage's feature map, then the way to the next stage."""
 
-    def __init__(
-        self,
-        channels: int,
-        drop_paths: Sequence[float],
-        downsample: bool,
-        tree_sharing: str,
-        **block: Any,
-    ) -> None:
+    def __init__(self, blocks: Sequence[Block], channels: int, downsample: bool, share_tree: bool) -> None:
         super().__init__()
-        self.share_tree = tree_sharing == "stage"
-        self.blocks = nn.ModuleList(Block(channels, rate, **block) for rate in drop_paths)
+        self.share_tree = share_tree
+        self.blocks = nn.ModuleList(blocks)
         # The last norm layer is what tools for Grad-CAM look at, and the map (B, C, H, W) is what they expect there.
         self.norm = LayerNorm2d(channels, eps=1e-6)
         self.downsample = Downsample(channels) if downsample else None
@@ -163,8 +159,7 @@ class GrootV(InitializedModule):
         out_indices: stages whose feature maps are returned, ascending; stage i has stride ``4 * 2**i``.
         frozen_stages: the stem and the first so many stages get no gradient and stay in evaluation mode; -1 freezes
             nothing, 0 the stem only.
-        norm_eval: keep the norm layers in evaluation mode while training. It matters once batch norm takes the place
-            of the layer norm; the backbone itself has layer norms only, which behave the same in both modes.
+        norm_eval: accepted as the hosts' backbones have it; it changes nothing, for layer norms have one mode only.
         with_cp: gradient checkpointing: recompute each block in the backward pass to save memory.
         drop_path_rate: stochastic depth, rising linearly over the blocks from 0 to this.
         layer_scale: initial value of the scale of each residual branch; None for no scale, as published.
@@ -226,28 +221,19 @@ class GrootV(InitializedModule):
         self.depths = depths
         self.num_features = [channels * 2**i for i in range(len(depths))]
         self.frozen_stages = frozen_stages
-        self.norm_eval = norm_eval
         self.ignore_padding = ignore_padding
+        self._loads_pretrained = False
 
         self.stem = Stem(in_channels, channels)
         num_blocks = sum(depths)
         drop_paths = [drop_path_rate * block / max(num_blocks - 1, 1) for block in range(num_blocks)]
+        options = (layer_scale, with_cp, tree_metric, tree_root, propagation, scan)
         last = self.out_indices[-1]
-        self.stages = nn.ModuleList(
-            Stage(
-                self.num_features[i],
-                drop_paths[sum(depths[:i]) : sum(depths[: i + 1])],
-                downsample=i < last,
-                layer_scale=layer_scale,
-                with_cp=with_cp,
-                tree_metric=tree_metric,
-                tree_root=tree_root,
-                propagation=propagation,
-                tree_sharing=tree_sharing,
-                scan=scan,
-            )
-            for i in range(last + 1)
-        )
+        self.stages = nn.ModuleList()
+        for i, width in enumerate(self.num_features[: last + 1]):
+            rates = drop_paths[sum(depths[:i]) : sum(depths[: i + 1])]
+            blocks = [Block(width, rate, *options) for rate in rates]
+            self.stages.append(Stage(blocks, width, downsample=i < last, share_tree=tree_sharing == "stage"))
         self._freeze_stages()
 
     @classmethod
@@ -276,6 +262,18 @@ class GrootV(InitializedModule):
             )
         return indices
 
+    def init_weights(self) -> None:
+        """mmengine's, which also loads the file of an ``init_cfg`` of the type ``Pretrained``.
+
+        Raises:
+            CheckpointError: less than half of the parameters are in the file.
+        """
+        self._loads_pretrained = True
+        try:
+            super().init_weights()
+        finally:
+            self._loads_pretrained = False
+
     def forward(self, image: Tensor, valid_sizes: Tensor | Sequence[Sequence[int]] | None = None) -> tuple[Tensor, ...]:
         """Feature maps of images of any size.
 
@@ -290,6 +288,8 @@ class GrootV(InitializedModule):
         Raises:
             TypeError, ValueError: ``valid_sizes`` are not the sizes of such images.
         """
+        if isinstance(valid_sizes, torch.fx.Proxy):  # of an argument that nobody gave
+            valid_sizes = None
         if valid_sizes is not None:
             valid_sizes = check_valid_sizes(valid_sizes, image)
             image = crop(image, valid_sizes)
@@ -297,11 +297,11 @@ class GrootV(InitializedModule):
             valid_sizes = find_valid_sizes(image)
         paddings: list[Padding | None] = [None] * (1 + len(self.stages))
         if valid_sizes is not None:
-            paddings = pyramid(valid_sizes, *image.shape[2:], levels=len(paddings))
+            paddings = pyramid(valid_sizes, image, levels=len(paddings))
         x = self.stem(image, paddings[0])
         outputs = []
-        for index, (stage, padding) in enumerate(zip(self.stages, paddings[1:], strict=True)):
-            feature, x = stage(x, padding)
+        for index, stage in enumerate(self.stages):
+            feature, x = stage(x, paddings[index + 1])
             if index in self.out_indices:
                 # In plain NCHW memory: mmcv's RoIAlign on the CPU reads any other as if it were that.
                 outputs.append(feature.contiguous())
@@ -318,13 +318,9 @@ class GrootV(InitializedModule):
             module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "GrootV":
-        """Training mode for all but the frozen parts (and the norms with ``norm_eval``)."""
+        """Training mode for all but the frozen parts."""
         super().train(mode)
         self._freeze_stages()
-        if mode and self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, nn.LayerNorm | nn.modules.batchnorm._BatchNorm):
-                    module.eval()
         return self
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
@@ -357,21 +353,27 @@ class GrootV(InitializedModule):
         """Let mmpretrain's ``ImageClassifier``, which calls this before it loads weights, read published files."""
         rename_published_classifier(state_dict, prefix)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
-    ) -> None:
-        rename_published_backbone(state_dict, prefix)
-        self._check_matching_keys(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        published = rename_published_backbone(state_dict, prefix)
+        *_, unexpected_keys, _ = args
+        self._check_matching_keys(state_dict, prefix, unexpected_keys, whole=published or self._loads_pretrained)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _check_matching_keys(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """A file of another model must not pass for a success just because loading is not strict."""
+    def _check_matching_keys(
+        self, state_dict: dict[str, Any], prefix: str, unexpected_keys: list[str], whole: bool
+    ) -> None:
+        """A file of another model must not pass for a success just because loading is not strict.
+
+        Adapters, heads or a few stages alone may be loaded, but a published file and one of ``init_cfg`` are whole.
+        """
         own = {prefix + name: tuple(value.shape) for name, value in self.state_dict().items()}
         found = {name: tuple(getattr(value, "shape", ())) for name, value in state_dict.items()}
         matching = sum(found.get(name) == shape for name, shape in own.items())
-        if 2 * matching < len(own):
+        # What begins with the prefix is all that torch hands on; of the rest, it knows the names that fit nowhere.
+        foreign = sum(own.get(name) != shape for name, shape in found.items()) or len(unexpected_keys)
+        if 2 * matching < len(own) and (whole or foreign > matching):
             example = next(name for name, shape in own.items() if found.get(name) != shape)
-            near = [example] if example in found else list(found)  # torch gives what begins with the prefix only
+            near = [example] if example in found else list(found)
             nothing = f"nothing below {prefix!r}" if prefix else "nothing"
             raise CheckpointError(
                 f"this checkpoint does not fit {type(self).__name__}: {matching} of {len(own)} parameters match in "

@@ -141,8 +141,12 @@ class TreeSSM(InitializedModule):
 
     def build_tree(self, feature: Tensor, padding: Padding | None = None) -> Tree:
         """The trees of (B, D, H, W) features."""
-        batch, _, height, width = feature.shape
+        height, width = map(int, feature.shape[2:]) if torch.jit.is_tracing() else feature.shape[2:]
+        if torch.jit.is_tracing():
+            # torch.jit.trace turns sizes into constants: a program must refuse other images than those of its size.
+            feature = feature.split([height], dim=2)[0].split([width], dim=3)[0]
         if self.scan != "tree":
+            batch = feature.shape[0]
             return raster_path(batch, height, width, self.tree_root, False, feature.device, padding)
         # exp cannot overflow for the cosine; for the distances it does, so their exponents are compared.
         weight = grid_edge_weight(feature.detach(), self.tree_metric, log=self.tree_metric != "cosine")

@@ -98,7 +98,6 @@ SEGMENTERS = (
     "upernet/upernet_r50_4xb2-40k_cityscapes-512x1024",
 )
 CLASSIFIERS = (
-    "barlowtwins/barlowtwins_resnet50_8xb256-coslr-300e_in1k",
     "byol/byol_resnet50_16xb256-coslr-200e_in1k",
     "convnext/convnext-tiny_32xb128_in1k",
     "csra/resnet101-csra_1xb16_voc07-448px",

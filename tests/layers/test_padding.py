@@ -25,7 +25,7 @@ def test_sizes_from_zero_margins(device: torch.device) -> None:
 def test_zeros_inside_are_no_margin(device: torch.device) -> None:
     image = batch(device, [(6, 7)] * 4)
     image[0, :, :, :3] = 0  # a margin to the left
-    image[1, :, 1:, 1:] = 0
+    image[1] = 0
     image[1, 2, 4, 5] = -1e-30  # one channel of one pixel is enough
     image[2, :2] = 0
     image[3, :, :, 2] = 0
@@ -41,7 +41,7 @@ def test_sizes_in_other_types(device: torch.device, dtype: torch.dtype) -> None:
 def test_empty_batch(device: torch.device) -> None:
     image = batch(device)[:0]
     assert find_valid_sizes(image).shape == (0, 2)
-    (padding,) = pyramid(find_valid_sizes(image), 6, 7, 1)
+    (padding,) = pyramid(find_valid_sizes(image), image, 1)
     assert padding.valid.shape == (0, 3, 4, 1)
     assert padding.edge_weight.shape == (0, 17)
 
@@ -53,7 +53,7 @@ def test_the_gpu_is_not_waited_for() -> None:
     image = batch(torch.device("cuda"))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        pyramid(find_valid_sizes(image), 6, 7, 4)
+        pyramid(find_valid_sizes(image), image, 4)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -91,7 +91,7 @@ def test_crop_removes_anything(device: torch.device) -> None:
 
 def test_maps_of_convolutions_of_stride_2(device: torch.device) -> None:
     """What a convolution of stride 2 makes of a picture alone has the size that the pyramid tells."""
-    for level, padding in enumerate(pyramid(torch.tensor(SIZES, device=device), 6, 7, 3), start=1):
+    for level, padding in enumerate(pyramid(torch.tensor(SIZES, device=device), torch.empty(6, 3, 6, 7), 3), start=1):
         for valid, (height, width) in zip(padding.valid[..., 0], SIZES, strict=True):
             expected = torch.zeros_like(valid)
             expected[: -(-height // 2**level), : -(-width // 2**level)] = 1
@@ -100,7 +100,7 @@ def test_maps_of_convolutions_of_stride_2(device: torch.device) -> None:
 
 def grid_padding(sizes: list[tuple[int, int]], height: int, width: int, device: torch.device) -> Padding:
     doubled = torch.tensor(sizes, device=device) * 2
-    return pyramid(doubled, 2 * height, 2 * width, 1)[0]
+    return pyramid(doubled, torch.empty(len(sizes), 3, 2 * height, 2 * width), 1)[0]
 
 
 @pytest.mark.parametrize("root", ["first", "last"])

@@ -192,7 +192,7 @@ def test_paths_leave_padding_for_the_end(device: torch.device, root: str, by_col
     from grootvl_mm.layers.padding import pyramid
 
     sizes = [(2, 3), (3, 2), (3, 4), (1, 1)]
-    (padding,) = pyramid(torch.tensor(sizes, device=device) * 2, 6, 8, 1)
+    (padding,) = pyramid(torch.tensor(sizes, device=device) * 2, torch.empty(4, 3, 6, 8), 1)
     path = raster_path(4, 3, 4, root, by_columns, device, padding)
     vertices = torch.arange(12, device=device).view(3, 4)
     for index, (height, width) in enumerate(sizes):
@@ -211,7 +211,7 @@ def test_layer_alone(device: torch.device) -> None:
 
     layer = TreeSSM(8).to(device)
     x = torch.randn(1, 5, 6, 8, device=device)
-    (padding,) = pyramid(torch.tensor([[6, 8]], device=device), 10, 12, 1)
+    (padding,) = pyramid(torch.tensor([[6, 8]], device=device), torch.empty(1, 3, 10, 12), 1)
     torch.testing.assert_close(layer(x, padding=padding)[0][:, :3, :4], layer(x[:, :3, :4])[0], rtol=1e-4, atol=1e-6)
 
 
