@@ -93,7 +93,7 @@ def check_valid_sizes(valid_sizes: Tensor | Sequence[Sequence[int]], image: Tens
 
 def crop(image: Tensor, valid_sizes: Tensor) -> Tensor:
     """(B, C, H, W) with zeros outside of the sizes (B, 2), whatever was there."""
-    valid, _ = _regions(valid_sizes, *image.shape[2:])
+    valid = _region(valid_sizes, *image.shape[2:])
     return torch.where(valid.unsqueeze(1), image, 0)
 
 
@@ -108,30 +108,33 @@ def pyramid(valid_sizes: Tensor, image: Tensor, levels: int) -> list[Padding]:
     paddings = []
     height, width = image.shape[2:]
     for _ in range(levels):
-        valid_sizes, height, width = (valid_sizes + 1) // 2, (height + 1) // 2, (width + 1) // 2
+        # In the form that symbolic shapes of convolutions have.
+        valid_sizes, height, width = ((size - 1) // 2 + 1 for size in (valid_sizes, height, width))
         paddings.append(_padding(valid_sizes, height, width))
     return paddings
 
 
 def _padding(valid_sizes: Tensor, height: int, width: int) -> Padding:
-    """All edges to padding are forbidden but those at the last vertex of the picture."""
-    valid, last = _regions(valid_sizes, height, width)
-    weights = []
-    for first, second, at_last in (
-        (valid[:, :-1], valid[:, 1:], last[:, :-1]),
-        (valid[:, :, :-1], valid[:, :, 1:], last[:, :, :-1]),
-    ):
-        crossing = torch.where(first & ~at_last, BORDER_WEIGHT, PADDING_WEIGHT)
-        weights.append(torch.where(second, -torch.inf, crossing).flatten(1))
-    return Padding(valid.unsqueeze(3).float(), torch.cat(weights, dim=1).float())
-
-
-def _regions(valid_sizes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Where the pictures are, and where their last vertices are, both (B, H, W)."""
-    rows, columns = (torch.arange(1, length + 1, device=valid_sizes.device) for length in (height, width))
+    """Of the edges between picture and padding, only those at the last vertex of the picture may be taken."""
+    vertical = torch.arange((height - 1) * width, device=valid_sizes.device)
+    horizontal = torch.arange(height * (width - 1), device=valid_sizes.device)
+    rows = torch.cat([vertical // width, horizontal // max(width - 1, 1)])
+    columns = torch.cat([vertical % width, horizontal % max(width - 1, 1)])
+    down = torch.cat([torch.ones_like(vertical), torch.zeros_like(horizontal)])
     heights, widths = valid_sizes.unsqueeze(2).unbind(1)
-    valid = (rows <= heights).unsqueeze(2) & (columns <= widths).unsqueeze(1)
-    return valid, (rows == heights).unsqueeze(2) & (columns == widths).unsqueeze(1)
+    first = (rows < heights) & (columns < widths)
+    second = (rows + down < heights) & (columns + 1 - down < widths)
+    is_last = (rows == heights - 1) & (columns == widths - 1)
+    crossing = torch.where(first & ~is_last, BORDER_WEIGHT, PADDING_WEIGHT)
+    edge_weight = torch.where(second, -torch.inf, crossing).float()
+    return Padding(_region(valid_sizes, height, width).unsqueeze(3).float(), edge_weight)
+
+
+def _region(sizes: Tensor, height: int, width: int) -> Tensor:
+    """(B, H, W), whether a vertex is within the sizes (B, 2)."""
+    rows, columns = (torch.arange(length, device=sizes.device) for length in (height, width))
+    heights, widths = sizes.unsqueeze(2).unbind(1)
+    return (rows < heights).unsqueeze(2) & (columns < widths).unsqueeze(1)
 
 
 def _length(filled: Tensor) -> Tensor:

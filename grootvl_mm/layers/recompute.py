@@ -68,6 +68,8 @@ class _Lean(_FastLinear):
         result = super().__torch_function__(func, types, args, kwargs)
         if func in _CHEAP and type(result) is Tensor and result.requires_grad and _CHEAP[func](*args, **kwargs):
             autocast = {"device_type": self.device_type, "enabled": is_autocast_enabled(self.device_type)}
+            if autocast["enabled"]:
+                autocast["dtype"] = torch.get_autocast_dtype(self.device_type)
             inputs = [self._input(value) for value in (*args, *kwargs.values())]
             storage = result.untyped_storage()
             # While the weak reference lives, no other storage gets this address.

@@ -29,7 +29,7 @@ def _is_untouched(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool
         and not own["_modules"]
         and not own["_buffers"]
         and own.get("_compiled_call_impl") is None
-        and own.keys().isdisjoint({"forward", "__call__", *_PARAMETERS})
+        and not any(name in own for name in ("forward", "__call__", *_PARAMETERS))
         and own["_parameters"].keys() == _PARAMETERS
         and all(type(parameter) is nn.Parameter for parameter in own["_parameters"].values())
     )

@@ -130,6 +130,7 @@ def swapped_model(host: str, name: str) -> nn.Module:
 
 
 def _swap_in_detector(model: ConfigDict) -> None:
+    model.pop("pretrained", None)
     head = model.get("panoptic_head")
     neck = model.get("neck")
     taker = head if neck is None else (neck[0] if isinstance(neck, list) else neck)
@@ -141,6 +142,7 @@ def _swap_in_detector(model: ConfigDict) -> None:
 
 def _swap_in_segmenter(model: ConfigDict) -> None:
     model.backbone = ConfigDict(BACKBONE)
+    model.pop("pretrained", None)
     model.data_preprocessor.size = (IMAGE_SIZE, IMAGE_SIZE)
     model.data_preprocessor.pop("size_divisor", None)
     model.test_cfg = ConfigDict(mode="whole")
