@@ -14,12 +14,14 @@ from torch import Tensor, nn
 CHANNELS = (24, 48, 96, 192)  # of GrootV-pico
 BACKBONE = ConfigDict(type="grootvl_mm.GrootV", arch="pico")
 IMAGE_SIZE = 128
+# Deformable convolutions take no map that is smaller than their kernel, and the last of a pyramid has 1/128 of it.
+LARGE_IMAGE_SIZE = 384
+DEFORMABLE = ("ddod", "dyhead", "guided_anchoring", "nas_fcos", "reppoints", "tood", "vfnet")
 CLASSES = 5  # of the ground truth; every config has more
 
 DETECTORS = (
     "atss/atss_r50_fpn_1x_coco",
     "autoassign/autoassign_r50-caffe_fpn_1x_coco",
-    "boxinst/boxinst_r50_fpn_ms-90k_coco",
     "cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco",
     "centernet/centernet-update_r50-caffe_fpn_ms-1x_coco",
     "condinst/condinst_r50_fpn_ms-poly-90k_coco_instance",
@@ -123,10 +125,27 @@ def swapped_model(host: str, name: str) -> nn.Module:
     if "data_preprocessor" in cfg:
         model.setdefault("data_preprocessor", cfg.data_preprocessor)
     model.get("data_preprocessor", {}).pop("batch_augments", None)  # such as padding to 1024 x 1024
+    _reduce(model)
     with DefaultScope.overwrite_default_scope(host):
         built = revert_sync_batchnorm(MODELS.build(model))
         built.init_weights()
     return built
+
+
+def _reduce(node: Any) -> None:
+    """Fewer boxes and queries than in images of a thousand pixels."""
+    if isinstance(node, list | tuple):
+        for child in node:
+            _reduce(child)
+    elif isinstance(node, dict):
+        limits = {"max_per_img": 20, "nms_pre": 100, "num_queries": 30}
+        if "pos_fraction" in node:
+            limits["num"] = 32
+        for key, limit in limits.items():
+            if isinstance(node.get(key), int):
+                node[key] = min(node[key], limit)
+        for child in node.values():
+            _reduce(child)
 
 
 def _swap_in_detector(model: ConfigDict) -> None:
@@ -145,7 +164,7 @@ def _swap_in_segmenter(model: ConfigDict) -> None:
     model.pop("pretrained", None)
     model.data_preprocessor.size = (IMAGE_SIZE, IMAGE_SIZE)
     model.data_preprocessor.pop("size_divisor", None)
-    model.test_cfg = ConfigDict(mode="whole")
+    model.test_cfg.mode = "whole"
     if "neck" in model:
         model.neck.in_channels = list(CHANNELS)
         return
@@ -177,19 +196,21 @@ def _swap_in_classifier(model: ConfigDict) -> None:
         model.head.loss.num_crops = [2, 2]
 
 
-def random_batch(host: str, model: nn.Module) -> dict[str, Any]:
+def random_batch(host: str, name: str, model: nn.Module) -> dict[str, Any]:
     """Two random images with ground truth; of a self-supervised model several views of them."""
-    return {"mmdet": _detection_batch, "mmseg": _segmentation_batch, "mmpretrain": _classification_batch}[host](model)
+    if host == "mmdet":
+        return _detection_batch(LARGE_IMAGE_SIZE if name.startswith(DEFORMABLE) else IMAGE_SIZE)
+    return _segmentation_batch() if host == "mmseg" else _classification_batch(model)
 
 
-def _detection_batch(model: nn.Module) -> dict[str, Any]:
+def _detection_batch(size: int) -> dict[str, Any]:
     from mmdet.testing import demo_mm_inputs
 
-    shape = (3, IMAGE_SIZE, IMAGE_SIZE)
+    shape = (3, size, size)
     return demo_mm_inputs(2, shape, num_items=[3, 2], num_classes=CLASSES, with_mask=True, with_semantic=True)
 
 
-def _segmentation_batch(model: nn.Module) -> dict[str, Any]:
+def _segmentation_batch() -> dict[str, Any]:
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
@@ -204,7 +225,7 @@ def _segmentation_batch(model: nn.Module) -> dict[str, Any]:
 
 def _classification_batch(model: nn.Module) -> dict[str, Any]:
     from mmpretrain.models import BaseSelfSupervisor, ImageClassifier
-    from mmpretrain.structures import DataSample, MultiTaskDataSample  # noqa: F401
+    from mmpretrain.structures import DataSample
 
     samples = [DataSample().set_gt_label(label) for label in (0, CLASSES - 1)]
     if isinstance(model, BaseSelfSupervisor):
