@@ -78,7 +78,9 @@ class _Lean(_FastLinear):
         return result
 
     def _input(self, value: Any) -> Callable[[], Any]:
-        return self._pack(value.detach()) if isinstance(value, Tensor) else lambda: value
+        if not isinstance(value, Tensor):
+            return lambda: value
+        return self._pack(value if value.is_leaf else value.detach())
 
     def _pack(self, value: Tensor) -> Unpack:
         """For what autograd saves: a recipe that gives it, or what gives back the kept tensor."""

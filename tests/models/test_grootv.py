@@ -144,14 +144,6 @@ def test_frozen_stages(frozen_stages: int) -> None:
         assert all((p.grad is None) != p.requires_grad for p in model.parameters())
 
 
-def test_norm_eval() -> None:
-    model = make(norm_eval=True).train()
-    assert model.training
-    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    assert norms
-    assert not any(norm.training for norm in norms)
-
-
 def test_drop_path_rises_linearly_and_only_acts_in_training() -> None:
     model = make(drop_path_rate=0.3)
     rates = [block.drop_path.drop_prob for stage in model.stages for block in stage.blocks]

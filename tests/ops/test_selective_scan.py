@@ -6,12 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grootvl_mm.ops import Tree, grid_tree, reference, tree_scan, tree_selective_scan
+from grootvl_mm.ops import Tree, grid_tree, reference, tree_selective_scan
+from grootvl_mm.ops.scan import PROPAGATIONS, SelectiveScanInputs
 from tests.helpers.trees import SEEDS, SIZES, random_weight
 
-PROPAGATIONS = ("all", "up", "down")
-NAMES = ("x", "dt", "b", "c", "gate", "dt_weight", "dt_bias", "A_log", "Ds")
-NAMES += ("h_norm_weight", "h_norm_bias", "out_norm_weight", "out_norm_bias")
+NAMES = SelectiveScanInputs._fields
 EPS = 1e-5
 BACKWARD = torch.ops.grootvl.tree_selective_scan_backward
 
@@ -62,17 +61,6 @@ def test_equals_the_reference(size: tuple, channels: int, rank: int, seed: int, 
     grad_y = torch.randn_like(y)
     expected = reference.tree_selective_scan_backward(grad_y, *inputs.values(), *rest)
     torch.testing.assert_close(BACKWARD(grad_y, *inputs.values(), *rest), expected)
-
-
-def test_reference_backward_is_the_derivative_of_the_reference() -> None:
-    inputs, tree = sample(2, 3, 4, 6, 3, seed=0)
-    leaves = [value.requires_grad_() for value in inputs.values()]
-    y = reference.selective_scan(lambda value, decay: tree_scan(value, decay, tree), *leaves, EPS)
-    grad_y = torch.randn_like(y)
-    expected = torch.autograd.grad(y, leaves, grad_y)
-    with torch.no_grad():
-        actual = reference.tree_selective_scan_backward(grad_y, *leaves, *tree, EPS, "all")
-    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -178,7 +166,7 @@ INPUTS, TREE = sample(2, 3, 3, 4, 2, seed=0, dtype=torch.float32)
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": INPUTS["x"][0]}, ValueError, r"x must have shape \(B, L, \*\), got \(9, 4\)"),
+        ({"x": INPUTS["x"][0]}, ValueError, r"x must have shape \(B, L, D\), got \(9, 4\)"),
         ({"dt": INPUTS["dt"][..., :1]}, ValueError, r"dt must have shape \(2, 9, 2\).*got \(2, 9, 1\)"),
         ({"b": INPUTS["b"][:1]}, ValueError, r"b must have shape \(2, 9, 1\).*got \(1, 9, 1\)"),
         ({"Ds": INPUTS["Ds"][:3]}, ValueError, r"Ds must have shape \(4,\).*got \(3,\)"),

@@ -41,6 +41,7 @@ from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from grootvl_mm.apis import cli
+from grootvl_mm.layers.recompute import lean
 from grootvl_mm.models.tree_ssm import TreeSSM
 from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_scan
 from grootvl_mm.ops.reference import grid_edges, selective_scan
@@ -369,8 +370,9 @@ def make_layer(channels: int, device: str) -> TreeSSM:
 
 
 def run_layer(layer: TreeSSM, projected: Tensor) -> Tensor:
-    """(B, H, W, 2 D) to (B, H, W, D) by the layer's own code."""
-    return layer(projected)[0]
+    """(B, H, W, 2 D) to (B, H, W, D) by the layer's own code, as a block calls it."""
+    with lean(projected):
+        return layer(projected)[0]
 
 
 def run_layer_in_pytorch(layer: TreeSSM, projected: Tensor) -> Tensor:
@@ -382,10 +384,8 @@ def run_layer_in_pytorch(layer: TreeSSM, projected: Tensor) -> Tensor:
     dt, b, c = layer.x_proj(x).split([layer.dt_rank, 1, 1], dim=-1)
     y = selective_scan(
         lambda value, decay: tree_scan(value, decay, tree),
-        *(x, dt, b, c, gate.flatten(1, 2)),
-        *(layer.dt_proj.weight, layer.dt_proj.bias, layer.A_log, layer.Ds),
-        *(layer.h_norm.weight, layer.h_norm.bias, layer.out_norm.weight, layer.out_norm.bias),
-        layer.h_norm.eps,
+        *(layer.dt_proj, layer.h_norm, layer.out_norm),
+        *(x, dt, b, c, gate.flatten(1, 2), layer.A_log, layer.Ds),
     )
     return y.view(gate.shape)
 
