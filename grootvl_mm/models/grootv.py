@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from grootvl_mm.layers.drop_path import DropPath
 from grootvl_mm.layers.initialization import InitializedModule
 from grootvl_mm.layers.mlp import MLP
+from grootvl_mm.layers.norm import LayerNorm2d
+from grootvl_mm.layers.padding import Padding, check_valid_sizes, crop, find_valid_sizes, pyramid
 from grootvl_mm.layers.recompute import lean
 from grootvl_mm.models.published_checkpoints import (
     CheckpointError,
@@ -22,6 +24,9 @@ from grootvl_mm.ops import Tree
 from grootvl_mm.registry import MODELS
 
 TREE_SHARINGS = ("block", "stage")
+# Leaves of symbolic traces, as torchvision's create_feature_extractor makes them.
+torch.fx.wrap("find_valid_sizes")
+torch.fx.wrap("pyramid")
 
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
@@ -38,16 +43,18 @@ class Stem(nn.Module):
         self.conv2 = nn.Conv2d(channels // 2, channels, kernel_size=3, stride=2, padding=1)
         self.norm2 = layer_norm(channels)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Images NCHW to tokens NHWC."""
+    def forward(self, image: Tensor, padding: Padding | None = None) -> Tensor:
+        """Images NCHW to tokens NHWC; the padding to ignore is that of the map between the convolutions."""
         x = self.conv1(image.contiguous(memory_format=torch.channels_last))
         x = self.act(self.norm1(x.permute(0, 2, 3, 1)))
+        if padding is not None:
+            x = padding.clear(x)
         x = self.conv2(x.permute(0, 3, 1, 2))
         return self.norm2(x.permute(0, 2, 3, 1))
 
 
 class Downsample(nn.Module):
-    """Convolution of stride 2 that doubles the channels: (B, H, W, C) to (B, H/2, W/2, 2 C), rounded up."""
+    """Convolution of stride 2 that doubles the channels: (B, C, H, W) to (B, H/2, W/2, 2 C), rounded up."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -55,8 +62,8 @@ class Downsample(nn.Module):
         self.norm = layer_norm(2 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens NHWC to tokens NHWC."""
-        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        """A feature map NCHW to tokens NHWC."""
+        return self.norm(self.conv(x).permute(0, 2, 3, 1))
 
 
 class Block(nn.Module):
@@ -96,15 +103,15 @@ class Block(nn.Module):
             if gamma is not None:
                 nn.init.constant_(gamma, self.layer_scale)
 
-    def forward(self, x: Tensor, tree: Tree | None = None) -> tuple[Tensor, Tree]:
-        """(B, H, W, C) and the trees to scan along, or None; returns both."""
+    def forward(self, x: Tensor, tree: Tree | None = None, padding: Padding | None = None) -> tuple[Tensor, Tree]:
+        """(B, H, W, C), the trees to scan along, or None, and the padding to ignore; returns tokens and trees."""
         if self.with_cp and x.requires_grad:
-            return torch.utils.checkpoint.checkpoint(self._forward, x, tree, use_reentrant=False)
-        return self._forward(x, tree)
+            return torch.utils.checkpoint.checkpoint(self._forward, x, tree, padding, use_reentrant=False)
+        return self._forward(x, tree, padding)
 
-    def _forward(self, x: Tensor, tree: Tree | None) -> tuple[Tensor, Tree]:
+    def _forward(self, x: Tensor, tree: Tree | None, padding: Padding | None) -> tuple[Tensor, Tree]:
         with lean(x):
-            mixed, tree = self.mixer(self.norm1(x), tree)
+            mixed, tree = self.mixer(self.norm1(x), tree, padding)
             x = x + self.drop_path(_scale(mixed, self.gamma1))
             x = x + self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma2))
         return x, tree
@@ -121,16 +128,19 @@ class Stage(nn.Module):
         super().__init__()
         self.share_tree = share_tree
         self.blocks = nn.ModuleList(blocks)
-        self.norm = layer_norm(channels)
+        # The last norm layer is what tools for Grad-CAM look at, and the map (B, C, H, W) is what they expect there.
+        self.norm = LayerNorm2d(channels, eps=1e-6)
         self.downsample = Downsample(channels) if downsample else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H, W, C) to the feature map of the same shape and the next stage's input."""
+    def forward(self, x: Tensor, padding: Padding | None = None) -> tuple[Tensor, Tensor]:
+        """(B, H, W, C) to the feature map (B, C, H, W), zero at padding that is to be ignored, and what comes next."""
         tree = None
         for block in self.blocks:
-            x, used_tree = block(x, tree)
+            x, used_tree = block(x, tree, padding)
             tree = used_tree if self.share_tree else None
-        feature = self.norm(x)
+        feature = self.norm(x.permute(0, 3, 1, 2))
+        if padding is not None:
+            feature = padding.clear(feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return feature, feature if self.downsample is None else self.downsample(feature)
 
 
@@ -160,6 +170,9 @@ class GrootV(InitializedModule):
             its first block builds from its own SSM input (after in-projection, depth-wise convolution and SiLU). The
             paper does not say which feature builds the shared tree.
         scan: ``tree``, or ``raster`` or ``cross``, with which the paper compares it, see :class:`TreeSSM`.
+        ignore_padding: what a picture yields does not depend on the padding to its right and below, with which a batch
+            of pictures of different sizes is filled up: see :mod:`grootvl_mm.layers.padding`. Where pictures end is
+            told by their zero margins, unless ``forward`` gets their sizes. Maps are zero at padding.
         init_cfg: mmengine's.
 
     Raises:
@@ -173,6 +186,7 @@ class GrootV(InitializedModule):
         "base": {"channels": 128, "depths": (2, 2, 13, 2)},
         "large": {"channels": 192, "depths": (2, 2, 13, 2)},
     }
+    num_extra_tokens = 0  # the name by which mmpretrain's tools ask for class tokens
     # 1 (and none) are the published names; see models/published_checkpoints.py.
     _version = 2
 
@@ -191,6 +205,7 @@ class GrootV(InitializedModule):
         propagation: str = "all",
         tree_sharing: str = "block",
         scan: str = "tree",
+        ignore_padding: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -206,6 +221,7 @@ class GrootV(InitializedModule):
         self.depths = depths
         self.num_features = [channels * 2**i for i in range(len(depths))]
         self.frozen_stages = frozen_stages
+        self.ignore_padding = ignore_padding
         self._loads_pretrained = False
 
         self.stem = Stem(in_channels, channels)
@@ -258,22 +274,37 @@ class GrootV(InitializedModule):
         finally:
             self._loads_pretrained = False
 
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, image: Tensor, valid_sizes: Tensor | Sequence[Sequence[int]] | None = None) -> tuple[Tensor, ...]:
         """Feature maps of images of any size.
 
         Args:
             image: (B, in_channels, H, W).
+            valid_sizes: (B, 2), height and width of each image without the padding to its right and below, which is
+                ignored then. By default, with ``ignore_padding``, the sizes without zero margins.
 
         Returns:
             For each of ``out_indices`` a map (B, channels * 2**i, h, w), h = ceil(H / (4 * 2**i)), contiguous.
+
+        Raises:
+            TypeError, ValueError: ``valid_sizes`` are not the sizes of such images.
         """
-        x = self.stem(image)
+        if isinstance(valid_sizes, torch.fx.Proxy):  # of an argument that nobody gave
+            valid_sizes = None
+        if valid_sizes is not None:
+            valid_sizes = check_valid_sizes(valid_sizes, image)
+            image = crop(image, valid_sizes)
+        elif self.ignore_padding:
+            valid_sizes = find_valid_sizes(image)
+        paddings: list[Padding | None] = [None] * (1 + len(self.stages))
+        if valid_sizes is not None:
+            paddings = pyramid(valid_sizes, image, levels=len(paddings))
+        x = self.stem(image, paddings[0])
         outputs = []
         for index, stage in enumerate(self.stages):
-            feature, x = stage(x)
+            feature, x = stage(x, paddings[index + 1])
             if index in self.out_indices:
                 # In plain NCHW memory: mmcv's RoIAlign on the CPU reads any other as if it were that.
-                outputs.append(feature.permute(0, 3, 1, 2).contiguous())
+                outputs.append(feature.contiguous())
         return tuple(outputs)
 
     def _frozen_modules(self) -> list[nn.Module]:

@@ -101,11 +101,11 @@ def _of_mim(words: list[str]) -> list[str]:
 
 def _of_launcher(words: list[str], environment: dict[str, str], stubs: Path) -> list[str]:
     """The call of the Python script that a shell script makes."""
-    for name in ("torchrun", "srun"):
+    for name in ("python", "srun"):
         stub = stubs / name
         stub.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
         stub.chmod(0o755)
-    environment = os.environ | environment | {"PATH": f"{stubs}:{os.environ['PATH']}"}
+    environment = os.environ | environment | {"PATH": f"{stubs}:{os.environ['PATH']}", "PYTHON": str(stubs / "python")}
     output = subprocess.check_output(["bash", *words], cwd=ROOT, env=environment, text=True, stderr=subprocess.DEVNULL)
     called = output.splitlines()
     return called[next(i for i, word in enumerate(called) if word.endswith(".py")) :]
