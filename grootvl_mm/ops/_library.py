@@ -187,7 +187,10 @@ def _selective_scan_double_backward(ctx: Any, *grad_grads: Tensor) -> tuple:
     *differentiable, parent, order = ctx.saved_tensors
 
     def backward(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return reference.selective_scan_backward(grad_y, inputs, parent, order, ctx.eps, ctx.propagation)
+        wide = [reference.accumulated(value) for value in inputs]
+        grad_y = reference.accumulated(grad_y)
+        grads = reference.selective_scan_backward(grad_y, wide, parent, order, ctx.eps, ctx.propagation)
+        return tuple(grad.to(value.dtype) for grad, value in zip(grads, inputs, strict=True))
 
     return (*reference.vjp(backward, differentiable, grad_grads), None, None, None, None)
 
