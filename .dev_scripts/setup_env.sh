@@ -165,7 +165,6 @@ if [[ -z $STACK ]]; then
     ln -s .venv-onedl .venv
   fi
 fi
-readonly STACK HOSTS=requirements/stacks/$STACK.txt
 [[ -e $HOSTS ]] || fail "STACK must be one of $(basename -s .txt requirements/stacks/*.txt | paste -sd,), got '$STACK'"
 VENV=$PWD/.venv
 [[ $STACK == openmmlab ]] || VENV=$PWD/.venv-$STACK
