@@ -165,13 +165,14 @@ if [[ -z $STACK ]]; then
     ln -s .venv-onedl .venv
   fi
 fi
+HOSTS=requirements/stacks/$STACK.txt
 [[ -e $HOSTS ]] || fail "STACK must be one of $(basename -s .txt requirements/stacks/*.txt | paste -sd,), got '$STACK'"
 VENV=$PWD/.venv
 [[ $STACK == openmmlab ]] || VENV=$PWD/.venv-$STACK
 TOOLS=(-r requirements/develop.txt)
 [[ $STACK != ops ]] || TOOLS=(-r requirements/tests.txt -r requirements/docs.txt)
 MMCV=$(grep -E '^(onedl-)?mmcv==' "$HOSTS" || true)
-readonly VENV TOOLS MMCV STAMPS=$VENV/.stamps
+readonly STACK HOSTS VENV TOOLS MMCV STAMPS=$VENV/.stamps
 
 if [[ -n $(unusable "$VENV/bin/python" "$STACK") ]]; then
   [[ -n $python ]] || find_python
