@@ -57,11 +57,16 @@ class BuildPyWithMim(build_py):
 
 
 class BdistWheelWithMim(bdist_wheel):
-    """Puts ``.mim`` into the metadata folder too.
+    """Makes one wheel for every Python, with ``.mim`` in the metadata folder too.
 
     onedl-mim 0.5.1 searches the first folder that an installation lists. Where distribution and module have the same
     name, that is the metadata.
     """
+
+    def initialize_options(self) -> None:
+        """Declare the stable ABI: the extension holds dispatcher operators and uses no Python symbol."""
+        super().initialize_options()
+        self.py_limited_api = "cp310"
 
     def write_wheelfile(self, wheelfile_base: str, *args, **kwargs) -> None:
         """Write the file ``WHEEL``, then copy ``.mim`` beside it."""
