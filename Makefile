@@ -46,7 +46,7 @@ format: setup
 	$(BIN)/clang-format -i $(NATIVE)
 
 docs: setup-ops
-	$(OPS_BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(OPS_BIN)/python -m sphinx -W --keep-going -q -b html -c docs . docs/_build/html
 
 wheel: setup-ops
 	$(OPS_BIN)/python -m build --no-isolation
