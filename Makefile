@@ -1,6 +1,6 @@
 # make demo [TASK=det|seg|cls]   train and evaluate a small model, and draw what it finds
 # make test                      style, then all tests but the slow ones
-# make test-all                  style, then all tests
+# make test-all                  style, all tests, the documentation
 # make test-ops                  tests of operators, layers and models: no OpenMMLab host, minutes from a clone
 # make lint / make format        check / repair the style
 # make docs                      the documentation site, in docs/_build/html
@@ -31,6 +31,7 @@ test: lint
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(MAKE) docs
 
 test-ops: setup-ops
 	OMP_NUM_THREADS=1 $(OPS_BIN)/python -m pytest -m "not slow" tests/ops tests/layers tests/models

@@ -4,7 +4,7 @@
 #
 # STACK   openmmlab, in .venv; onedl, the maintained packages with the same import names, in .venv-onedl; or ops, torch
 #         and mmengine without any host, in .venv-ops. Default: openmmlab where its packages can be installed (Python
-#         3.10 and 3.11), otherwise onedl, with .venv as a link to .venv-onedl.
+#         3.10 and 3.11), otherwise onedl (3.12 and 3.13), with .venv as a link to .venv-onedl. 3.14 has ops only.
 # PYTHON  the interpreter to use (default: the first usable one of 3.11, 3.10, 3.12, 3.13, 3.14, python3)
 # MAX_JOBS       compiler processes that run at once (default: one per core)
 # GROOTVL_CACHE  where compiled mmcv wheels are kept (default: ~/.cache/grootvl_mm)
@@ -26,7 +26,8 @@ unusable() {
   found=$(version "$1") || { echo "not found"; return; }
   case $found in
     3.10 | 3.11) ;;
-    3.12 | 3.13 | 3.14) [[ $2 != openmmlab ]] || { echo "$found, and OpenMMLab's packages need 3.10 or 3.11"; return; } ;;
+    3.12 | 3.13) [[ $2 != openmmlab ]] || { echo "$found, and OpenMMLab's packages need 3.10 or 3.11"; return; } ;;
+    3.14) [[ $2 == ops ]] || { echo "$found, for which onedl-mim's requirement pandas 2.2.3 has no wheel"; return; } ;;
     *) echo "$found, not 3.10 to 3.14"; return ;;
   esac
   "$1" -c 'import ensurepip, venv' 2>/dev/null || { echo "$found without venv (Debian, Ubuntu: python3-venv)"; return; }

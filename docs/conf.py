@@ -4,6 +4,8 @@ The source folder is the root of the repository, so that links between README, g
 on the site as they do in a checkout.
 """
 
+from pathlib import Path
+
 from sphinx.application import Sphinx
 
 from grootvl_mm.version import __version__
@@ -16,12 +18,14 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 root_doc = "README"
 include_patterns = ["*.md", "docs/**.md", "configs/*/README.md"]
 exclude_patterns = ["docs/_build"]
+ROOT = Path(__file__).resolve().parents[1]
+TASKS = ["docs/detection", "docs/segmentation", "docs/classification"]
 NAVIGATION = {
-    "Tasks": ["docs/detection", "docs/segmentation", "docs/classification"],
-    "Guides": ["docs/training", "docs/inference", "docs/deployment", "docs/cuda", "docs/performance"],
+    "Tasks": TASKS,
+    "Guides": sorted({f"docs/{path.stem}" for path in (ROOT / "docs").glob("*.md")} - set(TASKS)),
     "Model zoo": ["configs/*/README"],
     "API reference": ["docs/api/*"],
-    "Project": ["CONTRIBUTING", "CHANGELOG"],
+    "Project": sorted({path.stem for path in ROOT.glob("*.md")} - {root_doc}),
 }
 
 myst_heading_anchors = 3
@@ -45,6 +49,12 @@ def add_navigation(app: Sphinx, page: str, source: list[str]) -> None:
             source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n:glob:\n\n{entries}\n```\n"
 
 
+def skip_field_aliases(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: dict) -> bool | None:
+    """Leave out the fields of a NamedTuple, which the docstring of its class describes."""
+    return True if str(obj.__doc__).startswith("Alias for field number") else None
+
+
 def setup(app: Sphinx) -> None:
     """Register the handlers of this file."""
     app.connect("source-read", add_navigation)
+    app.connect("autodoc-skip-member", skip_field_aliases)
