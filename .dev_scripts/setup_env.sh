@@ -97,7 +97,7 @@ trap explain_failure EXIT
 install() { "$VENV/bin/python" -m pip install --disable-pip-version-check --no-warn-script-location --progress-bar off "$@"; }
 
 make_venv() {
-  "$python" -m venv "$VENV"
+  [[ -x $VENV/bin/python ]] || "$python" -m venv "$VENV"
   install -r requirements/build.txt
 }
 
@@ -178,10 +178,10 @@ readonly STACK HOSTS VENV TOOLS MMCV STAMPS=$VENV/.stamps
 if [[ -n $(unusable "$VENV/bin/python" "$STACK") ]]; then
   [[ -n $python ]] || find_python
   rm -rf "$VENV"
-  mkdir -p "$STAMPS"
 elif [[ -n ${PYTHON:-} && $(version "$PYTHON") != $(version "$VENV/bin/python") ]]; then
   fail "$VENV has Python $(version "$VENV/bin/python"), not $(version "$PYTHON") as PYTHON asks; delete it first"
 fi
+mkdir -p "$STAMPS"
 LOG=$VENV/setup.log
 export PATH=$VENV/bin:$PATH # ninja
 
