@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly CACHE=${GROOTVL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/grootvl_mm}
 readonly CANDIDATES=${PYTHON:-python3.11 python3.10 python3.12 python3.13 python3.14 python3 python}
 STACK=${STACK:-}
-LOG= doing=
+LOG='' doing=''
 
 say() { echo "[setup] $*"; }
 fail() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
@@ -68,7 +68,7 @@ show_progress() {
       say "  installing $((${#line} + 1)) packages"
     fi
   done
-  [[ -n $shown && -t 1 ]] && echo || true
+  if [[ -n $shown && -t 1 ]]; then echo; fi
 }
 
 # step NAME TEXT COMMAND: runs COMMAND unless it has been run with the same inputs (standard input), and keeps its output.
