@@ -71,8 +71,9 @@ class BdistWheelWithMim(bdist_wheel):
     def write_wheelfile(self, wheelfile_base: str, *args, **kwargs) -> None:
         """Write the file ``WHEEL``, then copy ``.mim`` beside it."""
         super().write_wheelfile(wheelfile_base, *args, **kwargs)
-        built = self.get_finalized_command("build_py").build_lib
-        shutil.copytree(Path(built, PACKAGE, ".mim"), Path(wheelfile_base, ".mim"))
+        built = Path(self.get_finalized_command("build_py").build_lib, PACKAGE, ".mim")
+        if built.is_dir():  # not for an editable install, where onedl-mim searches the checkout
+            shutil.copytree(built, Path(wheelfile_base, ".mim"))
 
 
 def compiler() -> str | None:

@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly CACHE=${GROOTVL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/grootvl_mm}
 readonly CANDIDATES=${PYTHON:-python3.11 python3.10 python3.12 python3.13 python3.14 python3 python}
 STACK=${STACK:-}
-LOG='' doing=''
+LOG='' doing='' first_line=1
 
 say() { echo "[setup] $*"; }
 fail() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
@@ -78,7 +78,7 @@ step() {
   [[ -e $key ]] && return
   doing=$2
   say "$2"
-  printf '\n## %s\n' "$2" >>"$LOG"
+  first_line=$(wc -l <"$LOG")
   "$3" 2>&1 | tee -a "$LOG" | show_progress
   doing=
   rm -f "$STAMPS/$1-"*
@@ -88,7 +88,8 @@ step() {
 explain_failure() {
   local status=$?
   if [[ $status != 0 && -n $doing ]]; then
-    { grep -nE '(^|[^a-zA-Z])(error|ERROR|FAILED):' "$LOG" | cut -c1-200 | tail -n 10; echo ...; tail -n 15 "$LOG" | cut -c1-400; } >&2
+    tail -n "+$first_line" "$LOG" | grep -E '(^|[^a-zA-Z])(error|ERROR|FAILED):' | cut -c1-200 | head -n 10 >&2 || true
+    { echo ...; tail -n "+$first_line" "$LOG" | tail -n 15 | cut -c1-400; } >&2
     printf '[setup] error: failed while %s; the whole output is in %s\n' "$doing" "$LOG" >&2
   fi
 }
@@ -183,6 +184,7 @@ elif [[ -n ${PYTHON:-} && $(version "$PYTHON") != $(version "$VENV/bin/python") 
 fi
 mkdir -p "$STAMPS"
 LOG=$VENV/setup.log
+touch "$LOG"
 export PATH=$VENV/bin:$PATH # ninja
 
 step venv "creating ${VENV##*/} with $("${python:-$VENV/bin/python}" --version)" make_venv <requirements/build.txt
