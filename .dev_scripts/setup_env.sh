@@ -187,7 +187,7 @@ LOG=$VENV/setup.log
 touch "$LOG"
 export PATH=$VENV/bin:$PATH # ninja
 
-step venv "creating ${VENV##*/} with $("${python:-$VENV/bin/python}" --version)" make_venv <requirements/build.txt
+step venv "preparing ${VENV##*/} with $("${python:-$VENV/bin/python}" --version)" make_venv <requirements/build.txt
 step torch "installing torch and torchvision (CUDA libraries included, several GB)" install_torch <requirements/torch.txt
 if [[ -n $MMCV ]]; then
   step mmcv "installing $MMCV" install_mmcv < <(cat requirements/torch.txt; echo "$MMCV")
