@@ -149,6 +149,12 @@ build_mmcv() (
 
 install_packages() {
   install -r "$HOSTS" "${TOOLS[@]}" -c requirements/constraints.txt
+  # opencv-python, which mmengine requires, loads X11 libraries of the system; the headless build has the same files and
+  # loads none.
+  if ! "$VENV/bin/python" -c 'import cv2'; then
+    say "  no X11 libraries here: replacing OpenCV by its headless build"
+    install --no-deps --force-reinstall opencv-python-headless -c requirements/constraints.txt
+  fi
   # openmim pulls in openxlab, which pins setuptools to a version that cannot install a pyproject.
   install -r requirements/build.txt
 }
