@@ -1,14 +1,17 @@
 """The GrootV backbone (section 3.3 of the paper)."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from grootvl_mm.layers.linear import MLP
+from grootvl_mm.layers.drop_path import DropPath
+from grootvl_mm.layers.initialization import InitializedModule
+from grootvl_mm.layers.mlp import MLP
+from grootvl_mm.layers.recompute import lean
 from grootvl_mm.models.published_checkpoints import (
     CheckpointError,
     rename_published_backbone,
@@ -21,31 +24,7 @@ from grootvl_mm.registry import MODELS
 TREE_SHARINGS = ("block", "stage")
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer norm of the backbone's own layers, over the last axis."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=1e-6)
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: drops a residual branch of a whole sample and scales what is left."""
-
-    def __init__(self, drop_prob: float) -> None:
-        super().__init__()
-        self.drop_prob = drop_prob
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape (B, ...)."""
-        if not self.training or self.drop_prob == 0.0:
-            return x
-        keep_prob = 1.0 - self.drop_prob
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep_prob)
-        return x * mask.div_(keep_prob)
-
-    def extra_repr(self) -> str:
-        """The drop rate."""
-        return f"drop_prob={self.drop_prob:.3f}"
+layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class Stem(nn.Module):
@@ -54,10 +33,10 @@ class Stem(nn.Module):
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels // 2, kernel_size=3, stride=2, padding=1)
-        self.norm1 = LayerNorm(channels // 2)
+        self.norm1 = layer_norm(channels // 2)
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(channels // 2, channels, kernel_size=3, stride=2, padding=1)
-        self.norm2 = LayerNorm(channels)
+        self.norm2 = layer_norm(channels)
 
     def forward(self, image: Tensor) -> Tensor:
         """Images NCHW to tokens NHWC."""
@@ -73,7 +52,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, 2 * channels, kernel_size=3, stride=2, padding=1, bias=False)
-        self.norm = LayerNorm(2 * channels)
+        self.norm = layer_norm(2 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens NHWC to tokens NHWC."""
@@ -81,36 +60,58 @@ class Downsample(nn.Module):
 
 
 class Block(nn.Module):
-    """``x + DropPath(TreeSSM(LN x))``, then ``x + DropPath(MLP(LN x))``, each branch with an optional layer scale."""
+    """``x + DropPath(TreeSSM(LN x))``, then ``x + DropPath(MLP(LN x))``, each branch with an optional layer scale.
 
-    def __init__(self, channels: int, drop_path: float, layer_scale: float | None, with_cp: bool, **tree: str) -> None:
+    The options are those of :class:`GrootV`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        with_cp: bool = False,
+        tree_metric: str = "cosine",
+        tree_root: str = "first",
+        propagation: str = "all",
+        scan: str = "tree",
+    ) -> None:
         super().__init__()
         self.with_cp = with_cp
-        self.norm1 = LayerNorm(channels)
-        self.mixer = TreeSSM(channels, **tree)
-        self.norm2 = LayerNorm(channels)
+        self.layer_scale = layer_scale
+        self.norm1 = layer_norm(channels)
+        self.mixer = TreeSSM(channels, tree_metric, tree_root, propagation, scan)
+        self.norm2 = layer_norm(channels)
         self.mlp = MLP(channels)
         self.drop_path = DropPath(drop_path)
         self.gamma1 = self.gamma2 = None
         if layer_scale is not None:
-            self.gamma1 = nn.Parameter(torch.full((channels,), float(layer_scale)))
-            self.gamma2 = nn.Parameter(torch.full((channels,), float(layer_scale)))
+            self.gamma1 = nn.Parameter(torch.empty(channels))
+            self.gamma2 = nn.Parameter(torch.empty(channels))
+            self.reset_parameters()
 
-    def forward(self, x: Tensor, tree: Tree | None) -> tuple[Tensor, Tree]:
+    def reset_parameters(self) -> None:
+        """Start the layer scale anew."""
+        for gamma in (self.gamma1, self.gamma2):
+            if gamma is not None:
+                nn.init.constant_(gamma, self.layer_scale)
+
+    def forward(self, x: Tensor, tree: Tree | None = None) -> tuple[Tensor, Tree]:
         """(B, H, W, C) and the trees to scan along, or None; returns both."""
         if self.with_cp and x.requires_grad:
             return torch.utils.checkpoint.checkpoint(self._forward, x, tree, use_reentrant=False)
         return self._forward(x, tree)
 
     def _forward(self, x: Tensor, tree: Tree | None) -> tuple[Tensor, Tree]:
-        mixed, tree = self.mixer(x, tree, self.norm1)
-        x = x + self.drop_path(self._scale(mixed, self.gamma1))
-        x = x + self.drop_path(self._scale(self.mlp(x, self.norm2), self.gamma2))
+        with lean(x):
+            mixed, tree = self.mixer(self.norm1(x), tree)
+            x = x + self.drop_path(_scale(mixed, self.gamma1))
+            x = x + self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma2))
         return x, tree
 
-    @staticmethod
-    def _scale(branch: Tensor, gamma: Tensor | None) -> Tensor:
-        return branch if gamma is None else branch * gamma
+
+def _scale(branch: Tensor, gamma: Tensor | None) -> Tensor:
+    return branch if gamma is None else branch * gamma
 
 
 class Stage(nn.Module):
@@ -127,7 +128,7 @@ class Stage(nn.Module):
         super().__init__()
         self.share_tree = tree_sharing == "stage"
         self.blocks = nn.ModuleList(Block(channels, rate, **block) for rate in drop_paths)
-        self.norm = LayerNorm(channels)
+        self.norm = layer_norm(channels)
         self.downsample = Downsample(channels) if downsample else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +142,7 @@ class Stage(nn.Module):
 
 
 @MODELS.register_module()
-class GrootV(BaseModule):
+class GrootV(InitializedModule):
     """GrootV: a hierarchical backbone whose token mixer scans each image along its minimum spanning trees.
 
     Only what the outputs need is built: the stages up to the last of ``out_indices``, so that every parameter gets a

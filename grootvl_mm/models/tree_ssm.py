@@ -1,22 +1,20 @@
 """The tree state space layer, GrootV's token mixer (section 3.2 and figure 2 of the paper)."""
 
 import math
-from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from grootvl_mm.layers.linear import Linear, can_recompute, linear, linear_backward
-from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_selective_scan
-from grootvl_mm.ops.scan import PROPAGATIONS
+from grootvl_mm.layers.initialization import InitializedModule, StepProjection, init_linear
+from grootvl_mm.layers.untouched import untouched
+from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_scan, tree_selective_scan
+from grootvl_mm.ops.scan import PROPAGATIONS, selective_scan
 from grootvl_mm.ops.tree import METRICS
 
 ROOTS = ("first", "last")
 SCANS = ("tree", "raster", "cross")
-SCAN_WEIGHTS = ("dt_weight", "dt_bias", "A_log", "Ds", "h_norm_weight", "h_norm_bias", "out_norm_weight")
-SCAN_WEIGHTS += ("out_norm_bias",)
 
 
 def raster_path(batch: int, height: int, width: int, root: str, by_columns: bool, device: torch.device) -> Tree:
@@ -42,7 +40,7 @@ def raster_path(batch: int, height: int, width: int, root: str, by_columns: bool
     return Tree(parent.repeat(batch, 1), order.repeat(batch, 1))
 
 
-class TreeSSM(BaseModule):
+class TreeSSM(InitializedModule):
     """Selective state space model along a minimum spanning tree of the feature map; state size 1.
 
     Args:
@@ -84,58 +82,43 @@ class TreeSSM(BaseModule):
 
         inner = 2 * channels
         self.dt_rank = math.ceil(channels / 16)
-        self.in_proj = Linear(channels, 2 * inner, bias=False)
+        self.in_proj = nn.Linear(channels, 2 * inner, bias=False)
         self.conv2d = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, bias=False)
-        self.x_proj = Linear(inner, self.dt_rank + 2, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, inner)
-        self.A_log = nn.Parameter(torch.zeros(inner))
-        self.Ds = nn.Parameter(torch.ones(inner))
+        self.x_proj = nn.Linear(inner, self.dt_rank + 2, bias=False)
+        self.dt_proj = StepProjection(self.dt_rank, inner)
+        self.A_log = nn.Parameter(torch.empty(inner))
+        self.Ds = nn.Parameter(torch.empty(inner))
         self.h_norm = nn.LayerNorm(inner)
         self.out_norm = nn.LayerNorm(inner)
-        self.out_proj = Linear(inner, channels, bias=False)
-        self._init_dt_proj()
+        self.out_proj = nn.Linear(inner, channels, bias=False)
+        self.reset_parameters()
 
-    def _init_dt_proj(self, dt_min: float = 0.001, dt_max: float = 0.1, floor: float = 1e-4) -> None:
-        """Start delta = softplus(bias) log-uniformly between dt_min and dt_max."""
-        bound = self.dt_rank**-0.5
-        nn.init.uniform_(self.dt_proj.weight, -bound, bound)
-        uniform = torch.rand(self.dt_proj.out_features)
-        dt = torch.exp(uniform * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).clamp(min=floor)
-        inverse_softplus = dt + torch.log(-torch.expm1(-dt))
-        with torch.no_grad():
-            self.dt_proj.bias.copy_(inverse_softplus)
+    def reset_parameters(self) -> None:
+        """Draw the weights anew: the state matrix starts as -1, the skip connection as 1."""
+        for projection in (self.in_proj, self.x_proj, self.out_proj):
+            init_linear(projection)
+        self.dt_proj.reset_parameters()
+        nn.init.zeros_(self.A_log)
+        nn.init.ones_(self.Ds)
 
-    def forward(
-        self, inputs: Tensor, tree: Tree | None = None, norm: nn.LayerNorm | None = None
-    ) -> tuple[Tensor, Tree]:
+    def forward(self, x: Tensor, tree: Tree | None = None) -> tuple[Tensor, Tree]:
         """Mix the positions of a feature map.
 
         Args:
-            inputs: (B, H, W, C).
+            x: (B, H, W, C).
             tree: trees to scan along; by default those of this layer's own features.
-            norm: a layer norm that the inputs have to go through first.
 
         Returns:
             (B, H, W, C), and the trees that were used (for ``cross`` those row by row).
         """
-        projected = self.in_proj(inputs) if norm is None else self.in_proj(inputs, norm)
-        weights = (
-            *(self.conv2d.weight, self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.Ds),
-            *(self.h_norm.weight, self.h_norm.bias, self.out_norm.weight, self.out_norm.bias),
-        )
-        if self.scan != "cross" and can_recompute(projected, *weights):
-            y, *tree = _LeanSSM.apply(projected, tree, self.build_tree, self.h_norm.eps, self.propagation, *weights)
-            return self.out_proj(y), Tree(*tree)
-        x, gate = projected.chunk(2, dim=-1)
-        feature = F.silu(_convolve(x, self.conv2d.weight))
+        x, gate = self.in_proj(x).chunk(2, dim=-1)
+        x = F.silu(self.conv2d(x.permute(0, 3, 1, 2)))
         if tree is None:
-            tree = self.build_tree(feature)
-        values = _scan_inputs(feature, gate, self.x_proj.weight)
-        y = _scan(values, weights[2:], tree, self.h_norm.eps, self.propagation)
-        if self.scan == "cross":
-            columns = raster_path(*gate.shape[:3], self.tree_root, by_columns=True, device=gate.device)
-            y = (y + _scan(values, weights[2:], columns, self.h_norm.eps, self.propagation)) / 2
-        return self.out_proj(y.unflatten(1, gate.shape[1:3])), tree
+            tree = self.build_tree(x)
+        x = x.permute(0, 2, 3, 1)
+        dt, b, c = self.x_proj(x).split([self.dt_rank, 1, 1], dim=-1)
+        y = self.selective_scan(x, dt, b, c, gate, tree)
+        return self.out_proj(y), tree
 
     def build_tree(self, feature: Tensor) -> Tree:
         """The trees of (B, D, H, W) features."""
@@ -146,80 +129,40 @@ class TreeSSM(BaseModule):
         weight = grid_edge_weight(feature.detach(), self.tree_metric, log=self.tree_metric != "cosine")
         return grid_tree(weight, height, width, root=0 if self.tree_root == "first" else height * width - 1)
 
+    def selective_scan(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, gate: Tensor, tree: Tree) -> Tensor:
+        """The selective scan of (B, H, W, *) values along trees, for ``cross`` the mean of that by rows and columns."""
+        batch, height, width, _ = x.shape
+        values = [value.flatten(1, 2) for value in (x, dt, b, c, gate)]
+        y = self._selective_scan(*values, tree)
+        if self.scan == "cross":
+            columns = raster_path(batch, height, width, self.tree_root, by_columns=True, device=x.device)
+            y = (y + self._selective_scan(*values, columns)) / 2
+        return y.unflatten(1, (height, width))
 
-def _convolve(x: Tensor, weight: Tensor) -> Tensor:
-    """The depth-wise convolution, (B, H, W, D) to (B, D, H, W)."""
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, padding=1, groups=weight.shape[0])
-
-
-def _scan_inputs(feature: Tensor, gate: Tensor, x_weight: Tensor) -> tuple[Tensor, ...]:
-    """x, dt, b, c and gate, as :func:`tree_selective_scan` names them, of (B, D, H, W) and (B, H, W, D)."""
-    x = feature.permute(0, 2, 3, 1).flatten(1, 2)
-    dt, b, c = linear(x, x_weight).split([x_weight.shape[0] - 2, 1, 1], dim=-1)
-    return x, dt, b, c, gate.flatten(1, 2)
-
-
-def _scan(values: tuple[Tensor, ...], weights: tuple[Tensor, ...], tree: Tree, eps: float, propagation: str) -> Tensor:
-    """:func:`tree_selective_scan` with its parameters by position."""
-    return tree_selective_scan(
-        *values, **dict(zip(SCAN_WEIGHTS, weights, strict=True)), tree=tree, eps=eps, propagation=propagation
-    )
-
-
-def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return torch.ops.aten.silu_backward(grad, x)
-    # PyTorch's operator is not differentiable itself.
-    sigmoid = x.sigmoid()
-    return grad * sigmoid * (1 + x * (1 - sigmoid))
-
-
-class _LeanSSM(torch.autograd.Function):
-    """All between the projections. It keeps the in-projection's result and the trees, and computes the feature map, a
-    small part of the work, again in the backward pass; the scan does so by itself.
-    """
-
-    @staticmethod
-    def forward(
-        projected: Tensor,
-        tree: Tree | None,
-        build_tree: Callable[[Tensor], Tree],
-        eps: float,
-        propagation: str,
-        *weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x, gate = projected.chunk(2, dim=-1)
-        feature = F.silu(_convolve(x, weights[0]), inplace=True)
-        tree = build_tree(feature) if tree is None else tree
-        y = _scan(_scan_inputs(feature, gate, weights[1]), weights[2:], tree, eps, propagation)
-        return y.unflatten(1, projected.shape[1:3]), *tree
-
-    @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-        projected, _, _, ctx.eps, ctx.propagation, *weights = inputs
-        _, *tree = output
-        ctx.mark_non_differentiable(*tree)
-        ctx.save_for_backward(projected, *tree, *weights)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_y: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        projected, parent, order, conv_weight, x_weight, *weights = ctx.saved_tensors
-        x, gate = projected.chunk(2, dim=-1)
-        before = _convolve(x, conv_weight)
-        values = _scan_inputs(F.silu(before), gate, x_weight)
-        grad, grad_dt, grad_b, grad_c, grad_gate, *grads = torch.ops.grootvl.tree_selective_scan_backward(
-            grad_y.flatten(1, 2), *values, *weights, parent, order, ctx.eps, ctx.propagation
+    def _selective_scan(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, gate: Tensor, tree: Tree) -> Tensor:
+        """``delta = softplus(dt_proj(dt))``, ``h = tree_scan(delta b x, exp(-exp(A_log) delta))`` and
+        ``out_norm(h_norm(h) c + Ds x) SiLU(gate)``, by one operator where that does all that the modules do.
+        """
+        if (
+            untouched(self.dt_proj, kinds=(StepProjection, nn.Linear))
+            and untouched(self.h_norm, self.out_norm, kinds=(nn.LayerNorm,))
+            and self.h_norm.eps == self.out_norm.eps
+        ):
+            return tree_selective_scan(
+                *(x, dt, b, c, gate),
+                dt_weight=self.dt_proj.weight,
+                dt_bias=self.dt_proj.bias,
+                A_log=self.A_log,
+                Ds=self.Ds,
+                h_norm_weight=self.h_norm.weight,
+                h_norm_bias=self.h_norm.bias,
+                out_norm_weight=self.out_norm.weight,
+                out_norm_bias=self.out_norm.bias,
+                tree=tree,
+                eps=self.h_norm.eps,
+                propagation=self.propagation,
+            )
+        scan = partial(tree_scan, tree=tree, propagation=self.propagation)
+        return selective_scan(
+            scan, self.dt_proj, self.h_norm, self.out_norm, x, dt, b, c, gate, A_log=self.A_log, Ds=self.Ds
         )
-        grad_steps = torch.cat([grad_dt, grad_b, grad_c], dim=-1).flatten(0, 1)
-        _, grad_x_weight, _ = linear_backward(grad_steps, values[0], x_weight, (False, True, False))
-        # In place, and each large tensor freed once it has served: fresh memory costs more than the arithmetic.
-        del values
-        grad.flatten(0, 1).addmm_(grad_steps, x_weight)
-        grad = _silu_backward(grad.view(grad_y.shape).permute(0, 3, 1, 2), before)
-        del before
-        grad, grad_conv_weight, _ = torch.ops.aten.convolution_backward(
-            *(grad, x.permute(0, 3, 1, 2), conv_weight, None),
-            *([1, 1], [1, 1], [1, 1], False, [0, 0], conv_weight.shape[0], [True, True, False]),
-        )
-        grad_projected = torch.cat([grad.permute(0, 2, 3, 1), grad_gate.view(gate.shape)], dim=-1)
-        return grad_projected, *[None] * 4, grad_conv_weight, grad_x_weight, *grads

@@ -1,9 +1,10 @@
-"""What PyTorch got after version 2.1: its own where it is there, the same in terms of the older parts where not.
+"""Backports of what is newer than PyTorch 2.1, and the parts of PyTorch that have no public name.
 
 The fallbacks serve PyTorch 2.1 and later (.dev_scripts/check_oldest_torch.sh runs them there). They are for eager mode:
 torch.compile and torch.export of the operators need PyTorch 2.4.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -123,13 +124,61 @@ else:
         return is_enabled is not None and is_enabled()
 
 
+def enable_autograd() -> contextlib.AbstractContextManager:
+    """Within a kernel, which the dispatcher calls below autograd, lets autograd see what the kernel calls."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for device_type in ("CPU", "CUDA", "Other", "Functionality"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, f"Autograd{device_type}"))
+    excluded = excluded.remove(torch._C.DispatchKey.ADInplaceOrView)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+_top_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+# (x, weight, bias, activation, its scalars, its algorithm); None if PyTorch was built without oneDNN, and below 2.4,
+# whose oneDNN misreads expanded tensors.
+onednn_linear = None
+if torch.backends.mkldnn.is_available() and hasattr(torch.library, "register_autograd"):
+    onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def is_eager(x: Tensor) -> bool:
+    """Whether operators on ``x`` run at once and as they are: no compiler, tracer, subclass or functional transform.
+
+    Never on versions of PyTorch that do not say which hooks on saved tensors are active.
+    """
+    return (
+        type(x) is Tensor
+        and _top_saved_tensors_hooks is not None
+        and not is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and not is_forward_ad()
+    )
+
+
+def is_forward_ad() -> bool:
+    """Whether forward-mode automatic differentiation is on."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def top_saved_tensors_hooks() -> tuple[Callable, Callable] | None:
+    """The innermost pair of active hooks on saved tensors (pack, unpack), such as those of activation checkpointing."""
+    return _top_saved_tensors_hooks(True)
+
+
 __all__ = [
+    "enable_autograd",
     "flop_registry",
     "infer_schema",
     "is_autocast_enabled",
     "is_compiling",
+    "is_eager",
+    "is_forward_ad",
+    "onednn_linear",
     "register_autocast",
     "register_autograd",
     "register_fake",
     "register_flop_formula",
+    "top_saved_tensors_hooks",
 ]

@@ -24,8 +24,6 @@ from grootvl_mm.ops._compat import (
 )
 
 NAMESPACE = "grootvl"
-# Floating inputs of the selective scan; parent, order, eps and propagation follow.
-_SELECTIVE_INPUTS = 13
 REFERENCES: dict[str, Callable] = {
     function.__name__: function
     for function in (
@@ -120,7 +118,7 @@ def _(x: Tensor, *args: Any) -> Tensor:
 
 @register_fake(f"{NAMESPACE}::tree_selective_scan_backward")
 def _(grad_y: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs = args[:_SELECTIVE_INPUTS]
+    inputs = args[: len(reference.SelectiveScanInputs._fields)]
     return tuple(torch.empty_like(value, memory_format=torch.contiguous_format) for value in inputs)
 
 
@@ -151,37 +149,17 @@ def _scan_backward(ctx: Any, grad_h: Tensor) -> tuple:
     return (*grads, None, None, None)
 
 
-def _scan_double_backward(ctx: Any, grad_grad_x: Tensor, grad_grad_decay: Tensor) -> tuple:
-    """Differentiates the formula of the backward, written with differentiable scans of the module's reference."""
+def _scan_double_backward(ctx: Any, *grad_grads: Tensor) -> tuple:
+    """Differentiates the formula of the backward, written with differentiable scans."""
     *differentiable, parent, order = ctx.saved_tensors
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in differentiable]
-        outputs = _composed_backward(*leaves, parent, order, ctx.propagation)
-        grads = torch.autograd.grad(outputs, leaves, (grad_grad_x, grad_grad_decay), allow_unused=True)
-    return (*grads, None, None, None)
 
+    def backward(grad_h: Tensor, x: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+        def scan(value: Tensor, direction: str) -> Tensor:
+            return _operator("tree_scan")(value, decay, parent, order, direction)
 
-def _composed_backward(
-    grad_h: Tensor, x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagation: str
-) -> tuple[Tensor, Tensor]:
-    """``tree_scan_backward`` as a differentiable composition of ``tree_scan``."""
+        return reference.scan_backward(scan, grad_h, x, decay, parent, ctx.propagation)
 
-    def scan(value: Tensor, direction: str) -> Tensor:
-        return _operator("tree_scan")(value, decay, parent, order, direction)
-
-    index = parent.long().unsqueeze(-1).expand_as(x)
-    below_root = (index[..., :1] != torch.arange(x.shape[1], device=x.device).view(-1, 1)).to(x.dtype)
-    if propagation == "up":
-        grad_x = scan(grad_h, "down")
-        grad_decay = scan(x, "up") * grad_x.gather(1, index)
-    elif propagation == "down":
-        grad_x = scan(grad_h, "up")
-        grad_decay = grad_x * scan(x, "down").gather(1, index)
-    else:
-        u, e = scan(x, "up"), scan(grad_h, "up")
-        h, grad_x = scan(x, "all"), scan(grad_h, "all")
-        grad_decay = e * (h.gather(1, index) - decay * u) + u * (grad_x.gather(1, index) - decay * e)
-    return grad_x, grad_decay * below_root
+    return (*reference.vjp(backward, differentiable, grad_grads), None, None, None)
 
 
 register_autograd(f"{NAMESPACE}::tree_scan", _scan_backward, setup_context=_save_scan)
@@ -202,15 +180,10 @@ def _selective_scan_double_backward(ctx: Any, *grad_grads: Tensor) -> tuple:
     """Differentiates the backward of the same computation in PyTorch operators around ``tree_scan``."""
     *differentiable, parent, order = ctx.saved_tensors
 
-    def scan(value: Tensor, decay: Tensor) -> Tensor:
-        return _operator("tree_scan")(value, decay, parent, order, ctx.propagation)
+    def backward(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return reference.selective_scan_backward(grad_y, inputs, parent, order, ctx.eps, ctx.propagation)
 
-    with torch.enable_grad():
-        grad_y, *leaves = (tensor.detach().requires_grad_() for tensor in differentiable)
-        y = reference.selective_scan(scan, *leaves, ctx.eps)
-        grads = torch.autograd.grad(y, leaves, grad_y, create_graph=True)
-        second = torch.autograd.grad(grads, (grad_y, *leaves), grad_grads, allow_unused=True)
-    return (*second, None, None, None, None)
+    return (*reference.vjp(backward, differentiable, grad_grads), None, None, None, None)
 
 
 register_autograd(f"{NAMESPACE}::tree_selective_scan", _selective_scan_backward, setup_context=_save_selective_scan)

@@ -5,11 +5,15 @@ the type hints are its schema. They are written for clarity and run vertex level
 Shapes: ``B`` batch, ``C`` or ``D`` channels, ``L = height * width`` vertices in row-major order, ``E`` edges.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from grootvl_mm.ops._compat import enable_autograd
 
 
 def grid_edges(height: int, width: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -80,82 +84,96 @@ def grid_tree(edge_weight: Tensor, height: int, width: int, root: int) -> tuple[
     if not edge_weight.isfinite().all():
         bad = int((~edge_weight.isfinite()).sum())
         raise ValueError(f"edge_weight must be finite, got {bad} NaN or infinite of {edge_weight.numel()} values")
-    in_tree = _minimum_spanning_tree(edge_weight, height, width)
-    return _root_tree(in_tree, height, width, root)
+    parent = root_tree(spanning_tree(edge_weight, height, width), height, width, root).to(torch.int32)
+    return parent, vertex_depth(parent).argsort(dim=1, stable=True).to(torch.int32)
 
 
-def _minimum_spanning_tree(edge_weight: Tensor, height: int, width: int) -> Tensor:
-    """Marks the tree edges: (B, E) bool. Components merge along their least edge until one is left."""
-    batch, num_edges = edge_weight.shape
+def num_doublings(reach: int) -> int:
+    """How often 1 has to be doubled to become ``reach`` or more."""
+    return (int(reach) - 1).bit_length()
+
+
+def vertices_like(like: Tensor) -> Tensor:
+    """The numbers of the vertices, (B, L) int64."""
+    return torch.arange(like.shape[1], device=like.device).repeat(like.shape[0], 1)
+
+
+def spanning_tree(edge_weight: Tensor, height: int, width: int) -> Tensor:
+    """Marks the tree edges: (B, E) bool. Among equal weights the lower edge index wins."""
+    num_edges = edge_weight.shape[1]
     lower, higher = grid_edges(height, width, edge_weight.device)
-    sorted_edges = edge_weight.argsort(dim=1, stable=True)
-    rank = sorted_edges.argsort(dim=1)
-    component = torch.arange(height * width, device=edge_weight.device).repeat(batch, 1)
-    in_tree = torch.zeros_like(rank, dtype=torch.bool)
-    while True:
-        of_lower, of_higher = component[:, lower], component[:, higher]
-        crossing = of_lower != of_higher
-        if not crossing.any():
-            return in_tree
-        candidate = torch.where(crossing, rank, num_edges)
-        best = torch.full_like(component, num_edges)
-        best.scatter_reduce_(1, of_lower, candidate, "amin")
-        best.scatter_reduce_(1, of_higher, candidate, "amin")
-        has_edge = best < num_edges
-        edge = sorted_edges.gather(1, best.clamp(max=num_edges - 1))
-        in_tree |= torch.zeros_like(rank).scatter_add_(1, edge, has_edge.long()).bool()
-        itself = torch.arange(height * width, device=edge_weight.device).expand_as(component)
-        neighbour = of_lower.gather(1, edge) + of_higher.gather(1, edge) - itself
-        neighbour = torch.where(has_edge, neighbour, itself)
+    edge = torch.arange(num_edges, device=edge_weight.device)
+    itself = torch.arange(height * width, device=edge_weight.device).repeat(edge_weight.shape[0], 1)
+    component = itself
+    in_tree = torch.zeros_like(edge_weight, dtype=torch.bool)
+    for done in range(num_doublings(height * width)):
+        ends = component.index_select(1, lower), component.index_select(1, higher)
+        crossing = ends[0] != ends[1]
+        # The least weight of each component, then the least edge of that weight.
+        least = torch.full_like(itself, torch.inf, dtype=edge_weight.dtype)
+        for end in ends:
+            least = least.scatter_reduce(1, end, torch.where(crossing, edge_weight, torch.inf), "amin")
+        chosen = torch.full_like(itself, num_edges)
+        for end in ends:
+            candidate = crossing & (edge_weight == least.gather(1, end))
+            chosen = chosen.scatter_reduce(1, end, torch.where(candidate, edge, num_edges), "amin")
+        for end in ends:
+            in_tree = in_tree | (chosen.gather(1, end) == edge)
+        index = chosen.clamp(max=num_edges - 1)
+        neighbour = ends[0].gather(1, index) + ends[1].gather(1, index) - itself
+        neighbour = torch.where(chosen < num_edges, neighbour, itself)
+        # Two components that choose each other: the lower one leads.
         mutual = (neighbour.gather(1, neighbour) == itself) & (itself < neighbour)
         leader = torch.where(mutual, itself, neighbour)
-        component = _follow(leader).gather(1, component)
+        for _ in range(num_doublings(height * width >> done)):
+            leader = leader.gather(1, leader)
+        component = leader.gather(1, component)
+    return in_tree
 
 
-def _follow(pointer: Tensor) -> Tensor:
-    """The fixed point that each entry's chain of pointers ends in, by pointer doubling."""
-    while True:
-        doubled = pointer.gather(1, pointer)
-        if torch.equal(doubled, pointer):
-            return pointer
-        pointer = doubled
+def root_tree(in_tree: Tensor, height: int, width: int, root: int) -> Tensor:
+    """The parents (B, L) int64 of the trees with the marked edges."""
+    batch, vertices, num_vertical = in_tree.shape[0], height * width, (height - 1) * width
+    vertical = in_tree[:, :num_vertical].view(batch, height - 1, width)
+    horizontal = in_tree[:, num_vertical:].view(batch, height, width - 1)
+    no_row, no_column = in_tree.new_zeros(batch, 1, width), in_tree.new_zeros(batch, height, 1)
+    # Whether the edge to the south, west, north, east of each vertex is in the tree: clockwise, the opposite direction
+    # is two further. (4, B, L)
+    linked = [
+        torch.cat([vertical, no_row], 1).flatten(1),
+        torch.cat([no_column, horizontal], 2).flatten(1),
+        torch.cat([no_row, vertical], 1).flatten(1),
+        torch.cat([horizontal, no_column], 2).flatten(1),
+    ]
+    steps = (width, -1, -width, 1)
+    vertex = torch.arange(vertices, device=in_tree.device)
+    across = [(vertex + step).clamp(0, vertices - 1) for step in steps]
 
+    # The walk around the tree as the next arc of each arc. Arc ``direction * L + vertex`` leaves the vertex; it is
+    # followed by the next one, clockwise, that leaves where it leads to.
+    def leaving(first: int) -> Tensor:
+        """The first arc that leaves each vertex, looking around clockwise from a direction."""
+        arc = vertex + vertices * ((first + 3) % 4)
+        for turn in (2, 1, 0):
+            direction = (first + turn) % 4
+            arc = torch.where(linked[direction], vertex + vertices * direction, arc)
+        return arc
 
-def _root_tree(in_tree: Tensor, height: int, width: int, root: int) -> tuple[Tensor, Tensor]:
-    """Walks the tree from the root, level by level."""
-    batch = in_tree.shape[0]
-    vertices, num_vertical = height * width, (height - 1) * width
-    down = in_tree.new_zeros(batch, height, width)
-    right = in_tree.new_zeros(batch, height, width)
-    down[:, :-1] = in_tree[:, :num_vertical].view(batch, height - 1, width)
-    right[:, :, :-1] = in_tree[:, num_vertical:].view(batch, height, width - 1)
-    down, right = down.flatten(1), right.flatten(1)
+    arcs = torch.arange(4 * vertices, device=in_tree.device)
+    following = torch.cat([leaving(d + 3).index_select(1, across[d]) for d in range(4)], 1)
+    is_last = following == leaving(0)[:, root : root + 1]
+    following = torch.where(torch.cat(linked, 1) & ~is_last, following, arcs)
+    remaining = (following != arcs).long()
+    for _ in range(num_doublings(2 * vertices)):
+        remaining = remaining + remaining.gather(1, following)
+        following = following.gather(1, following)
 
-    # Slot d holds whether vertex v has the tree edge to v + step[d].
-    steps = (width, -width, 1, -1)
-    linked = torch.stack([down, down.roll(width, 1), right, right.roll(1, 1)])
-    parent = torch.full((batch, vertices), -1, dtype=torch.int64, device=in_tree.device)
-    level = torch.zeros_like(parent)
-    parent[:, root] = root
-    image = torch.arange(batch, device=in_tree.device)
-    vertex = torch.full_like(image, root)
-    depth = 0
-    while image.numel():
-        depth += 1
-        next_image, next_vertex = [], []
-        for slot, step in enumerate(steps):
-            open_edge = linked[slot, image, vertex]
-            images, sources = image[open_edge], vertex[open_edge]
-            targets = sources + step
-            unseen = parent[images, targets] < 0
-            images, sources, targets = images[unseen], sources[unseen], targets[unseen]
-            parent[images, targets] = sources
-            level[images, targets] = depth
-            next_image.append(images)
-            next_vertex.append(targets)
-        image, vertex = torch.cat(next_image), torch.cat(next_vertex)
-    order = level.argsort(dim=1, stable=True)
-    return parent.to(torch.int32), order.to(torch.int32)
+    remaining = remaining.split(vertices, 1)
+    parent = vertex.expand(batch, -1)
+    for d, step in enumerate(steps):
+        is_second = remaining[d] < remaining[(d + 2) % 4].index_select(1, across[d])
+        parent = parent + step * (linked[d] & is_second)
+    return parent
 
 
 def vertex_depth(parent: Tensor) -> Tensor:
@@ -204,10 +222,6 @@ class _Levels:
             h[level] += decay * (h[self.parent[level]] - decay * u[level])
         return h
 
-    def is_root(self) -> Tensor:
-        """(B * L, 1) bool."""
-        return (self.parent == torch.arange(self.parent.numel(), device=self.parent.device)).unsqueeze(1)
-
 
 def tree_scan(x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagation: str) -> Tensor:
     """``h_i = sum_j S(i, j) x_j``, with S(i, j) the product of the decays on the path: (B, L, D) to (B, L, D).
@@ -229,137 +243,146 @@ def tree_scan_backward(
     grad_h: Tensor, x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagation: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``x`` and ``decay``, each (B, L, D); that of the root's decay is 0."""
-    levels = _Levels(parent, _accumulated(decay))
-    a, rows, grads = levels.decay, _accumulated(x).flatten(0, 1), _accumulated(grad_h).flatten(0, 1)
-    to_parent = levels.parent
+
+    def scan(value: Tensor, direction: str) -> Tensor:
+        return tree_scan(value, _accumulated(decay), parent, order, direction)
+
+    grads = scan_backward(scan, _accumulated(grad_h), _accumulated(x), _accumulated(decay), parent, propagation)
+    return grads[0].to(x.dtype), grads[1].to(decay.dtype)
+
+
+def scan_backward(
+    scan: Callable[[Tensor, str], Tensor], grad_h: Tensor, x: Tensor, decay: Tensor, parent: Tensor, propagation: str
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``x`` and ``decay`` around any ``scan(value, propagation)``, differentiable where that is."""
+    index = parent.long().unsqueeze(-1).expand_as(x)
+    below_root = (parent != vertices_like(parent)).unsqueeze(-1)
     if propagation == "up":
-        grad_x = levels.down(grads)
-        grad_decay = levels.up(rows) * grad_x[to_parent]
+        grad_x = scan(grad_h, "down")
+        grad_decay = scan(x, "up") * grad_x.gather(1, index)
     elif propagation == "down":
-        grad_x = levels.up(grads)
-        grad_decay = grad_x * levels.down(rows)[to_parent]
+        grad_x = scan(grad_h, "up")
+        grad_decay = grad_x * scan(x, "down").gather(1, index)
     else:
-        u, e = levels.up(rows), levels.up(grads)
-        h, grad_x = levels.down_after_up(u), levels.down_after_up(e)
-        grad_decay = e * (h[to_parent] - a * u) + u * (grad_x[to_parent] - a * e)
-    grad_decay = grad_decay.masked_fill(levels.is_root(), 0)
-    return grad_x.view(x.shape).to(x.dtype), grad_decay.view(x.shape).to(decay.dtype)
+        u, e = scan(x, "up"), scan(grad_h, "up")
+        h, grad_x = scan(x, "all"), scan(grad_h, "all")
+        grad_decay = e * (h.gather(1, index) - decay * u) + u * (grad_x.gather(1, index) - decay * e)
+    return grad_x, grad_decay * below_root
+
+
+class SelectiveScanInputs(NamedTuple):
+    """The floating inputs of the selective scan, in the order of the operators."""
+
+    x: Tensor
+    dt: Tensor
+    b: Tensor
+    c: Tensor
+    gate: Tensor
+    dt_weight: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    Ds: Tensor
+    h_norm_weight: Tensor
+    h_norm_bias: Tensor
+    out_norm_weight: Tensor
+    out_norm_bias: Tensor
 
 
 def selective_scan(
     scan: Callable[[Tensor, Tensor], Tensor],
+    dt_proj: Callable[[Tensor], Tensor],
+    h_norm: Callable[[Tensor], Tensor],
+    out_norm: Callable[[Tensor], Tensor],
     x: Tensor,
     dt: Tensor,
     b: Tensor,
     c: Tensor,
     gate: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
     A_log: Tensor,
     Ds: Tensor,
-    h_norm_weight: Tensor,
-    h_norm_bias: Tensor,
-    out_norm_weight: Tensor,
-    out_norm_bias: Tensor,
-    eps: float,
 ) -> Tensor:
-    """The selective scan around any ``scan(input, decay)``, differentiable where that is."""
-    delta = F.softplus(F.linear(dt, dt_weight, dt_bias))
+    """The selective scan around any ``scan(input, decay)``, projection of the steps and norms, which may be modules."""
+    delta = F.softplus(dt_proj(dt))
     h = scan(delta * b * x, torch.exp(-torch.exp(A_log) * delta))
-    mixed = F.layer_norm(h, h.shape[-1:], h_norm_weight, h_norm_bias, eps) * c + Ds * x
-    return F.layer_norm(mixed, h.shape[-1:], out_norm_weight, out_norm_bias, eps) * F.silu(gate)
+    return out_norm(h_norm(h) * c + Ds * x) * F.silu(gate)
 
 
-def tree_selective_scan(
-    x: Tensor,
-    dt: Tensor,
-    b: Tensor,
-    c: Tensor,
-    gate: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    Ds: Tensor,
-    h_norm_weight: Tensor,
-    h_norm_bias: Tensor,
-    out_norm_weight: Tensor,
-    out_norm_bias: Tensor,
-    parent: Tensor,
-    order: Tensor,
-    eps: float,
-    propagation: str,
-) -> Tensor:
+def plain_selective_scan(scan: Callable[[Tensor, Tensor], Tensor], inputs: SelectiveScanInputs, eps: float) -> Tensor:
+    """:func:`selective_scan` of the operator's inputs."""
+    x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds, *norms = inputs
+    channels = x.shape[-1:]
+    return selective_scan(
+        scan,
+        lambda value: F.linear(value, dt_weight, dt_bias),
+        lambda value: F.layer_norm(value, channels, *norms[:2], eps),
+        lambda value: F.layer_norm(value, channels, *norms[2:], eps),
+        *(x, dt, b, c, gate, A_log, Ds),
+    )
+
+
+def vjp(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    grads: Tensor | tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a function's inputs from those of its outputs, differentiable again where grad mode is on."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = [
+            value.view_as(value) if again and value.requires_grad else value.detach().requires_grad_()
+            for value in inputs
+        ]
+        return torch.autograd.grad(function(*leaves), leaves, grads, create_graph=again, allow_unused=True)
+
+
+def _spelled(leading: Sequence[str] = ()) -> Callable[[Callable], Callable]:
+    """Gives a function of ``*args`` the signature that the operator's schema is made of."""
+
+    def spell(function: Callable) -> Callable:
+        types = dict.fromkeys((*leading, *SelectiveScanInputs._fields, "parent", "order"), Tensor)
+        types |= {"eps": float, "propagation": str}
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(name, kind, annotation=annotation) for name, annotation in types.items()]
+        result = inspect.signature(function).return_annotation
+        function.__signature__ = inspect.Signature(parameters, return_annotation=result)
+        return function
+
+    return spell
+
+
+@_spelled()
+def tree_selective_scan(*args: Tensor | float | str) -> Tensor:
     """Everything between the projections of the layer, see :func:`grootvl_mm.ops.tree_selective_scan`: (B, L, D)."""
-    inputs = (x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds)
-    norms = (h_norm_weight, h_norm_bias, out_norm_weight, out_norm_bias)
+    *inputs, parent, order, eps, propagation = args
 
     def scan(value: Tensor, decay: Tensor) -> Tensor:
         return tree_scan(value, decay, parent, order, propagation)
 
-    y = selective_scan(scan, *(_accumulated(value) for value in (*inputs, *norms)), eps)
-    return y.to(x.dtype)
+    accumulated = SelectiveScanInputs(*map(_accumulated, inputs))
+    return plain_selective_scan(scan, accumulated, eps).to(inputs[0].dtype)
 
 
+@_spelled(leading=("grad_y",))
 def tree_selective_scan_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    b: Tensor,
-    c: Tensor,
-    gate: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    Ds: Tensor,
-    h_norm_weight: Tensor,
-    h_norm_bias: Tensor,
-    out_norm_weight: Tensor,
-    out_norm_bias: Tensor,
-    parent: Tensor,
-    order: Tensor,
-    eps: float,
-    propagation: str,
+    *args: Tensor | float | str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the 13 floating inputs of :func:`tree_selective_scan`, in their order and dtype."""
-    dtype = x.dtype
-    grad_y, x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds, h_norm_weight, h_norm_bias = (
-        _accumulated(value)
-        for value in (grad_y, x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds, h_norm_weight, h_norm_bias)
-    )
-    out_norm_weight, out_norm_bias = _accumulated(out_norm_weight), _accumulated(out_norm_bias)
-    pre = F.linear(dt, dt_weight, dt_bias)
-    delta, rate = F.softplus(pre), -torch.exp(A_log)
-    decay = torch.exp(rate * delta)
-    h = tree_scan(delta * b * x, decay, parent, order, propagation)
-    h_normed = F.layer_norm(h, h.shape[-1:], h_norm_weight, h_norm_bias, eps)
-    mixed = h_normed * c + Ds * x
-    normed = F.layer_norm(mixed, h.shape[-1:], out_norm_weight, out_norm_bias, eps)
-
-    sigmoid = torch.sigmoid(gate)
-    grad_gate = grad_y * normed * sigmoid * (1 + gate * (1 - sigmoid))
-    grad_mixed, *grad_out_norm = _layer_norm_backward(grad_y * gate * sigmoid, mixed, out_norm_weight, eps)
-    grad_c = (grad_mixed * h_normed).sum(-1, keepdim=True)
-    grad_Ds = (grad_mixed * x).sum((0, 1))
-    grad_h, *grad_h_norm = _layer_norm_backward(grad_mixed * c, h, h_norm_weight, eps)
-    grad_input, grad_decay = tree_scan_backward(grad_h, delta * b * x, decay, parent, order, propagation)
-    grad_x = grad_mixed * Ds + grad_input * delta * b
-    grad_b = (grad_input * delta * x).sum(-1, keepdim=True)
-    grad_pre = (grad_input * b * x + grad_decay * decay * rate) * torch.sigmoid(pre)
-    grad_dt = grad_pre @ dt_weight
-    grad_dt_weight = grad_pre.flatten(0, 1).T @ dt.flatten(0, 1)
-    grad_A_log = (grad_decay * decay * delta).sum((0, 1)) * rate
-    inputs = (grad_x, grad_dt, grad_b, grad_c, grad_gate)
-    parameters = (grad_dt_weight, grad_pre.sum((0, 1)), grad_A_log, grad_Ds, *grad_h_norm, *grad_out_norm)
-    return tuple(grad.to(dtype) for grad in (*inputs, *parameters))
+    *tensors, parent, order, eps, propagation = args
+    grad_y, *inputs = map(_accumulated, tensors)
+    with enable_autograd():
+        grads = selective_scan_backward(grad_y, inputs, parent, order, eps, propagation)
+    return tuple(grad.to(tensors[0].dtype) for grad in grads)
 
 
-def _layer_norm_backward(grad: Tensor, value: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the value (B, L, D), of weight and of bias (D)."""
-    scale = torch.rsqrt(value.var(-1, keepdim=True, correction=0) + eps)
-    normal = (value - value.mean(-1, keepdim=True)) * scale
-    inner = grad * weight
-    through = inner - inner.mean(-1, keepdim=True) - normal * (inner * normal).mean(-1, keepdim=True)
-    return scale * through, (grad * normal).sum((0, 1)), grad.sum((0, 1))
+def selective_scan_backward(
+    grad_y: Tensor, inputs: Sequence[Tensor], parent: Tensor, order: Tensor, eps: float, propagation: str
+) -> tuple[Tensor, ...]:
+    """The gradients around the operator ``tree_scan``, differentiable again where grad mode is on."""
+
+    def scan(value: Tensor, decay: Tensor) -> Tensor:
+        return torch.ops.grootvl.tree_scan(value, decay, parent, order, propagation)
+
+    return vjp(lambda *values: plain_selective_scan(scan, SelectiveScanInputs(*values), eps), inputs, grad_y)
 
 
 def _accumulated(value: Tensor) -> Tensor:

@@ -1,12 +1,17 @@
 """The tree scan: a linear recurrence over all paths of a spanning tree (sections 3.1 and 3.2 of the paper)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from grootvl_mm.ops import _library  # noqa: F401  defines torch.ops.grootvl
 from grootvl_mm.ops._checks import FLOATING, check_choice, check_same_device, check_tensor
-from grootvl_mm.ops._compat import is_autocast_enabled
+from grootvl_mm.ops._compat import is_autocast_enabled, is_forward_ad
+from grootvl_mm.ops.reference import SelectiveScanInputs, selective_scan
 from grootvl_mm.ops.tree import Tree
+
+__all__ = ["PROPAGATIONS", "SelectiveScanInputs", "selective_scan", "tree_scan", "tree_selective_scan"]
 
 PROPAGATIONS = ("all", "up", "down")
 
@@ -16,7 +21,8 @@ def tree_scan(x: Tensor, decay: Tensor, tree: Tree, propagation: str = "all") ->
 
     With ``u`` the pass from the leaves to the root, ``u_v = x_v + sum_{children c} a_c u_c``, and ``a_v`` the decay of
     the edge from v to its parent p: ``h_v = u_v + a_v (h_p - a_v u_v)`` (equation 4 and algorithm 1 of the paper).
-    16-bit inputs are accumulated in float32; under autocast the scan runs in float32. Differentiable twice.
+    16-bit inputs are accumulated in float32; under autocast the scan runs in float32. Differentiable as
+    often as needed, in reverse mode.
 
     Args:
         x: (B, L, D) float32, float64, float16 or bfloat16.
@@ -42,6 +48,7 @@ def tree_scan(x: Tensor, decay: Tensor, tree: Tree, propagation: str = "all") ->
     if decay.dtype != x.dtype and not is_autocast_enabled(x.device.type):
         raise TypeError(f"decay must have the dtype of x {x.dtype}, got {decay.dtype}")
     check_same_device(x=x, decay=decay, parent=tree.parent, order=tree.order)
+    _refuse_tangents("tree_scan", (x, decay))
     return torch.ops.grootvl.tree_scan(x, decay, tree.parent, tree.order, propagation)
 
 
@@ -69,7 +76,7 @@ def tree_selective_scan(
     ``delta = softplus(dt dt_weight^T + dt_bias)``, ``decay = exp(-exp(A_log) delta)``,
     ``h = tree_scan(delta b x, decay, tree)`` and ``y = LayerNorm_out(LayerNorm_h(h) c + Ds x) SiLU(gate)``. The
     backward pass computes all of it again from the inputs, so nothing else is kept. 16-bit inputs are computed in
-    float32; under autocast everything is float32. Differentiable twice.
+    float32; under autocast everything is float32. Differentiable as often as needed, in reverse mode.
 
     Args:
         x: (B, L, D) float32, float64, float16 or bfloat16.
@@ -97,40 +104,42 @@ def tree_selective_scan(
         ValueError: shapes or devices that do not fit together, or an unknown propagation.
         ValueError, RuntimeError: ``tree`` is no tree in topological order (not checked on CUDA).
     """
-    inputs = {"x": x, "dt": dt, "b": b, "c": c, "gate": gate}
-    vectors = {
-        "dt_bias": dt_bias,
-        "A_log": A_log,
-        "Ds": Ds,
-        "h_norm_weight": h_norm_weight,
-        "h_norm_bias": h_norm_bias,
-        "out_norm_weight": out_norm_weight,
-        "out_norm_bias": out_norm_bias,
-    }
+    inputs = SelectiveScanInputs(
+        *(x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds),
+        *(h_norm_weight, h_norm_bias, out_norm_weight, out_norm_bias),
+    )
     check_choice("propagation", propagation, PROPAGATIONS)
-    for name, value in inputs.items():
-        check_tensor(name, value, "(B, L, *)", 3)
+    check_tensor("x", x, "(B, L, D)", 3)
     check_tensor("dt_weight", dt_weight, "(D, R)", 2)
     batch, vertices, channels = x.shape
-    rank = dt_weight.shape[1]
-    shapes = {
-        "dt_weight": (channels, rank),
-        "dt": (batch, vertices, rank),
+    shapes = dict.fromkeys(inputs._fields, (channels,)) | {
+        "x": x.shape,
+        "dt": (batch, vertices, dt_weight.shape[1]),
         "b": (batch, vertices, 1),
         "c": (batch, vertices, 1),
-        "gate": (batch, vertices, channels),
-        **dict.fromkeys(vectors, (channels,)),
+        "gate": x.shape,
+        "dt_weight": (channels, dt_weight.shape[1]),
     }
-    values = {**inputs, "dt_weight": dt_weight, **vectors}
-    for name, shape in shapes.items():
-        check_tensor(name, values[name], shape, len(shape))
-        if values[name].shape != shape:
-            raise ValueError(f"{name} must have shape {shape} for x {tuple(x.shape)}, got {tuple(values[name].shape)}")
-        if values[name].dtype != x.dtype and not is_autocast_enabled(x.device.type):
-            raise TypeError(f"{name} must have the dtype of x {x.dtype}, got {values[name].dtype}")
+    is_cast = is_autocast_enabled(x.device.type)
+    for (name, shape), value in zip(shapes.items(), inputs, strict=True):
+        check_tensor(name, value, tuple(shape), len(shape))
+        if value.shape != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)} for x {tuple(x.shape)}, got {tuple(value.shape)}")
+        if value.dtype != x.dtype and not is_cast:
+            raise TypeError(f"{name} must have the dtype of x {x.dtype}, got {value.dtype}")
     _check_tree(tree, x)
-    check_same_device(**values, parent=tree.parent, order=tree.order)
-    return torch.ops.grootvl.tree_selective_scan(*values.values(), *tree, eps, propagation)
+    check_same_device(**inputs._asdict(), parent=tree.parent, order=tree.order)
+    _refuse_tangents("tree_selective_scan", inputs)
+    return torch.ops.grootvl.tree_selective_scan(*inputs, *tree, eps, propagation)
+
+
+def _refuse_tangents(name: str, inputs: Sequence[Tensor]) -> None:
+    """The operators would drop them in silence."""
+    if is_forward_ad() and any(torch.autograd.forward_ad.unpack_dual(value).tangent is not None for value in inputs):
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivative (torch.func.jvp, jacfwd, dual numbers); use reverse mode: "
+            "torch.func.vjp, jacrev, torch.autograd.grad"
+        )
 
 
 def _check_tree(tree: Tree, x: Tensor) -> None:

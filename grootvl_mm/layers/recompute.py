@@ -1,0 +1,153 @@
+"""What a block keeps for its backward pass, and how its linear layers are computed: one policy for all of its modules.
+
+Within :func:`lean`, the modules of a block are called as they are, and PyTorch differentiates them. Two things change:
+
+- The results of layer norms, GELU, SiLU and depth-wise convolutions cost little to compute and much to keep. Where
+  autograd saves one of them, it gets the means to compute it again from what is kept anyway. A block keeps 12 maps of
+  its input's size instead of 18.
+- ``F.linear`` of float32 on the CPU goes to oneDNN, see :mod:`grootvl_mm.layers.linear`.
+
+Both act below the modules, on the functions that they call, so that hooks, adapters, parametrizations and replaced
+modules see and do what they do in any other model. Where something else decides what is kept or computed
+(``torch.compile``, tracers, the transforms of ``torch.func``), PyTorch's own rules hold.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+
+from grootvl_mm.layers.linear import linear
+from grootvl_mm.ops._compat import is_autocast_enabled, is_eager, top_saved_tensors_hooks
+
+Unpack = Callable[[], Tensor]
+
+
+def lean(x: Tensor) -> contextlib.AbstractContextManager:
+    """A context for the layers that ``x`` goes through: they keep little and compute linear layers fast."""
+    if not is_eager(x):
+        return contextlib.nullcontext()
+    if torch.is_grad_enabled():
+        return _Lean(x.device.type)
+    return _FastLinear() if x.device.type == "cpu" else contextlib.nullcontext()
+
+
+class _FastLinear(TorchFunctionMode):
+    """Linear layers by the faster library."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return (linear if func is F.linear else func)(*args, **(kwargs or {}))
+
+
+class _Lean(_FastLinear):
+    """Knows the results of cheap functions by their storage, and gives autograd recipes in their place."""
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self.device_type = device_type
+        self.outer = top_saved_tensors_hooks()
+        self.recipes: dict[int, tuple[StorageWeakRef, int, _Recipe]] = {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda unpack: unpack())
+
+    def __enter__(self) -> "_Lean":
+        self.hooks.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.hooks.__exit__(*error)
+        self.recipes.clear()
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func in _CHEAP and type(result) is Tensor and result.requires_grad and _CHEAP[func](*args, **kwargs):
+            autocast = {"device_type": self.device_type, "enabled": is_autocast_enabled(self.device_type)}
+            inputs = [self._input(value) for value in (*args, *kwargs.values())]
+            storage = result.untyped_storage()
+            # While the weak reference lives, no other storage gets this address.
+            recipe = _Recipe(func, inputs, tuple(kwargs), autocast)
+            self.recipes[storage._cdata] = StorageWeakRef(storage), result._version, recipe
+        return result
+
+    def _input(self, value: Any) -> Callable[[], Any]:
+        return self._pack(value.detach()) if isinstance(value, Tensor) else lambda: value
+
+    def _pack(self, value: Tensor) -> Unpack:
+        """For what autograd saves: a recipe that gives it, or what gives back the kept tensor."""
+        _, version, recipe = self.recipes.get(value.untyped_storage()._cdata, (None, None, None))
+        if recipe is not None and version == value._version and recipe.is_possible():
+            recipe.uses += 1
+            view = value.size(), value.stride(), value.storage_offset()
+            return lambda: recipe.take().as_strided(*view)
+        if self.outer is not None:
+            pack, unpack = self.outer
+            packed = pack(value)
+            return lambda: unpack(packed)
+        return _Kept(value)
+
+
+class _Kept:
+    """A tensor, which must not change."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+        self.version = value._version
+
+    def __call__(self) -> Tensor:
+        if self.value._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"tensor of shape {tuple(self.value.shape)} is at version {self.value._version}; expected version "
+                f"{self.version} instead"
+            )
+        return self.value
+
+
+class _Recipe:
+    """How to compute a result again, for all who saved it. It stays until the last of them has had it."""
+
+    def __init__(
+        self, func: Callable, inputs: list[Callable[[], Any]], keywords: tuple[str, ...], autocast: dict[str, Any]
+    ) -> None:
+        self.func = func
+        self.inputs = inputs
+        self.keywords = keywords  # of the last inputs
+        self.autocast = autocast
+        self.autocast = autocast
+        self.uses = self.served = 0
+        self.value: Tensor | None = None
+
+    def is_possible(self) -> bool:
+        """False once FSDP has freed a parameter, which is back for the backward pass of its own module only."""
+        kept = (value.value for value in self.inputs if isinstance(value, _Kept))
+        return all(value.untyped_storage().nbytes() or not value.numel() for value in kept)
+
+    def take(self) -> Tensor:
+        if self.value is None:
+            inputs = [value() for value in self.inputs]
+            num_positional = len(inputs) - len(self.keywords)
+            kwargs = dict(zip(self.keywords, inputs[num_positional:], strict=True))
+            with torch.no_grad(), torch.autocast(**self.autocast):
+                self.value = self.func(*inputs[:num_positional], **kwargs)
+        value = self.value
+        self.served += 1
+        if self.served % self.uses == 0:
+            self.value = None
+        return value
+
+
+def _is_new(*args: Any, inplace: bool = False, **kwargs: Any) -> bool:
+    return not inplace
+
+
+def _is_depthwise(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> bool:
+    return weight.shape[1] == 1
+
+
+_CHEAP = {F.layer_norm: _is_new, F.gelu: _is_new, F.silu: _is_new, F.conv2d: _is_depthwise}
