@@ -130,7 +130,7 @@ class TreeSSM(InitializedModule):
         return grid_tree(weight, height, width, root=0 if self.tree_root == "first" else height * width - 1)
 
     def selective_scan(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, gate: Tensor, tree: Tree) -> Tensor:
-        """The selective scan of (B, H, W, *) values along trees, for ``cross`` the mean of that by rows and columns."""
+        """The scan of ``(B, H, W, *)`` values along trees; for ``cross``, the mean of the scans by rows and columns."""
         batch, height, width, _ = x.shape
         values = [value.flatten(1, 2) for value in (x, dt, b, c, gate)]
         y = self._selective_scan(*values, tree)
