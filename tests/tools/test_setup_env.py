@@ -98,3 +98,30 @@ def test_a_missing_interpreter_and_compiler_are_said(checkout: Path) -> None:
     assert "python3.99: not found" in setup(checkout, PYTHON="python3.99")
     make_python(checkout, "3.11")
     assert "no C++ compiler (no-such-compiler)" in setup(checkout, CXX="no-such-compiler")
+
+
+@pytest.mark.parametrize(("header", "standard"), [("201703L", "-std=c++17"), ("202002L", "-std=c++20")])
+def test_mmcv_is_compiled_with_the_standard_that_torch_needs(checkout: Path, header: str, standard: str) -> None:
+    """Calls ``build_mmcv`` with a pip that compiles as mmcv's setup.py does, and a compiler that repeats its flags."""
+    include = checkout / "site" / "torch" / "include" / "ATen"
+    include.mkdir(parents=True)
+    (include / "ATen.h").write_text(f"#if !defined(_MSC_VER) && __cplusplus < {header}\n")
+    python = checkout / "bin" / "python"
+    python.write_text(
+        f"""#!/bin/sh
+case "$*" in
+  *purelib*) echo {checkout / "site"} ;;
+  *"pip wheel"*) $CXX -std=c++17; echo "nvcc$NVCC_APPEND_FLAGS"; touch "${{CXX%/*}}/mmcv.whl" ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    script = (checkout / ".dev_scripts" / "setup_env.sh").read_text()
+    start = script.index("build_mmcv() (")
+    function = script[start : script.index("\n)\n", start) + 3]
+    environment = {"VENV": str(checkout), "MMCV": "mmcv==2.1.0", "CACHE": str(checkout), "CXX": "echo"}
+    output = subprocess.check_output(
+        ["bash", "-euc", f"{function}\nbuild_mmcv {checkout}/wheels/made 1"], env=os.environ | environment, text=True
+    )
+    assert output.splitlines() == [f"-std=c++17 -g0 {standard}", f"nvcc {standard}"]
+    assert [path.name for path in (checkout / "wheels").rglob("*") if path.is_file()] == ["mmcv.whl"]
