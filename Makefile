@@ -1,27 +1,40 @@
-# make demo [TASK=det|seg|cls]   train, evaluate and look at a small model
-# make test                      all checks and tests
-# make lint / make format        style only
-# STACK=onedl runs any of them with the maintained onedl-* packages in place of OpenMMLab's.
-# Every target sets its environment up by itself; see .dev_scripts/setup_env.sh.
+# make demo [TASK=det|seg|cls]   train and evaluate a small model, and draw what it finds
+# make test                      style, then all tests but the slow ones
+# make test-all                  style, all tests, the documentation
+# make test-ops                  tests of operators, layers and models: no OpenMMLab host, minutes from a clone
+# make lint / make format        check / repair the style
+# make docs                      the documentation site, in docs/_build/html
+# make wheel                     source distribution and wheel, in dist
+# STACK=openmmlab or STACK=onedl picks the host packages; by default those that this Python can install.
+# Each target sets its environment up by itself; see .dev_scripts/setup_env.sh.
 SHELL := /bin/bash
 TASK ?= det
-STACK ?= openmmlab
+STACK ?=
 VENV := .venv$(if $(filter-out openmmlab,$(STACK)),-$(STACK))
 BIN := $(VENV)/bin
-EMULATION := tests/cuda_emulation
-NATIVE := $(wildcard ops/csrc/*.cpp ops/csrc/*.h ops/csrc/cpu/* ops/csrc/cuda/*.cu ops/csrc/cuda/*.cuh)
-NATIVE += $(wildcard $(addprefix $(EMULATION)/,*.h *.cpp *.cu include/*.h include/c10/cuda/*.h))
+OPS_BIN := .venv-ops/bin
+NATIVE = $(shell find ops tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup setup-ops demo test test-all test-ops lint format docs wheel clean
 
 setup:
 	@STACK=$(STACK) .dev_scripts/setup_env.sh
+
+setup-ops:
+	@STACK=ops .dev_scripts/setup_env.sh
 
 demo: setup
 	$(BIN)/python demo/train_on_digits.py --task $(TASK)
 
 test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(MAKE) docs
+
+test-ops: setup-ops
+	OMP_NUM_THREADS=1 $(OPS_BIN)/python -m pytest -m "not slow" tests/ops tests/layers tests/models
 
 lint: setup
 	$(BIN)/ruff check .
@@ -33,5 +46,11 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
+docs: setup-ops
+	$(OPS_BIN)/python -m sphinx -W --keep-going -q -b html -c docs . docs/_build/html
+
+wheel: setup-ops
+	$(OPS_BIN)/python -m build --no-isolation
+
 clean:
-	rm -rf $(VENV) build *.egg-info grootvl_mm/_C*.so grootvl_mm/.mim
+	rm -rf .venv .venv-* build dist docs/_build *.egg-info grootvl_mm/_C*.so grootvl_mm/.mim

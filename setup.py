@@ -14,7 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -30,18 +31,6 @@ try:
     from torch.utils import cpp_extension
 except ImportError:
     torch = None
-
-
-def version() -> str:
-    """The version as grootvl_mm/version.py states it."""
-    text = (ROOT / PACKAGE / "version.py").read_text(encoding="utf-8")
-    return re.search(r'__version__ = "(.+)"', text).group(1)
-
-
-def requirements(name: str) -> list[str]:
-    """The ranges of requirements/NAME.txt."""
-    lines = (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 class BuildPyWithMim(build_py):
@@ -65,6 +54,26 @@ class BuildPyWithMim(build_py):
                 shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy2(source, target / name)
+
+
+class BdistWheelWithMim(bdist_wheel):
+    """Makes one wheel for every Python, with ``.mim`` in the metadata folder too.
+
+    onedl-mim 0.5.1 searches the first folder that an installation lists. Where distribution and module have the same
+    name, that is the metadata.
+    """
+
+    def initialize_options(self) -> None:
+        """Declare the stable ABI: the extension holds dispatcher operators and uses no Python symbol."""
+        super().initialize_options()
+        self.py_limited_api = "cp310"
+
+    def write_wheelfile(self, wheelfile_base: str, *args, **kwargs) -> None:
+        """Write the file ``WHEEL``, then copy ``.mim`` beside it."""
+        super().write_wheelfile(wheelfile_base, *args, **kwargs)
+        built = Path(self.get_finalized_command("build_py").build_lib, PACKAGE, ".mim")
+        if built.is_dir():  # not for an editable install, where onedl-mim searches the checkout
+            shutil.copytree(built, Path(wheelfile_base, ".mim"))
 
 
 def compiler() -> str | None:
@@ -171,7 +180,7 @@ def build_ext_command() -> type:
 
 def main() -> None:
     """Run setuptools."""
-    command_classes = {"build_py": BuildPyWithMim}
+    command_classes = {"build_py": BuildPyWithMim, "bdist_wheel": BdistWheelWithMim}
     modules = []
     if torch is not None:
         modules = extensions()
@@ -181,25 +190,7 @@ def main() -> None:
             "error: grootvl_mm needs torch to build its operators, and cannot see it. Install torch first, then run "
             "pip install --no-build-isolation ."
         )
-    setup(
-        name=PACKAGE,
-        version=version(),
-        description="GrootV (GrootVL / MambaTree), a tree state space backbone for OpenMMLab",
-        long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
-        long_description_content_type="text/markdown",
-        license="Apache-2.0",
-        python_requires=">=3.10",
-        packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
-        install_requires=requirements("runtime"),
-        extras_require={
-            "mim": requirements("mminstall"),
-            "optional": requirements("optional"),
-            "tests": requirements("tests"),
-        },
-        ext_modules=modules,
-        cmdclass=command_classes,
-        zip_safe=False,
-    )
+    setup(ext_modules=modules, cmdclass=command_classes)
 
 
 main()

@@ -16,6 +16,7 @@ trap 'rm -rf "$scratch"' EXIT
 
 "$PYTHON" -m venv "$VENV"
 install() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+export PATH=$VENV/bin:$PATH # ninja
 install -r requirements/build.txt
 # Before 2.3, PyTorch does not know NumPy 2.
 install "torch==$TORCH" "numpy<2" "opencv-python<5" -r requirements/runtime.txt -r requirements/tests.txt
@@ -28,5 +29,5 @@ cp -r tests pyproject.toml "$scratch/run"
 VENV_BIN=$(cd "$VENV/bin" && pwd)
 cd "$scratch/run"
 # The tests of the CUDA sources compile these, and need them and a toolkit of PyTorch's own version.
-OMP_NUM_THREADS=1 "$VENV_BIN/python" -m pytest tests/ops tests/models tests/engine \
+OMP_NUM_THREADS=1 "$VENV_BIN/python" -m pytest tests/ops tests/layers tests/models tests/engine \
     --ignore-glob="tests/ops/test_cuda_*.py"

@@ -243,11 +243,16 @@ def _set_number(text: str, name: str, key: str, value: int) -> str:
     return entry.sub(rf"\g<1>{value}", text)
 
 
-def main() -> None:
-    """Run the command."""
+def parse_args() -> argparse.Namespace:
+    """The command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fix", action="store_true", help="write the READMEs' tables and the metafiles' numbers first")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the command."""
+    args = parse_args()
     warnings.simplefilter("ignore")  # deprecations inside the hosts
     MMLogger.get_instance("check_zoo", log_level="ERROR")
     if args.fix:

@@ -1,128 +1,207 @@
 #!/usr/bin/env bash
-# Makes the tested environment and builds grootvl_mm into it. Every step leaves a stamp named by what it depends on, so
-# that a second call does only what has changed.
+# Creates the tested environment and builds grootvl_mm into it. Every step leaves a stamp named after its inputs, so a
+# second call does only what has changed. The system provides Python with venv and headers, a C++ compiler, make and git.
 #
-# STACK   openmmlab (default), in .venv, or onedl, the maintained packages with the same import names, in .venv-onedl
-# PYTHON  the interpreter to make it with; Python 3.10 or 3.11 (default: the first that is found)
-# GROOTVL_CACHE  where the compiled mmcv wheel is kept (default: ~/.cache/grootvl_mm)
+# STACK   openmmlab, in .venv; onedl, the maintained packages with the same import names, in .venv-onedl; or ops, torch
+#         and mmengine without any host, in .venv-ops. Default: openmmlab where its packages can be installed (Python
+#         3.10 and 3.11), otherwise onedl (3.12 and 3.13), with .venv as a link to .venv-onedl. 3.14 has ops only.
+# PYTHON  the interpreter to use (default: the first usable one of 3.11, 3.10, 3.12, 3.13, 3.14, python3)
+# MAX_JOBS       compiler processes that run at once (default: one per core)
+# GROOTVL_CACHE  where compiled mmcv wheels are kept (default: ~/.cache/grootvl_mm)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly STACK=${STACK:-openmmlab}
-readonly HOSTS=requirements/stacks/$STACK.txt
 readonly CACHE=${GROOTVL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/grootvl_mm}
+readonly CANDIDATES=${PYTHON:-python3.11 python3.10 python3.12 python3.13 python3.14 python3 python}
+STACK=${STACK:-}
+LOG='' doing='' first_line=1
 
 say() { echo "[setup] $*"; }
 fail() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
-install() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+version() { "$1" -c 'import sys; print(".".join(map(str, sys.version_info[:2])))' 2>/dev/null; }
 
-[[ -e $HOSTS ]] || fail "STACK must be one of $(basename -s .txt requirements/stacks/*.txt | paste -sd,), got '$STACK'"
-VENV=.venv
-[[ $STACK == openmmlab ]] || VENV=.venv-$STACK
-readonly VENV STAMPS=$VENV/.stamps
-MMCV=$(grep -E '^(onedl-)?mmcv==' "$HOSTS")
-readonly MMCV
-
-supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 12))' 2>/dev/null; }
-
-find_python() {
-  local candidate
-  for candidate in ${PYTHON:-python3.11 python3.10 python3 python}; do
-    if supported "$candidate"; then command -v "$candidate"; return; fi
-  done
-  fail "no Python 3.10 or 3.11 found (tried: ${PYTHON:-python3.11 python3.10 python3 python}); install one or set PYTHON"
+# What keeps interpreter $1 from being used for stack $2; nothing if it can be.
+unusable() {
+  local found
+  found=$(version "$1") || { echo "not found"; return; }
+  case $found in
+    3.10 | 3.11) ;;
+    3.12 | 3.13) [[ $2 != openmmlab ]] || { echo "$found, and OpenMMLab's packages need 3.10 or 3.11"; return; } ;;
+    3.14) [[ $2 == ops ]] || { echo "$found, for which onedl-mim's requirement pandas 2.2.3 has no wheel"; return; } ;;
+    *) echo "$found, not 3.10 to 3.14"; return ;;
+  esac
+  "$1" -c 'import ensurepip, venv' 2>/dev/null || { echo "$found without venv (Debian, Ubuntu: python3-venv)"; return; }
+  "$1" -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_config_var("INCLUDEPY") + "/Python.h"))' ||
+    echo "$found without headers (Debian, Ubuntu: python3-dev)"
 }
 
-# step NAME "what is being done" COMMAND: runs COMMAND unless it has been run with the same inputs (standard input).
+# Sets python and STACK.
+find_python() {
+  local candidate reason reasons=
+  for candidate in $CANDIDATES; do
+    reason=$(unusable "$candidate" "$STACK")
+    if [[ -z $reason ]]; then
+      python=$(command -v "$candidate")
+      return
+    fi
+    reasons+="; $candidate: $reason"
+  done
+  fail "no usable Python (${reasons#; }); install one or set PYTHON"
+}
+
+default_stack() { case $(version "$1") in 3.10 | 3.11) echo openmmlab ;; *) echo onedl ;; esac }
+
+# Lets only those lines of a log through that say how far it is.
+show_progress() {
+  local line shown=
+  while IFS= read -r line; do
+    if [[ $line =~ ^\ *(\[[0-9]+/[0-9]+\]) ]]; then # ninja
+      [[ -t 1 ]] && printf '\r[setup]   compiled %s ' "${BASH_REMATCH[1]}"
+      [[ ! -t 1 && ${BASH_REMATCH[1]%?/*} != "$shown" ]] && say "  compiled ${BASH_REMATCH[1]}"
+      shown=${BASH_REMATCH[1]%?/*}
+    elif [[ $line =~ Downloading\ ([^\ ]+)\ \(([0-9]{3,}\.[0-9]\ MB|.*GB)\) ]]; then
+      say "  downloading ${BASH_REMATCH[1]##*/} (${BASH_REMATCH[2]})"
+    elif [[ $line == "[setup]"* ]]; then
+      echo "$line"
+    elif [[ $line == "Installing collected packages:"* ]]; then
+      line=${line//[^,]/}
+      say "  installing $((${#line} + 1)) packages"
+    fi
+  done
+  if [[ -n $shown && -t 1 ]]; then echo; fi
+}
+
+# step NAME TEXT COMMAND: runs COMMAND unless it has been run with the same inputs (standard input), and keeps its output.
 step() {
-  local name=$1 text=$2 key
-  key=$STAMPS/$name-$(sha256sum | cut -c1-16)
+  local key
+  key=$STAMPS/$1-$(sha256sum | cut -c1-16)
   [[ -e $key ]] && return
-  say "$text"
-  "$3"
-  rm -f "$STAMPS/$name-"*
+  doing=$2
+  say "$2"
+  first_line=$(wc -l <"$LOG")
+  "$3" 2>&1 | tee -a "$LOG" | show_progress
+  doing=
+  rm -f "$STAMPS/$1-"*
   touch "$key"
 }
 
+explain_failure() {
+  local status=$?
+  if [[ $status != 0 && -n $doing ]]; then
+    tail -n "+$first_line" "$LOG" | grep -E '(^|[^a-zA-Z])(error|ERROR|FAILED):' | cut -c1-200 | head -n 10 >&2 || true
+    { echo ...; tail -n "+$first_line" "$LOG" | tail -n 15 | cut -c1-400; } >&2
+    printf '[setup] error: failed while %s; the whole output is in %s\n' "$doing" "$LOG" >&2
+  fi
+}
+trap explain_failure EXIT
+
+install() { "$VENV/bin/python" -m pip install --disable-pip-version-check --no-warn-script-location --progress-bar off "$@"; }
+
 make_venv() {
-  rm -rf "$VENV"
-  "$python" -m venv "$VENV"
+  [[ -x $VENV/bin/python ]] || "$python" -m venv "$VENV"
   install -r requirements/build.txt
 }
 
-install_torch() { install -r requirements/torch.txt; }
+install_torch() { install -r requirements/torch.txt -c requirements/constraints.txt; }
 
-# The wheel is built for one torch, one Python and with or without CUDA; those are its folder's name.
+# A wheel is built for one torch, one Python and with or without CUDA; those name its folder.
 install_mmcv() {
-  local tag wheels building has_cuda
+  local tag wheels has_cuda
   has_cuda=$("$VENV/bin/python" -c 'import torch; print(int(torch.cuda.is_available()))')
   if [[ $has_cuda == 1 ]] && ! command -v nvcc >/dev/null; then
-    say "a GPU but no CUDA toolkit (nvcc): mmcv gets its CPU operators only, and Mask R-CNN will need the CPU"
+    say "  a GPU but no CUDA toolkit (nvcc): mmcv gets its CPU operators only, so Mask R-CNN runs on the CPU"
     has_cuda=0
   fi
   tag=$("$VENV/bin/python" -c "import sys, torch
 print(f'${MMCV/==/-}-torch{torch.__version__}-cp{sys.version_info[0]}{sys.version_info[1]}-' + ('cuda' if $has_cuda else 'cpu'))")
   wheels=$CACHE/wheels/$tag
   if ! compgen -G "$wheels/*.whl" >/dev/null; then
-    say "compiling $MMCV, which has no wheel for this torch: about 9 minutes on 2 cores, once (kept in $wheels)"
-    mkdir -p "$CACHE/wheels"
-    building=$(mktemp -d "$CACHE/wheels/building.XXXXXX")
-    # shellcheck disable=SC2064
-    trap "rm -rf '$building'" EXIT
-    build_mmcv "$building" "$has_cuda" >"$building/log" 2>&1 &
-    watch_build $! "$building/log"
-    wait $! || { tail -n 30 "$building/log" >&2; fail "$MMCV did not compile; the end of its log is above"; }
-    rm "$building/log"
-    rm -rf "$wheels"
-    mv "$building" "$wheels"
-    trap - EXIT
+    say "  $MMCV has no wheel for this torch: compiling it, about 10 minutes on 2 cores, once (kept in $CACHE)"
+    build_mmcv "$wheels" "$has_cuda"
   fi
   install --no-deps --force-reinstall "$wheels"/*.whl
 }
 
-build_mmcv() {
-  local nvidia
-  nvidia=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu13
-  # Headers that torch's own include, and the CUDA toolkit may lack, come with torch's dependencies.
-  if [[ $2 == 1 ]]; then export FORCE_CUDA=1 CPATH=$nvidia/include LIBRARY_PATH=$nvidia/lib; else export CUDA_VISIBLE_DEVICES=; fi
-  "$VENV/bin/python" -m pip wheel --verbose --no-build-isolation --no-deps --wheel-dir "$1" --no-binary "${MMCV%==*}" "$MMCV"
-}
-
-# Shows how far ninja is while process $1 writes the log $2.
-watch_build() {
-  local done_so_far last=
-  while kill -0 "$1" 2>/dev/null; do
-    sleep 5
-    done_so_far=$(grep -oE '^ *\[[0-9]+/[0-9]+\]' "$2" | tail -n 1 | tr -d ' ' || true)
-    if [[ -t 1 ]]; then
-      printf '\r[setup]   mmcv %s ' "$done_so_far"
-    elif [[ ${done_so_far%?/*} != "$last" ]]; then
-      last=${done_so_far%?/*}
-      echo "[setup]   mmcv $done_so_far"
-    fi
-  done
-  [[ -t 1 ]] && echo || true
-}
+# build_mmcv FOLDER WITH_CUDA: mmcv's setup.py asks for C++17 by itself, after all flags from the environment; recent
+# torch headers need C++20. The compiler is therefore called through a script that has the last word. It also leaves out
+# the debug information that Python's own flags ask for, which takes more than half of the time.
+build_mmcv() (
+  building=$CACHE/wheels/building.$$
+  trap 'rm -rf "$building"' EXIT
+  mkdir -p "$building"
+  site=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  standard=$(sed -nE 's/.*__cplusplus < 20([0-9]{2}).*/-std=c++\1/p' "$site/torch/include/ATen/ATen.h")
+  printf '#!/bin/sh\nexec %s "$@" -g0 %s\n' "${CXX:-c++}" "$standard" >"$building/c++"
+  chmod +x "$building/c++"
+  export CXX=$building/c++
+  # Headers that torch's own include, and that the CUDA toolkit may lack, come with torch's dependencies.
+  if [[ $2 == 1 ]]; then
+    export FORCE_CUDA=1 CPATH=$site/nvidia/cu13/include LIBRARY_PATH=$site/nvidia/cu13/lib
+    export NVCC_APPEND_FLAGS="${NVCC_APPEND_FLAGS:-} $standard"
+  else
+    export CUDA_VISIBLE_DEVICES=
+  fi
+  "$VENV/bin/python" -m pip wheel --verbose --no-build-isolation --no-deps --wheel-dir "$building" \
+    --no-binary "${MMCV%==*}" "$MMCV"
+  rm -rf "$1"
+  mkdir "$1"
+  mv "$building"/*.whl "$1"
+)
 
 install_packages() {
-  install -r "$HOSTS" -r requirements/develop.txt -c requirements/constraints.txt
-  # openmim pulls in openxlab, whose pin takes setuptools back to a version that cannot install a pyproject.
-  install -r requirements/build.txt 2>/dev/null
+  install -r "$HOSTS" "${TOOLS[@]}" -c requirements/constraints.txt
+  # opencv-python, which mmengine requires, loads X11 libraries of the system; the headless build has the same files and
+  # loads none.
+  if ! "$VENV/bin/python" -c 'import cv2'; then
+    say "  no X11 libraries here: replacing OpenCV by its headless build"
+    install --no-deps --force-reinstall opencv-python-headless -c requirements/constraints.txt
+  fi
+  # openmim pulls in openxlab, which pins setuptools to a version that cannot install a pyproject.
+  install -r requirements/build.txt
 }
 
-install_project() { install --no-build-isolation --no-deps --editable .; }
+install_project() { install --verbose --no-build-isolation --no-deps --editable .; }
 
-if ! supported "$VENV/bin/python"; then
-  python=$(find_python)
-  say "making $VENV with $("$python" --version)"
-  make_venv
+command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler (${CXX:-c++}); Debian, Ubuntu: apt install g++"
+[[ -n $STACK || -n $(unusable .venv/bin/python "") ]] || STACK=$(default_stack .venv/bin/python)
+python=
+if [[ -z $STACK ]]; then
+  find_python
+  STACK=$(default_stack "$python")
+  if [[ $STACK == onedl ]]; then
+    say "Python $(version "$python"): using the maintained onedl packages, because OpenMMLab's need Python 3.10 or 3.11"
+    rm -rf .venv
+    ln -s .venv-onedl .venv
+  fi
+fi
+HOSTS=requirements/stacks/$STACK.txt
+[[ -e $HOSTS ]] || fail "STACK must be one of $(basename -s .txt requirements/stacks/*.txt | paste -sd,), got '$STACK'"
+VENV=$PWD/.venv
+[[ $STACK == openmmlab ]] || VENV=$PWD/.venv-$STACK
+TOOLS=(-r requirements/develop.txt)
+[[ $STACK != ops ]] || TOOLS=(-r requirements/tests.txt -r requirements/docs.txt)
+MMCV=$(grep -E '^(onedl-)?mmcv==' "$HOSTS" || true)
+readonly STACK HOSTS VENV TOOLS MMCV STAMPS=$VENV/.stamps
+
+if [[ -n $(unusable "$VENV/bin/python" "$STACK") ]]; then
+  [[ -n $python ]] || find_python
+  rm -rf "$VENV"
+elif [[ -n ${PYTHON:-} && $(version "$PYTHON") != $(version "$VENV/bin/python") ]]; then
+  fail "$VENV has Python $(version "$VENV/bin/python"), not $(version "$PYTHON") as PYTHON asks; delete it first"
 fi
 mkdir -p "$STAMPS"
-step torch "installing torch and torchvision (CUDA libraries included, several GB)" install_torch \
-  < <(cat requirements/torch.txt requirements/build.txt)
-step mmcv "installing $MMCV" install_mmcv < <(cat requirements/torch.txt; echo "$MMCV")
-step packages "installing mmdet, mmsegmentation, mmpretrain, mim and the development tools" install_packages \
-  < <(cat "$HOSTS" requirements/{build,constraints,develop,optional,tests}.txt)
+LOG=$VENV/setup.log
+touch "$LOG"
+export PATH=$VENV/bin:$PATH # ninja
+
+step venv "preparing ${VENV##*/} with $("${python:-$VENV/bin/python}" --version)" make_venv <requirements/build.txt
+step torch "installing torch and torchvision (CUDA libraries included, several GB)" install_torch <requirements/torch.txt
+if [[ -n $MMCV ]]; then
+  step mmcv "installing $MMCV" install_mmcv < <(cat requirements/torch.txt; echo "$MMCV")
+fi
+step packages "installing the packages of $HOSTS and the development tools" install_packages \
+  < <(cat "$HOSTS" requirements/{build,constraints,develop,docs,optional,tests}.txt)
 [[ -e grootvl_mm/_C.so ]] || rm -f "$STAMPS"/project-*
 step project "compiling the operators and installing grootvl_mm (about a minute)" install_project \
-  < <(cat setup.py pyproject.toml requirements/{runtime,torch}.txt; find ops -type f | sort | xargs cat)
+  < <(cat setup.py pyproject.toml requirements/{runtime,torch}.txt; find ops/csrc -type f | sort | xargs cat)
+say "$VENV is ready"

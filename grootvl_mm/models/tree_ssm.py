@@ -164,7 +164,7 @@ class TreeSSM(InitializedModule):
         tree: Tree,
         padding: Padding | None = None,
     ) -> Tensor:
-        """The selective scan of (B, H, W, *) values along trees, for ``cross`` the mean of that by rows and columns."""
+        """The scan of ``(B, H, W, *)`` values along trees; for ``cross``, the mean of the scans by rows and columns."""
         batch, height, width, _ = x.shape
         values = [value.flatten(1, 2) for value in (x, dt, b, c, gate)]
         y = self._selective_scan(*values, tree)

@@ -1,10 +1,18 @@
 """The inferencers of the hosts take our configs, by the path that the zoo tells for a name."""
 
+import re
+import shutil
+from pathlib import Path
+
+import cv2
 import numpy as np
 import pytest
+import torch
 
 from grootvl_mm.apis.zoo import config_file
+from grootvl_mm.models import GrootV
 from tests.demo.conftest import NAMES
+from tests.helpers.doc_pages import blocks
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -83,3 +91,20 @@ def test_the_recipes_build(host: str, inferencer: str, name: str, classes: int) 
     built = getattr(apis, inferencer)(config_file(name), device="cpu")
     assert built.model.backbone.num_features == [80, 160, 320, 640]
     assert len(built.model.dataset_meta["classes"]) == classes
+
+
+@pytest.mark.parametrize("code", blocks("docs/inference.md", "python"))
+def test_the_page_runs(
+    code: str, checkpoints: dict, picture: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With untrained models in the files that the page names."""
+    monkeypatch.chdir(tmp_path)
+    for file, task in re.findall(r'"(work_dirs/demo-(\w+)/\w+\.pth)"', code):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(checkpoints[task], file)
+    for file in re.findall(r'"([\w/]+\.(?:png|jpg))"', code):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(file, picture)
+    if "grootv_tiny.pth" in code:
+        torch.save(GrootV("tiny").state_dict(), "grootv_tiny.pth")
+    exec(compile(code, "docs/inference.md", "exec"), {})

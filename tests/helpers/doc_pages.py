@@ -1,7 +1,7 @@
-"""Reads the pages of the documentation, and checks their commands without running them."""
+"""Reads the pages of the documentation, and parses their commands without running them."""
 
+import ast
 import functools
-import importlib
 import importlib.util
 import os
 import re
@@ -11,10 +11,12 @@ import sys
 import textwrap
 from pathlib import Path
 
+import click
 import pytest
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.utils import is_installed
+from packaging.requirements import Requirement
 
 from grootvl_mm.apis.zoo import config_file
 from tests.helpers.config_cases import load_config
@@ -29,6 +31,8 @@ PAGES = {
         *sorted((ROOT / "configs").glob("*/README.md")),
     )
 }
+
+WRONG = (AssertionError, OSError, SystemExit, ValueError, click.UsageError)
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -56,6 +60,17 @@ def all_commands() -> list[str]:
     return list(dict.fromkeys(command for page in PAGES for command in commands(page)))
 
 
+def python_blocks(kind: str, *without: str) -> list:
+    """Parameters for the Python of all pages but ``without``, of a kind: ``own data``, ``config`` or ``code``."""
+    found = []
+    for page in PAGES.keys() - set(without):
+        for code in blocks(page, "python"):
+            is_config = not any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(code).body)
+            if kind == ("own data" if code.startswith("# my_") else "config" if is_config else "code"):
+                found.append(pytest.param(code, id=f"{page}: {code.splitlines()[0]}"))
+    return sorted(found, key=lambda block: block.id)
+
+
 def with_bases_found(code: str) -> str:
     """A config with paths in place of ``mmseg::``, by which onedl-mmengine 0.10.12 does not find the bases of mmseg."""
     if is_installed(MODULE2PACKAGE["mmseg"]):
@@ -64,34 +79,63 @@ def with_bases_found(code: str) -> str:
 
 
 def check_command(command: str, stubs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that a command's script exists and takes its arguments, and that its config loads, without running it.
+    """Check that a command exists and takes its arguments, and that its config loads, without running it.
 
     Args:
-        command: as in a page; what is neither a script of this repository nor mim's training or test passes.
+        command: as in a page.
         stubs: folder where launchers are put that write their arguments and do nothing else.
         monkeypatch: sets the arguments.
+
+    Raises:
+        One of ``WRONG``: Something is wrong with the command, or there is no check for its program.
     """
     words = shlex.split(command)
     environment = {}
     while re.match(r"\w+=", words[0]):
         name, value = words.pop(0).split("=", 1)
         environment[name] = value
-    if words[0] == "bash" or Path(words[0]).name.startswith("python"):
+    program = Path(words[0]).name
+    if program == "bash" or program.startswith("python"):
         words.pop(0)
-    if words[0] == "mim":
-        words = _of_mim(words[1:])
-    elif words[0].endswith(".sh"):
-        words = _of_launcher(words, environment, stubs)
-    if words and words[0].endswith(".py"):
+    if program == "make":
+        _check_make(words[1:])
+    elif program == "pip":
+        _check_pip(words[1:])
+    elif words[:2] == ["-m", "pytest"]:
+        assert all(Path(word).exists() for word in words[2:] if "/" in word)
+    else:
+        if program == "mim":
+            words = _of_mim(words[1:])
+        elif words[0].endswith(".sh"):
+            words = _of_launcher(words, environment, stubs)
+        if words and not words[0].endswith(".py"):
+            raise ValueError(f"no check for {words[0]!r}")
         _check_script(words, monkeypatch)
 
 
+def _check_make(words: list[str]) -> None:
+    makefile = Path("Makefile").read_text()
+    for word in words:
+        pattern = rf"^{word.split('=')[0]} \?=" if "=" in word else rf"^{word}:"
+        assert re.search(pattern, makefile, re.MULTILINE), f"the Makefile has no {word!r}"
+
+
+def _check_pip(words: list[str]) -> None:
+    subcommand, *arguments = words
+    options = subprocess.check_output([sys.executable, "-m", "pip", subcommand, "--help"], text=True)
+    for word in arguments:
+        if word.startswith("-"):
+            assert re.search(rf"(^| ){word}\b", options, re.MULTILINE), f"pip {subcommand} has no option {word}"
+        elif not Path(word).exists():
+            Requirement(word)
+
+
 def _of_mim(words: list[str]) -> list[str]:
-    """The call of the script that mim makes of its own command."""
-    if words[0] not in ("train", "test"):
-        return []
+    """The call of the script that mim makes of its own command, or none for a search."""
     module = pytest.importorskip(f"mim.commands.{words[0]}")
     given = module.cli.make_context(words[0], words[1:]).params
+    if words[0] == "search":
+        return []
     config = given["config"]
     if given["package"] == "grootvl_mm":
         (config,) = (str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob(config))
@@ -112,9 +156,9 @@ def _of_launcher(words: list[str], environment: dict[str, str], stubs: Path) -> 
 
 
 def _check_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = load_script(words[0])
-    if not hasattr(module, "parse_args"):
+    if not words:
         return
+    module = load_script(words[0])
     monkeypatch.setattr(sys, "argv", words)
     arguments = module.parse_args()
     config = getattr(arguments, "config", None)

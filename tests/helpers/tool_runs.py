@@ -99,15 +99,6 @@ class Mim:
         return done.stdout
 
 
-def mim_finds_us() -> bool:
-    """Whether the installed mim finds the files of grootvl_mm.
-
-    onedl-mim 0.5.1 takes the first folder that an installation lists for the package. Where distribution and module
-    have the same name, that is the metadata.
-    """
-    return "openmim" in packages_distributions()["mim"]
-
-
 def mim_name(host: str) -> str:
     """What the installed mim calls a host: openmim the module (mmdet), onedl-mim the package (onedl-mmdetection)."""
     (package,) = packages_distributions()[host]
