@@ -7,7 +7,7 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 
 from grootvl_mm.apis import cli
-from grootvl_mm.apis.resume import find_resumable_checkpoint, read_seed
+from grootvl_mm.apis.resume import check_resumable, find_resumable_checkpoint, read_seed
 from grootvl_mm.engine.hooks.step_seed_hook import make_repeatable
 
 
@@ -49,9 +49,13 @@ def set_resume(cfg: Config, resume: str) -> None:
         cli.check_file(resume, "checkpoint", "give its path, or --resume alone for the newest one")
     cfg.resume = True
     cfg.load_from = resume
-    if cfg.get("randomness", {}).get("seed") is None and "://" not in resume:
-        # mmengine takes the seed over too, but only after it has shuffled the data.
-        cfg.merge_from_dict({"randomness.seed": read_seed(resume)})
+    if "://" in resume:
+        return
+    with cli.checkpoint_errors():
+        check_resumable(resume)
+        if cfg.get("randomness", {}).get("seed") is None:
+            # mmengine takes the seed over too, but only after it has shuffled the data.
+            cfg.merge_from_dict({"randomness.seed": read_seed(resume)})
 
 
 def set_amp(cfg: Config) -> None:

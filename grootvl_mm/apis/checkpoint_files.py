@@ -2,9 +2,6 @@
 
 import hashlib
 import os
-import pickle
-import re
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,65 +10,10 @@ import torch
 from mmengine.utils import is_seq_of
 from torch import Tensor
 
-from grootvl_mm.models.published_checkpoints import CheckpointError
-from grootvl_mm.utils.safe_checkpoints import load_safely
+from grootvl_mm.utils.safe_checkpoints import CheckpointError, read_checkpoint
 
 SUFFIX = ".pth"
 HASH_DIGITS = 8
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; nothing in the file is executed (``weights_only``).
-
-    Args:
-        path: File that ``torch.save`` wrote. Beside tensors it may hold what mmengine puts into its checkpoints and
-            the configs of yacs, which come as dictionaries.
-
-    Returns:
-        The content, names to values.
-
-    Raises:
-        CheckpointError: There is no such file, it is damaged, it holds objects that safe loading refuses, or its
-            content is no dictionary of names.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; give a checkpoint file")
-    try:
-        _check_sums(path)
-        content = load_safely(path)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
-        if refused:
-            raise CheckpointError(
-                f"{path} holds objects of {refused[1]}, which safe loading refuses; save its weights alone with the "
-                "code that wrote it: torch.save(weights, FILE)"
-            ) from error
-        raise _damaged(path, error) from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:
-        # Broken bytes end in errors of many types, from the archive's reader, the unpickler or the tensors.
-        raise _damaged(path, error) from error
-    if not isinstance(content, Mapping) or not is_seq_of(list(content), str):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dictionary of names")
-    return dict(content)
-
-
-def _check_sums(path: Path) -> None:
-    """Compare the content with the check sums in the archive, which torch writes but does not look at."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            changed = archive.testzip()
-        if changed is not None:
-            raise zipfile.BadZipFile(f"the check sum of {changed} is wrong")
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    text = str(error).strip()
-    # Errors such as KeyError(101) say nothing but their type.
-    reason = text.splitlines()[0].split(". ")[0] if " " in text else type(error).__name__
-    return CheckpointError(f"{path} is no checkpoint, or is cut off or damaged: {reason}")
 
 
 def is_state_dict(value: Any) -> bool:

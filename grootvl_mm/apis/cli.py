@@ -14,7 +14,8 @@ from mmengine.dist import is_distributed
 
 from grootvl_mm.apis.checkpoint_files import CheckpointError, read_checkpoint
 from grootvl_mm.apis.cpu import adapt_to_cpu
-from grootvl_mm.engine.hooks.global_loss_hook import GlobalLossHook
+from grootvl_mm.engine.hooks import GlobalLossHook, UntrustedCheckpointHook
+from grootvl_mm.utils.host_loaders import use_safe_loaders
 
 # default_scope of the config -> pip names of the package that serves the task: OpenMMLab's and that of the onedl stack
 HOSTS = {
@@ -84,6 +85,8 @@ def checkpoint_errors(path: str | None = None) -> Iterator[None]:
 def load_config(path: str, cfg_options: dict | None = None) -> Config:
     """Load a config of one of the three tasks and merge the overrides of the command line.
 
+    From here on, this process reads checkpoints safely (:mod:`grootvl_mm.utils.host_loaders`).
+
     Args:
         path: Path of the config file.
         cfg_options: Overrides, dotted key to value.
@@ -91,6 +94,7 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
     Returns:
         The config; its ``default_scope`` is a key of :data:`HOSTS` whose package is installed.
     """
+    use_safe_loaders()
     check_file(path, "config", "give the path of a config file, e.g. one in configs/")
     cfg = Config.fromfile(path)
     if cfg_options:
@@ -123,8 +127,8 @@ def prepare_runner_config(args: argparse.Namespace) -> Config:
 
 def finish_runner_config(cfg: Config) -> None:
     """Fit a complete run config to the device and the launcher; call it right before ``Runner``."""
-    if cfg.launcher != "none":
-        cfg.custom_hooks = [*cfg.get("custom_hooks", []), {"type": f"grootvl_mm.{GlobalLossHook.__name__}"}]
+    hooks = [UntrustedCheckpointHook, *([GlobalLossHook] if cfg.launcher != "none" else [])]
+    cfg.custom_hooks = [*({"type": f"grootvl_mm.{hook.__name__}"} for hook in hooks), *(cfg.get("custom_hooks") or [])]
     if get_device() == "cpu":
         try:
             adapt_to_cpu(cfg)

@@ -3,5 +3,6 @@
 from grootvl_mm.engine.hooks.global_loss_hook import GlobalLossHook
 from grootvl_mm.engine.hooks.published_checkpoint_hook import PublishedCheckpointHook
 from grootvl_mm.engine.hooks.step_seed_hook import StepSeedHook
+from grootvl_mm.engine.hooks.untrusted_checkpoint_hook import UntrustedCheckpointHook
 
-__all__ = ["GlobalLossHook", "PublishedCheckpointHook", "StepSeedHook"]
+__all__ = ["GlobalLossHook", "PublishedCheckpointHook", "StepSeedHook", "UntrustedCheckpointHook"]
