@@ -1,6 +1,7 @@
 """What ``tools/train.py``, ``tools/test.py`` and the tools that load a model have in common."""
 
 import argparse
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -14,8 +15,9 @@ from mmengine.dist import is_distributed
 
 from grootvl_mm.apis.checkpoint_files import CheckpointError, read_checkpoint
 from grootvl_mm.apis.cpu import adapt_to_cpu
-from grootvl_mm.engine.hooks import GlobalLossHook, UntrustedCheckpointHook
+from grootvl_mm.engine.hooks import CompleteCheckpointHook, GlobalLossHook, UntrustedCheckpointHook
 from grootvl_mm.utils.host_loaders import use_safe_loaders
+from grootvl_mm.utils.processes import end_children_with_this_process, end_with_parent
 
 # default_scope of the config -> pip names of the package that serves the task: OpenMMLab's and that of the onedl stack
 HOSTS = {
@@ -125,10 +127,25 @@ def prepare_runner_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def finish_runner_config(cfg: Config) -> None:
-    """Fit a complete run config to the device and the launcher; call it right before ``Runner``."""
-    hooks = [UntrustedCheckpointHook, *([GlobalLossHook] if cfg.launcher != "none" else [])]
-    cfg.custom_hooks = [*({"type": f"grootvl_mm.{hook.__name__}"} for hook in hooks), *(cfg.get("custom_hooks") or [])]
+def finish_runner_config(cfg: Config, allow_mismatch: bool = False) -> None:
+    """Fit a complete run config to the device and the launcher, and make it safe; call it right before ``Runner``.
+
+    Its data workers end with this process, and this process with torchrun.
+
+    Args:
+        cfg: Changed in place.
+        allow_mismatch: Test a model even if its checkpoint lacks some of its weights.
+    """
+    end_children_with_this_process()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(os.getppid())
+    hooks = [
+        {"type": f"grootvl_mm.{UntrustedCheckpointHook.__name__}"},
+        {"type": f"grootvl_mm.{CompleteCheckpointHook.__name__}", "allow_mismatch": allow_mismatch},
+    ]
+    if cfg.launcher != "none":
+        hooks.append({"type": f"grootvl_mm.{GlobalLossHook.__name__}"})
+    cfg.custom_hooks = [*hooks, *(cfg.get("custom_hooks") or [])]
     if get_device() == "cpu":
         try:
             adapt_to_cpu(cfg)

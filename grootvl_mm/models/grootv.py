@@ -9,6 +9,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from grootvl_mm.layers.linear import MLP
+from grootvl_mm.models.pretrained import complete_pretraining
 from grootvl_mm.models.published_checkpoints import (
     CheckpointError,
     rename_published_backbone,
@@ -261,6 +262,11 @@ class GrootV(BaseModule):
                 else f"out_indices must be a stage of 0..{num_stages - 1}, got {out_indices}"
             )
         return indices
+
+    def init_weights(self) -> None:
+        """Initialize as ``init_cfg`` says; pretrained weights must be complete."""
+        with complete_pretraining(self):
+            super().init_weights()
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Feature maps of images of any size.

@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlparse
 import torch
 from mmengine import dist
 
+from grootvl_mm.utils.loaded_weights import check_weights
 from grootvl_mm.utils.safe_checkpoints import CheckpointError, load_safely, read_checkpoint
 
 
@@ -75,7 +76,7 @@ def load_from_local(filename: str, map_location: Any = "cpu") -> dict[str, Any]:
     Raises:
         CheckpointError: as :func:`read_checkpoint`.
     """
-    return read_checkpoint(Path(filename).expanduser(), map_location=map_location)
+    return _read(Path(filename).expanduser(), map_location)
 
 
 def load_from_http(
@@ -99,7 +100,16 @@ def load_from_http(
             raise CheckpointError(f"cannot download {filename}: {str(error).splitlines()[0]}") from error
     if world_size > 1:
         dist.barrier()
-    return read_checkpoint(target, map_location=map_location)
+    return _read(target, map_location)
+
+
+def _read(path: Path, map_location: Any) -> dict[str, Any]:
+    content = read_checkpoint(path, map_location=map_location)
+    try:
+        check_weights(content)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return content
 
 
 def _load(file: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:

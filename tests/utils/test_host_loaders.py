@@ -82,12 +82,13 @@ def test_code_is_never_executed(tmp_path: Path, address: str, monkeypatch: pytes
 
 def test_files_are_read_as_they_were_written(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "served" / "file.pth"
-    torch.save({"a": torch.ones(2), "b": np.arange(3.0), "c": HistoryBuffer([1.0], [1])}, file)
+    meta = {"b": np.arange(3.0), "c": HistoryBuffer([1.0], [1])}
+    torch.save({"state_dict": {"a": torch.ones(2)}, "meta": meta}, file)
     with safe_loaders():
         for name in names(file, address, monkeypatch):
             content = host._load_checkpoint(name, map_location="cpu")
-            assert type(content["b"]) is np.ndarray
-            assert content["a"].tolist() == [1, 1]
+            assert type(content["meta"]["b"]) is np.ndarray
+            assert content["state_dict"]["a"].tolist() == [1, 1]
 
 
 def test_damaged_and_missing_files(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:

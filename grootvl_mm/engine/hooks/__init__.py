@@ -1,8 +1,15 @@
 """Hooks of mmengine's Runner. Importing them takes OpenCV, which the models do without."""
 
+from grootvl_mm.engine.hooks.complete_checkpoint_hook import CompleteCheckpointHook
 from grootvl_mm.engine.hooks.global_loss_hook import GlobalLossHook
 from grootvl_mm.engine.hooks.published_checkpoint_hook import PublishedCheckpointHook
 from grootvl_mm.engine.hooks.step_seed_hook import StepSeedHook
 from grootvl_mm.engine.hooks.untrusted_checkpoint_hook import UntrustedCheckpointHook
 
-__all__ = ["GlobalLossHook", "PublishedCheckpointHook", "StepSeedHook", "UntrustedCheckpointHook"]
+__all__ = [
+    "CompleteCheckpointHook",
+    "GlobalLossHook",
+    "PublishedCheckpointHook",
+    "StepSeedHook",
+    "UntrustedCheckpointHook",
+]
