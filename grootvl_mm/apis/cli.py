@@ -15,7 +15,12 @@ from mmengine.dist import is_distributed
 
 from grootvl_mm.apis.checkpoint_files import CheckpointError, read_checkpoint
 from grootvl_mm.apis.cpu import adapt_to_cpu
-from grootvl_mm.engine.hooks import CompleteCheckpointHook, GlobalLossHook, UntrustedCheckpointHook
+from grootvl_mm.engine.hooks import (
+    CompleteCheckpointHook,
+    GlobalLossHook,
+    ResumedValidationHook,
+    UntrustedCheckpointHook,
+)
 from grootvl_mm.utils.host_loaders import use_safe_loaders
 from grootvl_mm.utils.processes import end_children_with_this_process, end_with_parent
 
@@ -143,6 +148,8 @@ def finish_runner_config(cfg: Config, allow_mismatch: bool = False) -> None:
         {"type": f"grootvl_mm.{UntrustedCheckpointHook.__name__}"},
         {"type": f"grootvl_mm.{CompleteCheckpointHook.__name__}", "allow_mismatch": allow_mismatch},
     ]
+    if cfg.get("resume"):
+        hooks.append({"type": f"grootvl_mm.{ResumedValidationHook.__name__}"})
     if cfg.launcher != "none":
         hooks.append({"type": f"grootvl_mm.{GlobalLossHook.__name__}"})
     cfg.custom_hooks = [*hooks, *(cfg.get("custom_hooks") or [])]

@@ -86,3 +86,8 @@ def run(
     runner = RUNNERS.build(cfg)
     runner.train()
     return runner
+
+
+def best(folder: Path) -> list[str]:
+    """The names of the best checkpoints."""
+    return sorted(path.name for path in folder.glob("best_*"))

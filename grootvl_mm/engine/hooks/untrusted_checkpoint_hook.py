@@ -80,7 +80,7 @@ def _settle_paths(runner: Runner, info: dict[str, Any]) -> None:
     ids = info.get("keep_ckpt_ids")
     if ids is not None:
         info["keep_ckpt_ids"] = [step for step in ids if _is_count(step)] if isinstance(ids, list) else []
-    folder = _checkpoint_folder(runner)
+    folder = checkpoint_folder(runner)
     for key in [key for key in info if key == "best_ckpt" or key.startswith("best_ckpt_")]:
         name = Path(str(info[key]).replace("\\", "/")).name
         own = folder / name
@@ -90,13 +90,12 @@ def _settle_paths(runner: Runner, info: dict[str, Any]) -> None:
         del info[key]
         score = info.pop(key.replace("best_ckpt", "best_score", 1), None)
         print_log(
-            f"The best checkpoint so far, {name!r}, is not in {folder}: its score ({score}) is forgotten, and the next "
-            "validation starts anew.",
+            f"The best checkpoint so far, {name!r} (score {score}), is not in {folder} and will not be touched.",
             "current",
         )
 
 
-def _checkpoint_folder(runner: Runner) -> Path:
+def checkpoint_folder(runner: Runner) -> Path:
     """The folder of CheckpointHook, which settles it only after the checkpoint is loaded.
 
     Where it writes to a storage service, no file on this machine is its own; the name of the folder is then none.

@@ -10,7 +10,7 @@ from mmengine.logging import HistoryBuffer
 from grootvl_mm.engine.hooks import UntrustedCheckpointHook
 from grootvl_mm.utils.safe_checkpoints import CheckpointError, load_safely
 from tests.helpers.marks import needs_safe_globals
-from tests.helpers.small_runs import run
+from tests.helpers.small_runs import best, run
 
 RUNNER_TYPES = ("Runner", "FlexibleRunner")
 
@@ -23,10 +23,6 @@ def change(path: Path, **parts: dict) -> Path:
         target.update(changes)
     torch.save(content, path)
     return path
-
-
-def best(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("best_*"))
 
 
 @needs_safe_globals
