@@ -2,14 +2,16 @@
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from mmengine.utils import is_seq_of
 from torch import Tensor
 
+from grootvl_mm.apis.whole_files import exit_on_sigterm
 from grootvl_mm.utils.safe_checkpoints import CheckpointError, read_checkpoint
 
 SUFFIX = ".pth"
@@ -61,19 +63,45 @@ def write_checkpoint(content: Mapping[str, Any], target: str | Path) -> Path:
         CheckpointError: As :func:`check_target`, and when the file cannot be written.
     """
     target = check_target(target)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        # Through an open file: given a path, torch.save would write the path's name into the file and so its hash.
-        with partial.open("wb") as file:
-            torch.save(dict(content), file)
-        digest = hashlib.sha256(partial.read_bytes()).hexdigest()[:HASH_DIGITS]
-        final = target.with_name(f"{target.stem}-{digest}{SUFFIX}")
-        os.replace(partial, final)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise CheckpointError(f"cannot write {target}: {str(error).splitlines()[0]}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        # Under its own name at last: the hash is known when the file is.
+        with exit_on_sigterm(), tempfile.TemporaryDirectory(prefix=f".{target.stem}-", dir=target.parent) as folder:
+            partial = Path(folder, target.name)
+            with partial.open("wb") as file:
+                _save(dict(content), file)
+                os.fsync(file.fileno())
+            digest = hashlib.sha256(partial.read_bytes()).hexdigest()[:HASH_DIGITS]
+            final = target.with_name(f"{target.stem}-{digest}{SUFFIX}")
+            os.replace(partial, final)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
     return final
+
+
+def _save(content: dict[str, Any], file: IO[bytes]) -> None:
+    """``torch.save`` into an open file: given a path, it would write the path's name into the file and so its hash.
+
+    Raises:
+        OSError: the content cannot be written; torch would report a failure of its own that followed from it.
+    """
+    errors = []
+
+    class Remembering:
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                errors.append(error)
+                raise
+
+        def flush(self) -> None:
+            file.flush()
+
+    try:
+        torch.save(content, Remembering())
+        file.flush()
+    except RuntimeError as error:
+        raise errors[0] if errors else error from None
 
 
 def rewrite_checkpoint(

@@ -1,6 +1,7 @@
 """What ``tools/train.py``, ``tools/test.py`` and the tools that load a model have in common."""
 
 import argparse
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,12 @@ HOSTS = {
     "mmseg": ("mmsegmentation", "onedl-mmsegmentation"),
     "mmpretrain": ("mmpretrain", "onedl-mmpretrain"),
 }
+
+# What a disk says that is full or must not be written to, or whose user has no more room.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+# How torch begins what it says about state dicts of other models, averaged models and optimizers.
+MISFITS = ("Error(s) in loading state_dict", "loaded state dict")
+MAX_REASON = 300
 
 
 def fail(message: str) -> NoReturn:
@@ -79,14 +86,34 @@ def checkpoint_errors(path: str | None = None) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        fail(f"{path}: {error}" if path else str(error))
-    except Exception:
+        fail(f"{path}: {error}" if path and str(path) not in str(error) else str(error))
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            fail(f"{error.filename or 'cannot write a file'}: {error.strerror}")
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if text.startswith(MISFITS):
+            fail(f"the checkpoint does not fit the config's model or optimizer: {text[:MAX_REASON]}")
         if path is not None and Path(path).is_file():
             try:
                 read_checkpoint(path)
-            except CheckpointError as error:
-                fail(str(error))
+            except CheckpointError as unreadable:
+                fail(str(unreadable))
         raise
+
+
+@contextmanager
+def file_errors(path: str | Path) -> Iterator[None]:
+    """Fail with one clear line where a file cannot be written.
+
+    Args:
+        path: What is written.
+    """
+    try:
+        yield
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror or error}")
 
 
 def load_config(path: str, cfg_options: dict | None = None) -> Config:

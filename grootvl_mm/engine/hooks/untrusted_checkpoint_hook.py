@@ -66,8 +66,24 @@ def check_training_checkpoint(checkpoint: Mapping[str, Any]) -> None:
             isinstance(key, str) and isinstance(value, kind) for key, value in part.items()
         ):
             wrong.append(f"message_hub[{name!r}]")
+    wrong += _misfits(checkpoint)
     if wrong:
         raise CheckpointError(f"the checkpoint cannot be resumed: {', '.join(wrong)} is not what mmengine writes")
+
+
+def _misfits(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Parts of a checkpoint in which mmengine would run into an error of its own."""
+    weights, averaged = checkpoint["state_dict"], checkpoint.get("ema_state_dict")
+    wrong = [] if isinstance(checkpoint.get("optimizer", {}), Mapping) else ["optimizer"]
+    if not isinstance(checkpoint.get("param_schedulers", []), (Mapping, list)):
+        wrong.append("param_schedulers")
+    if averaged is not None:
+        # EMAHook exchanges what has the same names.
+        names = [name for name in averaged if isinstance(name, str)] if isinstance(averaged, Mapping) else []
+        known = all(name[7:] in weights for name in names if name.startswith("module."))
+        if not names or not known:
+            wrong.append("ema_state_dict")
+    return wrong
 
 
 def _is_count(value: Any) -> bool:

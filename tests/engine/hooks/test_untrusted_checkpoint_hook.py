@@ -141,6 +141,10 @@ def test_no_file_elsewhere_is_deleted(target: object, several: bool, tmp_path: P
         (lambda content: content["message_hub"]["log_scalars"].update(a=1), "log_scalars"),
         (lambda content: content["message_hub"].update(runtime_info=[]), "runtime_info"),
         (lambda content: content["message_hub"]["resumed_keys"].update(a="yes"), "resumed_keys"),
+        (lambda content: content.update(optimizer=[1]), "optimizer"),
+        (lambda content: content.update(param_schedulers=1), "param_schedulers"),
+        (lambda content: content.update(ema_state_dict={"module.b": 1}), "ema_state_dict"),
+        (lambda content: content.update(ema_state_dict=[1]), "ema_state_dict"),
     ],
 )
 def test_what_cannot_be_resumed_is_told_in_one_line(change_it: object, message: str, tmp_path: Path) -> None:
