@@ -19,6 +19,8 @@ from grootvl_mm.apis.cpu import adapt_to_cpu
 from grootvl_mm.engine.hooks import (
     CompleteCheckpointHook,
     GlobalLossHook,
+    RanksAgreeHook,
+    RanksDifferError,
     ResumedValidationHook,
     UntrustedCheckpointHook,
 )
@@ -35,7 +37,9 @@ HOSTS = {
 # What a disk says that is full or must not be written to, or whose user has no more room.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 # How torch begins what it says about state dicts of other models, averaged models and optimizers.
-MISFITS = ("Error(s) in loading state_dict", "loaded state dict")
+MISFITS = ("Error(s) in loading state_dict", "loaded state dict", "DDP expects same model across all ranks")
+# How long a process waits for another, if the config does not say; PyTorch's own default is 30 minutes over TCP.
+DIST_TIMEOUT = 600  # seconds
 MAX_REASON = 300
 
 
@@ -85,6 +89,8 @@ def checkpoint_errors(path: str | None = None) -> Iterator[None]:
     """
     try:
         yield
+    except RanksDifferError as error:
+        fail(str(error))
     except CheckpointError as error:
         fail(f"{path}: {error}" if path and str(path) not in str(error) else str(error))
     except OSError as error:
@@ -178,13 +184,20 @@ def finish_runner_config(cfg: Config, allow_mismatch: bool = False) -> None:
     if cfg.get("resume"):
         hooks.append({"type": f"grootvl_mm.{ResumedValidationHook.__name__}"})
     if cfg.launcher != "none":
-        hooks.append({"type": f"grootvl_mm.{GlobalLossHook.__name__}"})
+        hooks += [{"type": f"grootvl_mm.{hook.__name__}"} for hook in (GlobalLossHook, RanksAgreeHook)]
+        _limit_waiting(cfg)
     cfg.custom_hooks = [*hooks, *(cfg.get("custom_hooks") or [])]
     if get_device() == "cpu":
         try:
             adapt_to_cpu(cfg)
         except ValueError as error:
             fail(str(error))
+
+
+def _limit_waiting(cfg: Config) -> None:
+    """Let processes that wait for one that is gone, or behind a cut link, give up in time."""
+    env_cfg = cfg.get("env_cfg") or {}
+    cfg.env_cfg = {**env_cfg, "dist_cfg": {"timeout": DIST_TIMEOUT, **(env_cfg.get("dist_cfg") or {})}}
 
 
 def close_process_group() -> None:

@@ -82,3 +82,13 @@ def test_what_a_run_may_meet_is_one_line(error: Exception, message: str):
 def test_files_that_cannot_be_written():
     with pytest.raises(SystemExit, match=r"^error: cannot write out: No space"), cli.file_errors("out"):
         raise OSError(28, "No space left on device")
+
+
+def test_processes_wait_for_each_other_for_a_stated_time(monkeypatch):
+    monkeypatch.setattr(cli, "get_device", lambda: "cuda")
+    cfg = cli.Config({"launcher": "pytorch"})
+    cli.finish_runner_config(cfg)
+    assert cfg.env_cfg.dist_cfg.timeout == cli.DIST_TIMEOUT
+    cfg = cli.Config({"launcher": "pytorch", "env_cfg": {"dist_cfg": {"backend": "nccl", "timeout": 60}}})
+    cli.finish_runner_config(cfg)
+    assert cfg.env_cfg.dist_cfg == {"backend": "nccl", "timeout": 60}

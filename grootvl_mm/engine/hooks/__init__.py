@@ -3,6 +3,7 @@
 from grootvl_mm.engine.hooks.complete_checkpoint_hook import CompleteCheckpointHook
 from grootvl_mm.engine.hooks.global_loss_hook import GlobalLossHook
 from grootvl_mm.engine.hooks.published_checkpoint_hook import PublishedCheckpointHook
+from grootvl_mm.engine.hooks.ranks_agree_hook import RanksAgreeHook, RanksDifferError
 from grootvl_mm.engine.hooks.resumed_validation_hook import ResumedValidationHook
 from grootvl_mm.engine.hooks.step_seed_hook import StepSeedHook
 from grootvl_mm.engine.hooks.untrusted_checkpoint_hook import UntrustedCheckpointHook
@@ -11,6 +12,8 @@ __all__ = [
     "CompleteCheckpointHook",
     "GlobalLossHook",
     "PublishedCheckpointHook",
+    "RanksAgreeHook",
+    "RanksDifferError",
     "ResumedValidationHook",
     "StepSeedHook",
     "UntrustedCheckpointHook",
