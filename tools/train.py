@@ -25,6 +25,12 @@ def parse_args() -> argparse.Namespace:
         "in the work dir, or from the start if there is none",
     )
     parser.add_argument(
+        "--exact-resume",
+        action="store_true",
+        help="seed every step, so that a resumed training repeats an uninterrupted one exactly; give it to both. Data "
+        "workers of epoch-based training start anew with each epoch",
+    )
+    parser.add_argument(
         "--amp",
         action="store_true",
         help="automatic mixed precision (float16 on GPUs, bfloat16 on the CPU)",
@@ -87,7 +93,8 @@ def main() -> None:
         set_auto_scale_lr(cfg)
     if args.resume is not None:
         set_resume(cfg, args.resume)
-    make_repeatable(cfg)
+    if args.exact_resume:
+        make_repeatable(cfg)
     cli.finish_runner_config(cfg)
     with cli.checkpoint_errors():
         RUNNERS.build(cfg).train()

@@ -104,7 +104,7 @@ def test_killed_training_ends_as_one_that_was_not_killed(command: Command, make_
     config = make_config("cls")
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     options = (
-        "--auto-scale-lr",
+        *("--auto-scale-lr", "--exact-resume"),
         *("--cfg-options", "auto_scale_lr.base_batch_size=8", "default_hooks.ema.type=EMAHook"),
         *("default_hooks.ema.momentum=0.1", "default_hooks.checkpoint.max_keep_ckpts=-1"),
         "model.backbone.drop_path_rate=0.5",
