@@ -55,9 +55,12 @@ class LoadedWeights:
 
     Args:
         model: the model; it must not be loaded at the same time by others.
+        at_once: raise the error while the weights are loaded, at the first module that has a problem; else
+            :meth:`finish` raises it for all of them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, at_once: bool = False) -> None:
+        self.at_once = at_once
         self.problems: dict[str, str] = {}
         self.total = 0
         self._handles = [
@@ -76,6 +79,8 @@ class LoadedWeights:
             fault = _difference(own, state_dict[name]) if name in state_dict else "missing"
             if fault:
                 self.problems[name] = fault
+        if self.at_once:
+            self._check()
 
     def stop(self) -> None:
         """Stop watching."""
@@ -90,6 +95,9 @@ class LoadedWeights:
             CheckpointError: something of the model was not loaded.
         """
         self.stop()
+        self._check()
+
+    def _check(self) -> None:
         _raise("weights of the model do not fit the checkpoint and would stay random", self.problems, self.total)
 
 

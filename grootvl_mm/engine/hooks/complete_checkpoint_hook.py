@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
@@ -28,11 +28,15 @@ class CompleteCheckpointHook(Hook):
 
     def __init__(self, allow_mismatch: bool = False) -> None:
         self.allow_mismatch = allow_mismatch
-        self._loaded: LoadedWeights | None = None
+        self._loaded: list[LoadedWeights] = []
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Watch what mmengine loads next."""
-        self._loaded = LoadedWeights(runner.model)
+        """Watch what mmengine loads next, and EMAHook in a training that is resumed."""
+        self._loaded = [LoadedWeights(runner.model)]
+        if runner._resume:
+            averaged = [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]
+            # At once, because PyTorch has errors of its own for these.
+            self._loaded += [LoadedWeights(model, at_once=True) for model in averaged]
 
     def before_train(self, runner: Runner) -> None:
         """Raise a :class:`CheckpointError` if a resumed model is not complete."""
@@ -47,12 +51,11 @@ class CompleteCheckpointHook(Hook):
         self._finish(allow=self.allow_mismatch)
 
     def _finish(self, allow: bool) -> None:
-        loaded, self._loaded = self._loaded, None
-        if loaded is None:
-            return
-        try:
-            loaded.finish()
-        except CheckpointError as error:
-            if not allow:
-                raise
-            print_log(str(error), "current", logging.WARNING)
+        loaded, self._loaded = self._loaded, []
+        for watched in loaded:
+            try:
+                watched.finish()
+            except CheckpointError as error:
+                if not allow:
+                    raise
+                print_log(str(error), "current", logging.WARNING)
