@@ -6,7 +6,6 @@ Pictures keep their names, a video becomes an MP4 file. The config's default_sco
 """
 
 import argparse
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +19,14 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
+from mmengine.runner import load_checkpoint
+from torch import nn
 from tqdm import tqdm
 
 from grootvl_mm import zoo
 from grootvl_mm.apis import cli
+from grootvl_mm.apis.whole_files import whole_file
+from grootvl_mm.utils.loaded_weights import all_weights_loaded
 
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 FPS = 25.0  # of a video that does not tell its own
@@ -119,11 +122,18 @@ def check_device(device: str) -> str:
     return device
 
 
+def check_complete(model: nn.Module, checkpoint: str) -> None:
+    """Fail if some weights of an inferencer's model are not in its checkpoint, which it does not tell."""
+    with all_weights_loaded(model):
+        load_checkpoint(model, checkpoint, map_location="cpu", logger="silent")
+
+
 def detector(cfg: Config, checkpoint: str, args: argparse.Namespace) -> Draw:
     """Boxes and masks."""
     from mmdet.apis import DetInferencer
 
     inferencer = DetInferencer(cfg, checkpoint, args.device, show_progress=False)
+    check_complete(inferencer.model, checkpoint)
     options = {"return_vis": True, "pred_score_thr": args.score_thr, "show": args.show, "wait_time": args.wait_time}
 
     def draw(picture: np.ndarray) -> np.ndarray:
@@ -138,6 +148,7 @@ def segmenter(cfg: Config, checkpoint: str, args: argparse.Namespace) -> Draw:
     from mmseg.apis import MMSegInferencer
 
     inferencer = MMSegInferencer(cfg, checkpoint, device=args.device)
+    check_complete(inferencer.model, checkpoint)
     inferencer.show_progress = False
     options = {"return_vis": True, "show": args.show, "wait_time": args.wait_time}
 
@@ -156,6 +167,7 @@ def classifier(cfg: Config, checkpoint: str, args: argparse.Namespace) -> Draw:
 
     progress.disable_progress_bar = True
     inferencer = ImageClassificationInferencer(cfg, checkpoint, args.device)
+    check_complete(inferencer.model, checkpoint)
     visualizer = UniversalVisualizer()
     options = {"classes": inferencer.classes, "show": args.show, "wait_time": args.wait_time}
 
@@ -187,34 +199,32 @@ def write_picture(path: Path, picture: np.ndarray) -> Path:
     """Write a picture (RGB), whole or not at all; as PNG where OpenCV cannot write the format of the name."""
     if not cv2.haveImageWriter(path.name):
         path = path.with_name(f"{path.name}.png")
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_bytes(cv2.imencode(path.suffix, mmcv.rgb2bgr(picture))[1])
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_bytes(cv2.imencode(path.suffix, mmcv.rgb2bgr(picture))[1])
     return path
 
 
 @contextmanager
 def video_writer(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]:
     """Give a function that appends a frame; the file gets its name when all of them are written."""
-    partial = path.with_suffix(f".part{path.suffix}")
     writer = cv2.VideoWriter()
+    with whole_file(path) as partial:
 
-    def write(frame: np.ndarray) -> None:
-        if not writer.isOpened():
-            height, width = frame.shape[:2]
-            if not writer.open(str(partial), cv2.VideoWriter_fourcc(*"mp4v"), fps, (width, height)):
-                cli.fail(f"OpenCV cannot write the video {path}; give --frames and the pictures of a folder instead")
-        writer.write(mmcv.rgb2bgr(frame))
+        def write(frame: np.ndarray) -> None:
+            if not writer.isOpened():
+                height, width = frame.shape[:2]
+                if not writer.open(str(partial), cv2.VideoWriter_fourcc(*"mp4v"), fps, (width, height)):
+                    cli.fail(
+                        f"OpenCV cannot write the video {path}; give --frames and the pictures of a folder instead"
+                    )
+            writer.write(mmcv.rgb2bgr(frame))
 
-    try:
-        yield write
-        if not writer.isOpened():
-            cli.fail("no frame of the video can be read")
-        writer.release()
-        os.replace(partial, path)
-    finally:
-        writer.release()
-        partial.unlink(missing_ok=True)
+        try:
+            yield write
+            if not writer.isOpened():
+                cli.fail("no frame of the video can be read")
+        finally:
+            writer.release()
 
 
 def draw_all(source: Input, draw: Draw, args: argparse.Namespace) -> Path:
@@ -248,7 +258,8 @@ def main() -> None:
     cfg.get("visualizer", {}).pop("vis_backends", None)  # the pictures are written here
     with cli.checkpoint_errors(checkpoint):
         draw = TASKS[cfg.default_scope](cfg, checkpoint, args)
-    written = draw_all(source, draw, args)
+    with cli.file_errors(args.out_dir):
+        written = draw_all(source, draw, args)
     MMLogger.get_instance("image_demo").info("%s", written)
 
 

@@ -6,10 +6,12 @@ the checkpoints that mmengine writes. It works without the compiled operators (s
 
 from grootvl_mm import engine, models, ops
 from grootvl_mm.registry import expose_bare_names
+from grootvl_mm.utils.host_loaders import keep_stand_ins
 from grootvl_mm.utils.safe_checkpoints import allow_mmengine_checkpoints
 from grootvl_mm.version import __version__
 
 allow_mmengine_checkpoints()
+keep_stand_ins()
 expose_bare_names()
 
 __all__ = ["__version__", "engine", "models", "ops"]

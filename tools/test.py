@@ -32,6 +32,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--show", action="store_true", help="show the predictions in a window")
     parser.add_argument("--show-dir", help="draw the predictions into this folder")
     parser.add_argument("--wait-time", type=float, default=2, help="seconds that --show shows each picture")
+    parser.add_argument(
+        "--allow-mismatch",
+        action="store_true",
+        help="evaluate even if weights of the model are missing in the checkpoint, or have another shape or precision",
+    )
     parser.add_argument("--tta", action="store_true", help="test-time augmentation, as the config describes it")
     args = parser.parse_args()
     if args.out and not args.out.endswith((".pkl", ".pickle")):
@@ -89,7 +94,7 @@ def main() -> None:
             *(evaluators if isinstance(evaluators, list) else [evaluators]),
             {"type": DUMPERS[cfg.default_scope], "out_file_path": args.out},
         ]
-    cli.finish_runner_config(cfg)
+    cli.finish_runner_config(cfg, allow_mismatch=args.allow_mismatch)
     with cli.checkpoint_errors(args.checkpoint):
         Runner.from_cfg(cfg).test()
     cli.close_process_group()

@@ -7,7 +7,7 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 
 from grootvl_mm.apis import cli
-from grootvl_mm.apis.resume import find_resumable_checkpoint, read_seed
+from grootvl_mm.apis.resume import check_resumable, find_resumable_checkpoint, read_seed
 from grootvl_mm.engine.hooks.step_seed_hook import make_repeatable
 
 
@@ -23,6 +23,12 @@ def parse_args() -> argparse.Namespace:
         metavar="CHECKPOINT",
         help="continue from this checkpoint; without a value (or with 'auto') from the newest one "
         "in the work dir, or from the start if there is none",
+    )
+    parser.add_argument(
+        "--exact-resume",
+        action="store_true",
+        help="seed every step, so that a resumed training repeats an uninterrupted one exactly; give it to both. Data "
+        "workers of epoch-based training start anew with each epoch",
     )
     parser.add_argument(
         "--amp",
@@ -49,9 +55,13 @@ def set_resume(cfg: Config, resume: str) -> None:
         cli.check_file(resume, "checkpoint", "give its path, or --resume alone for the newest one")
     cfg.resume = True
     cfg.load_from = resume
-    if cfg.get("randomness", {}).get("seed") is None and "://" not in resume:
-        # mmengine takes the seed over too, but only after it has shuffled the data.
-        cfg.merge_from_dict({"randomness.seed": read_seed(resume)})
+    if "://" in resume:
+        return
+    with cli.checkpoint_errors():
+        check_resumable(resume)
+        if cfg.get("randomness", {}).get("seed") is None:
+            # mmengine takes the seed over too, but only after it has shuffled the data.
+            cfg.merge_from_dict({"randomness.seed": read_seed(resume)})
 
 
 def set_amp(cfg: Config) -> None:
@@ -83,7 +93,8 @@ def main() -> None:
         set_auto_scale_lr(cfg)
     if args.resume is not None:
         set_resume(cfg, args.resume)
-    make_repeatable(cfg)
+    if args.exact_resume:
+        make_repeatable(cfg)
     cli.finish_runner_config(cfg)
     with cli.checkpoint_errors():
         RUNNERS.build(cfg).train()

@@ -2,76 +2,20 @@
 
 import hashlib
 import os
-import pickle
-import re
-import zipfile
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from mmengine.utils import is_seq_of
 from torch import Tensor
 
-from grootvl_mm.models.published_checkpoints import CheckpointError
-from grootvl_mm.utils.safe_checkpoints import load_safely
+from grootvl_mm.apis.whole_files import exit_on_sigterm
+from grootvl_mm.utils.safe_checkpoints import CheckpointError, read_checkpoint
 
 SUFFIX = ".pth"
 HASH_DIGITS = 8
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; nothing in the file is executed (``weights_only``).
-
-    Args:
-        path: File that ``torch.save`` wrote. Beside tensors it may hold what mmengine puts into its checkpoints and
-            the configs of yacs, which come as dictionaries.
-
-    Returns:
-        The content, names to values.
-
-    Raises:
-        CheckpointError: There is no such file, it is damaged, it holds objects that safe loading refuses, or its
-            content is no dictionary of names.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; give a checkpoint file")
-    try:
-        _check_sums(path)
-        content = load_safely(path)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
-        if refused:
-            raise CheckpointError(
-                f"{path} holds objects of {refused[1]}, which safe loading refuses; save its weights alone with the "
-                "code that wrote it: torch.save(weights, FILE)"
-            ) from error
-        raise _damaged(path, error) from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:
-        # Broken bytes end in errors of many types, from the archive's reader, the unpickler or the tensors.
-        raise _damaged(path, error) from error
-    if not isinstance(content, Mapping) or not is_seq_of(list(content), str):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dictionary of names")
-    return dict(content)
-
-
-def _check_sums(path: Path) -> None:
-    """Compare the content with the check sums in the archive, which torch writes but does not look at."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            changed = archive.testzip()
-        if changed is not None:
-            raise zipfile.BadZipFile(f"the check sum of {changed} is wrong")
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    text = str(error).strip()
-    # Errors such as KeyError(101) say nothing but their type.
-    reason = text.splitlines()[0].split(". ")[0] if " " in text else type(error).__name__
-    return CheckpointError(f"{path} is no checkpoint, or is cut off or damaged: {reason}")
 
 
 def is_state_dict(value: Any) -> bool:
@@ -119,19 +63,45 @@ def write_checkpoint(content: Mapping[str, Any], target: str | Path) -> Path:
         CheckpointError: As :func:`check_target`, and when the file cannot be written.
     """
     target = check_target(target)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        # Through an open file: given a path, torch.save would write the path's name into the file and so its hash.
-        with partial.open("wb") as file:
-            torch.save(dict(content), file)
-        digest = hashlib.sha256(partial.read_bytes()).hexdigest()[:HASH_DIGITS]
-        final = target.with_name(f"{target.stem}-{digest}{SUFFIX}")
-        os.replace(partial, final)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise CheckpointError(f"cannot write {target}: {str(error).splitlines()[0]}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        # Under its own name at last: the hash is known when the file is.
+        with exit_on_sigterm(), tempfile.TemporaryDirectory(prefix=f".{target.stem}-", dir=target.parent) as folder:
+            partial = Path(folder, target.name)
+            with partial.open("wb") as file:
+                _save(dict(content), file)
+                os.fsync(file.fileno())
+            digest = hashlib.sha256(partial.read_bytes()).hexdigest()[:HASH_DIGITS]
+            final = target.with_name(f"{target.stem}-{digest}{SUFFIX}")
+            os.replace(partial, final)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
     return final
+
+
+def _save(content: dict[str, Any], file: IO[bytes]) -> None:
+    """``torch.save`` into an open file: given a path, it would write the path's name into the file and so its hash.
+
+    Raises:
+        OSError: the content cannot be written; torch would report a failure of its own that followed from it.
+    """
+    errors = []
+
+    class Remembering:
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                errors.append(error)
+                raise
+
+        def flush(self) -> None:
+            file.flush()
+
+    try:
+        torch.save(content, Remembering())
+        file.flush()
+    except RuntimeError as error:
+        raise errors[0] if errors else error from None
 
 
 def rewrite_checkpoint(

@@ -1,6 +1,8 @@
 """What ``tools/train.py``, ``tools/test.py`` and the tools that load a model have in common."""
 
 import argparse
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -15,7 +17,16 @@ from mmengine.dist import is_distributed
 from grootvl_mm.apis.cfg_options import CfgOptions
 from grootvl_mm.apis.checkpoint_files import CheckpointError, read_checkpoint
 from grootvl_mm.apis.cpu import adapt_to_cpu
-from grootvl_mm.engine.hooks.global_loss_hook import GlobalLossHook
+from grootvl_mm.engine.hooks import (
+    CompleteCheckpointHook,
+    GlobalLossHook,
+    RanksAgreeHook,
+    RanksDifferError,
+    ResumedValidationHook,
+    UntrustedCheckpointHook,
+)
+from grootvl_mm.utils.host_loaders import use_safe_loaders
+from grootvl_mm.utils.processes import end_children_with_this_process, end_with_parent
 
 # default_scope of the config -> pip names of the package that serves the task: OpenMMLab's and that of the onedl stack
 HOSTS = {
@@ -23,6 +34,14 @@ HOSTS = {
     "mmseg": ("mmsegmentation", "onedl-mmsegmentation"),
     "mmpretrain": ("mmpretrain", "onedl-mmpretrain"),
 }
+
+# What a disk says that is full or must not be written to, or whose user has no more room.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+# How torch begins what it says about state dicts of other models, averaged models and optimizers.
+MISFITS = ("Error(s) in loading state_dict", "loaded state dict", "DDP expects same model across all ranks")
+# How long a process waits for another, if the config does not say; PyTorch's own default is 30 minutes over TCP.
+DIST_TIMEOUT = 600  # seconds
+MAX_REASON = 300
 
 
 def fail(message: str) -> NoReturn:
@@ -71,19 +90,43 @@ def checkpoint_errors(path: str | None = None) -> Iterator[None]:
     """
     try:
         yield
+    except RanksDifferError as error:
+        fail(str(error))
     except CheckpointError as error:
-        fail(f"{path}: {error}" if path else str(error))
-    except Exception:
+        fail(f"{path}: {error}" if path and str(path) not in str(error) else str(error))
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            fail(f"{error.filename or 'cannot write a file'}: {error.strerror}")
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if text.startswith(MISFITS):
+            fail(f"the checkpoint does not fit the config's model or optimizer: {text[:MAX_REASON]}")
         if path is not None and Path(path).is_file():
             try:
                 read_checkpoint(path)
-            except CheckpointError as error:
-                fail(str(error))
+            except CheckpointError as unreadable:
+                fail(str(unreadable))
         raise
+
+
+@contextmanager
+def file_errors(path: str | Path) -> Iterator[None]:
+    """Fail with one clear line where a file cannot be written.
+
+    Args:
+        path: What is written.
+    """
+    try:
+        yield
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror or error}")
 
 
 def load_config(path: str, cfg_options: dict | None = None) -> Config:
     """Load a config of one of the three tasks and merge the overrides of the command line.
+
+    From here on, this process reads checkpoints safely (:mod:`grootvl_mm.utils.host_loaders`).
 
     Args:
         path: Path of the config file.
@@ -92,6 +135,7 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
     Returns:
         The config; its ``default_scope`` is a key of :data:`HOSTS` whose package is installed.
     """
+    use_safe_loaders()
     check_file(path, "config", "give the path of a config file, e.g. one in configs/")
     cfg = Config.fromfile(path)
     if cfg_options:
@@ -122,15 +166,39 @@ def prepare_runner_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def finish_runner_config(cfg: Config) -> None:
-    """Fit a complete run config to the device and the launcher; call it right before ``Runner``."""
+def finish_runner_config(cfg: Config, allow_mismatch: bool = False) -> None:
+    """Fit a complete run config to the device and the launcher, and make it safe; call it right before ``Runner``.
+
+    Its data workers end with this process, and this process with torchrun.
+
+    Args:
+        cfg: Changed in place.
+        allow_mismatch: Test a model even if its checkpoint lacks some of its weights.
+    """
+    end_children_with_this_process()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(os.getppid())
+    hooks = [
+        {"type": f"grootvl_mm.{UntrustedCheckpointHook.__name__}"},
+        {"type": f"grootvl_mm.{CompleteCheckpointHook.__name__}", "allow_mismatch": allow_mismatch},
+    ]
+    if cfg.get("resume"):
+        hooks.append({"type": f"grootvl_mm.{ResumedValidationHook.__name__}"})
     if cfg.launcher != "none":
-        cfg.custom_hooks = [*cfg.get("custom_hooks", []), {"type": f"grootvl_mm.{GlobalLossHook.__name__}"}]
+        hooks += [{"type": f"grootvl_mm.{hook.__name__}"} for hook in (GlobalLossHook, RanksAgreeHook)]
+        _limit_waiting(cfg)
+    cfg.custom_hooks = [*hooks, *(cfg.get("custom_hooks") or [])]
     if get_device() == "cpu":
         try:
             adapt_to_cpu(cfg)
         except ValueError as error:
             fail(str(error))
+
+
+def _limit_waiting(cfg: Config) -> None:
+    """Let processes that wait for one that is gone, or behind a cut link, give up in time."""
+    env_cfg = cfg.get("env_cfg") or {}
+    cfg.env_cfg = {**env_cfg, "dist_cfg": {"timeout": DIST_TIMEOUT, **(env_cfg.get("dist_cfg") or {})}}
 
 
 def close_process_group() -> None:

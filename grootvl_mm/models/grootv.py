@@ -14,6 +14,7 @@ from grootvl_mm.layers.mlp import MLP
 from grootvl_mm.layers.norm import LayerNorm2d
 from grootvl_mm.layers.padding import Padding, check_valid_sizes, crop, find_valid_sizes, pyramid
 from grootvl_mm.layers.recompute import lean
+from grootvl_mm.models.pretrained import complete_pretraining
 from grootvl_mm.models.published_checkpoints import (
     CheckpointError,
     rename_published_backbone,
@@ -222,7 +223,7 @@ class GrootV(InitializedModule):
         self.num_features = [channels * 2**i for i in range(len(depths))]
         self.frozen_stages = frozen_stages
         self.ignore_padding = ignore_padding
-        self._loads_pretrained = self._loads_published = False
+        self._loads_published = False
 
         self.stem = Stem(in_channels, channels)
         num_blocks = sum(depths)
@@ -263,16 +264,9 @@ class GrootV(InitializedModule):
         return indices
 
     def init_weights(self) -> None:
-        """mmengine's, which also loads the file of an ``init_cfg`` of the type ``Pretrained``.
-
-        Raises:
-            CheckpointError: less than half of the parameters are in the file.
-        """
-        self._loads_pretrained = True
-        try:
+        """Initialize as ``init_cfg`` says; pretrained weights must be complete."""
+        with complete_pretraining(self):
             super().init_weights()
-        finally:
-            self._loads_pretrained = False
 
     def forward(self, image: Tensor, valid_sizes: Tensor | Sequence[Sequence[int]] | None = None) -> tuple[Tensor, ...]:
         """Feature maps of images of any size.
@@ -356,7 +350,7 @@ class GrootV(InitializedModule):
         published = rename_published_backbone(state_dict, prefix) or self._loads_published
         self._loads_published = False
         *_, unexpected_keys, _ = args
-        self._check_matching_keys(state_dict, prefix, unexpected_keys, whole=published or self._loads_pretrained)
+        self._check_matching_keys(state_dict, prefix, unexpected_keys, whole=published)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_matching_keys(

@@ -11,6 +11,8 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import Tensor
 
+from grootvl_mm.utils.safe_checkpoints import CheckpointError
+
 # What a published file holds; of both, the first is taken.
 WEIGHTS = ("model", "model_ema")
 # What data-parallel training and larger models put in front of the names.
@@ -38,10 +40,6 @@ _NECK_RENAMES = (
 )
 # Published with a leading axis for the scan direction or a trailing one for the state, both of length 1.
 _EXTRA_AXIS = {".x_proj_weight": 0, ".dt_projs_weight": 0, ".dt_projs_bias": 0, ".A_logs": 1}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint file that cannot be read, used or written; the message is one line for the user."""
 
 
 def is_published(names: Iterable[str]) -> bool:

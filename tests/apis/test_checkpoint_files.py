@@ -1,9 +1,12 @@
 """Reading and writing checkpoint files: what is refused, what a name promises, and what is left on the disk."""
 
+import copy
 import hashlib
 import io
 import sys
+import tracemalloc
 import types
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -125,6 +128,34 @@ def test_other_contents_are_refused(content: object, message: str, tmp_path: Pat
     with pytest.raises(CheckpointError, match=message) as raised:
         read_checkpoint(path)
     assert_one_line(str(raised.value))
+
+
+def test_archives_that_torch_does_not_write_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
+    """Compressed, a few kilobytes become gigabytes; entries that share bytes do so, too."""
+    path = tmp_path / "file.pth"
+    torch.save({"a": torch.zeros(1000)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+        with archive.open("file/data/9", "w") as entry:
+            for _ in range(64):
+                entry.write(bytes(2**20))
+    assert path.stat().st_size < 2**20
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=r"compressed, which torch\.save never does"):
+        read_checkpoint(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("file/data/0", bytes(2**16))
+        for number in range(1, 100):
+            again = copy.copy(archive.infolist()[0])
+            again.filename = f"file/data/{number}"
+            archive.filelist.append(again)
+    with pytest.raises(CheckpointError, match="larger than the file"):
+        read_checkpoint(path)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

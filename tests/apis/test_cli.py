@@ -58,3 +58,37 @@ def test_checkpoints_that_do_not_fit_or_cannot_be_read(tmp_path: Path):
     for path in (str(good), str(tmp_path / "nowhere.pth"), None):
         with pytest.raises(RuntimeError, match="out of memory"), cli.checkpoint_errors(path):
             raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), r"^error: cannot write a file: No space left on device$"),
+        (OSError(30, "Read-only file system", "a.log"), r"^error: a\.log: Read-only file system$"),
+        (PermissionError(13, "Permission denied", "a.log"), r"^error: a\.log: Permission denied$"),
+        (
+            RuntimeError("Error(s) in loading state_dict for A:\n\tsize mismatch"),
+            r"^error: the checkpoint does not fit",
+        ),
+        (ValueError("loaded state dict contains a parameter group that"), r"^error: the checkpoint does not fit"),
+    ],
+)
+def test_what_a_run_may_meet_is_one_line(error: Exception, message: str):
+    with pytest.raises(SystemExit, match=message) as raised, cli.checkpoint_errors():
+        raise error
+    assert "\n" not in str(raised.value)
+
+
+def test_files_that_cannot_be_written():
+    with pytest.raises(SystemExit, match=r"^error: cannot write out: No space"), cli.file_errors("out"):
+        raise OSError(28, "No space left on device")
+
+
+def test_processes_wait_for_each_other_for_a_stated_time(monkeypatch):
+    monkeypatch.setattr(cli, "get_device", lambda: "cuda")
+    cfg = cli.Config({"launcher": "pytorch"})
+    cli.finish_runner_config(cfg)
+    assert cfg.env_cfg.dist_cfg.timeout == cli.DIST_TIMEOUT
+    cfg = cli.Config({"launcher": "pytorch", "env_cfg": {"dist_cfg": {"backend": "nccl", "timeout": 60}}})
+    cli.finish_runner_config(cfg)
+    assert cfg.env_cfg.dist_cfg == {"backend": "nccl", "timeout": 60}

@@ -38,9 +38,9 @@ class Runs(NamedTuple):
 def runs(command: Command, make_config, tmp_path_factory) -> Runs:
     folder = tmp_path_factory.mktemp("runs")
     config = make_config("cls", batch_norm=False)
-    halved = ("--cfg-options", "train_dataloader.batch_size=1")
+    halved = ("--exact-resume", "--cfg-options", "train_dataloader.batch_size=1")
     runs = Runs(config, halved, folder / "one", folder / "two")
-    command("train.py", config, "--work-dir", runs.one, **ON_CPU)
+    command("train.py", config, "--work-dir", runs.one, "--exact-resume", **ON_CPU)
     command("dist_train.sh", config, 2, "--work-dir", runs.two, *halved, PORT=free_port(), **ON_CPU)
     return runs
 

@@ -310,7 +310,7 @@ def running(tmp_path):
     # A shell starts what runs in its background with SIGINT ignored, which children take over.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".demo-*/new/images/train/*.png")):
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -321,7 +321,7 @@ def running(tmp_path):
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_leaves_nothing(running, tmp_path, stop):
     os.killpg(running.pid, stop)
-    running.communicate(timeout=30)
+    running.communicate(timeout=120)
     assert running.returncode != 0
     assert os.listdir(tmp_path) == []
 
@@ -329,7 +329,7 @@ def test_interrupted_run_leaves_nothing(running, tmp_path, stop):
 def test_killed_run_leaves_no_set_and_no_workers(running, tmp_path):
     running.kill()
     # The pipe ends when the last process that holds it does: the workers have gone.
-    running.communicate(timeout=30)
+    running.communicate(timeout=120)
     assert not (tmp_path / "demo").exists()
 
 

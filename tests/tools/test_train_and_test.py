@@ -14,6 +14,7 @@ from PIL import Image
 
 from grootvl_mm.apis.checkpoint_files import read_checkpoint
 from grootvl_mm.apis.resume import find_resumable_checkpoint, read_seed
+from tests.helpers.marks import needs_safe_globals
 from tests.helpers.tool_runs import Command, read_metrics, read_scalars
 
 pytestmark = pytest.mark.slow
@@ -104,7 +105,7 @@ def test_killed_training_ends_as_one_that_was_not_killed(command: Command, make_
     config = make_config("cls")
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     options = (
-        "--auto-scale-lr",
+        *("--auto-scale-lr", "--exact-resume"),
         *("--cfg-options", "auto_scale_lr.base_batch_size=8", "default_hooks.ema.type=EMAHook"),
         *("default_hooks.ema.momentum=0.1", "default_hooks.checkpoint.max_keep_ckpts=-1"),
         "model.backbone.drop_path_rate=0.5",
@@ -138,3 +139,29 @@ def test_killed_training_ends_as_one_that_was_not_killed(command: Command, make_
         expected, got = (read_checkpoint(folder / name) for folder in (whole, killed))
         for part in ("state_dict", "ema_state_dict", "optimizer"):
             torch.testing.assert_close(got[part], expected[part], rtol=0, atol=0)
+
+
+@needs_safe_globals
+def test_checkpoints_of_strangers(trained: Trained, command: Command, tmp_path: Path):
+    """Resumed, nothing of them runs; tested, they are complete or an error."""
+    content = read_checkpoint(trained.checkpoint)
+    canary, crafted = tmp_path / "canary", tmp_path / "iter_4.pth"
+    code = f"open({str(canary)!r}, 'w').close()"
+    content["meta"].update(config=code, cfg=code)
+    content["message_hub"]["runtime_info"]["cfg"] = code
+    torch.save(content, crafted)
+    options = ("--resume", crafted, "--cfg-options", "train_cfg.max_iters=5")
+    command("train.py", trained.config, "--work-dir", tmp_path / "run", *options)
+    assert sorted(read_scalars(tmp_path / "run")) == [5]
+    assert not canary.exists()
+
+    name = next(name for name in reversed(content["state_dict"]) if name.endswith("weight"))
+    content["state_dict"][name] = torch.zeros(7, 7)
+    torch.save(content, crafted)
+    arguments = ("test.py", trained.config, crafted, "--work-dir", tmp_path / "test")
+    output = command(*arguments, status=1)
+    assert f"error: {crafted}: 1 of " in output
+    assert f"{name!r} is (7, 7), expected" in output
+    assert "Traceback" not in output
+    assert "1 of " in command(*arguments, "--allow-mismatch")
+    assert METRICS[trained.task] in read_metrics(tmp_path / "test")

@@ -1,6 +1,7 @@
 import pickle
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
-from grootvl_mm.utils.safe_checkpoints import allow_mmengine_checkpoints
+from grootvl_mm.utils.checkpoint_types import reconstruct
+from grootvl_mm.utils.safe_checkpoints import CheckpointError, load_safely, read_checkpoint
+from tests.helpers.crafted_pickles import HOSTILE, NO_DATA, Op, build, call, named, write
 from tests.helpers.marks import needs_safe_globals
 
 
@@ -123,13 +126,121 @@ def test_resume_works(checkpoint: Path):
     assert len(runner.message_hub.get_scalar("train/loss").data[0]) == 4
 
 
+def same(got: object, value: object) -> bool:
+    """Whether ``got`` is what Python's own pickle makes of a value."""
+    expected = pickle.loads(pickle.dumps(value, 2))
+    if isinstance(expected, np.ndarray):
+        flags = ("C_CONTIGUOUS", "F_CONTIGUOUS", "WRITEABLE", "ALIGNED")
+        return (
+            type(got) is np.ndarray
+            and (got.dtype, got.shape, got.strides) == (expected.dtype, expected.shape, expected.strides)
+            and got.tobytes() == expected.tobytes()
+            and all(got.flags[flag] == expected.flags[flag] for flag in flags)
+        )
+    return type(got) is type(expected) and (got == expected or got != got)
+
+
+VALUES = {
+    **{f"array of {code}": np.arange(6).astype(code).reshape(2, 3) for code in "?bhilqBHILQefdFD"},
+    **{f"scalar of {code}": np.ones(1, code)[0] for code in "?bhilBHILefdFD"},
+    "big-endian": np.arange(3, dtype=">f8"),
+    "big-endian integers": np.arange(3, dtype=">i4"),
+    "Fortran order": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    "no axes": np.array(2.5),
+    "empty": np.zeros((0, 3), np.float32),
+    "large": np.arange(5000.0),
+    "not contiguous": np.arange(6.0)[::2].copy(),
+    "not a number": np.array([np.nan, np.inf, -0.0]),
+    "dtype": np.dtype("float32"),
+    "big-endian dtype": np.dtype(">i2"),
+    "tuple": (1, "a", (None, 2.5)),
+}
+
+
 @needs_safe_globals
-def test_every_numeric_type_loads(tmp_path: Path):
-    content = [np.ones(2, dtype=code) for code in "?bhilBHILefd"] + [np.float32(1), np.int16(2), np.bool_(True)]
-    torch.save(content, tmp_path / "arrays.pth")
-    allow_mmengine_checkpoints()
-    loaded = torch.load(tmp_path / "arrays.pth", weights_only=True)
-    assert [item.dtype for item in loaded] == [item.dtype for item in content]
+def test_what_mmengine_writes_is_read_exactly(tmp_path: Path):
+    shared = np.arange(3.0)
+    content = OrderedDict(values=dict(VALUES), nested=[({"a": shared},), shared], weights=nn.Linear(2, 2).state_dict())
+    history = HistoryBuffer([1.0, 2.5], [1, 3], 7)
+    torch.save({**content, "history": history}, tmp_path / "file.pth")
+    loaded = load_safely(tmp_path / "file.pth")
+    wrong = [name for name, value in VALUES.items() if not same(loaded["values"][name], value)]
+    assert not wrong
+    (nested,), again = loaded["nested"]
+    assert nested["a"] is again
+    assert loaded["weights"]._metadata == content["weights"]._metadata
+    assert type(loaded["history"]) is HistoryBuffer
+    assert loaded["history"].max_length == 7
+    assert loaded["history"].statistics("mean", 2) == history.mean(2)
+    assert all(same(*pair) for pair in zip(loaded["history"].data, history.data, strict=True))
+    loaded["history"].update(3.0)
+    assert len(loaded["history"].data[0]) == 3
+
+
+@needs_safe_globals
+def test_plain_loading_gives_arrays_that_compute_and_are_saved_as_such(tmp_path: Path):
+    arrays = {name: value for name, value in VALUES.items() if isinstance(value, np.ndarray)}
+    torch.save(arrays, tmp_path / "file.pth")
+    loaded = torch.load(tmp_path / "file.pth", weights_only=True)
+    for name, value in arrays.items():
+        assert isinstance(loaded[name], np.ndarray)
+        np.testing.assert_array_equal(loaded[name] + loaded[name].sum(), value + value.sum())
+        assert same(pickle.loads(pickle.dumps(loaded[name])), value)
+
+
+@needs_safe_globals
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickles_are_refused(name: str, tmp_path: Path):
+    path = write(tmp_path / "crafted.pth", {"state_dict": {}, "meta": HOSTILE[name]()})
+    with pytest.raises((pickle.UnpicklingError, AttributeError, TypeError)):
+        torch.load(path)
+    with pytest.raises(CheckpointError) as raised:
+        read_checkpoint(path)
+    assert "\n" not in str(raised.value)
+
+
+@needs_safe_globals
+@pytest.mark.parametrize("name", NO_DATA)
+def test_what_is_no_data_is_refused(name: str, tmp_path: Path):
+    path = write(tmp_path / "crafted.pth", {"state_dict": NO_DATA[name]()})
+    torch.load(path)
+    with pytest.raises(pickle.UnpicklingError, match="the checkpoint holds"):
+        load_safely(path)
+
+
+@needs_safe_globals
+def test_real_types_beside_the_stand_ins_are_no_way_around():
+    """A host may allow NumPy's own types, too; the stand-ins then meet them."""
+    array = reconstruct(np.ndarray, (0,), b"b")
+    array.__setstate__((1, (2,), np.dtype("f8", copy=True), False, bytes(16)))
+    assert same(array.view(np.ndarray), np.zeros(2))
+    for wrong in ("O", "V8", "f8,f8", "U2", "M8[s]", "g"):
+        dtype = np.dtype(wrong)
+        with pytest.raises(pickle.UnpicklingError):
+            reconstruct(np.ndarray, (0,), b"b").__setstate__((1, (1,), dtype, False, bytes(dtype.itemsize)))
+
+
+@needs_safe_globals
+def test_attributes_that_hide_methods_are_dropped(tmp_path: Path):
+    dictionary = call(named("collections.OrderedDict"), [("a", 1)])
+    crafted = build(dictionary, {"items": "hidden", "_metadata": {"version": 1}})
+    loaded = load_safely(write(tmp_path / "crafted.pth", {"weights": crafted}))["weights"]
+    assert list(loaded.items()) == [("a", 1)]
+    assert vars(loaded) == {"_metadata": {"version": 1}}
+    weight = torch.ones(3)
+    weight.numel = "hidden"
+    torch.save({"a": weight}, tmp_path / "file.pth")
+    assert load_safely(tmp_path / "file.pth")["a"].numel() == 3
+
+
+@needs_safe_globals
+def test_content_that_holds_itself(tmp_path: Path):
+    crafted = Op(pickle.EMPTY_LIST + pickle.BINPUT + b"\0" + pickle.BINGET + b"\0" + pickle.APPEND)
+    content = load_safely(write(tmp_path / "crafted.pth", {"a": crafted}))
+    assert content["a"][0] is content["a"]
+    deep = Op(pickle.EMPTY_TUPLE + 100_000 * pickle.TUPLE1)
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_checkpoint(write(tmp_path / "crafted.pth", {"a": deep}))
 
 
 class Command:
@@ -137,16 +248,10 @@ class Command:
         return (print, ("executed",))
 
 
-class ReachForGlobals:
-    def __reduce__(self):
-        return (getattr, (HistoryBuffer, "__init__"))
-
-
-@pytest.mark.parametrize(
-    "content", [Command(), ReachForGlobals(), np.array([Command()], dtype=object)], ids=["call", "attribute", "objects"]
-)
-def test_other_content_is_still_refused(content, tmp_path: Path):
-    allow_mmengine_checkpoints()
-    torch.save({"state_dict": content}, tmp_path / "crafted.pth")
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / "crafted.pth", weights_only=True)
+@needs_safe_globals
+def test_objects_are_still_refused(tmp_path: Path, capsys):
+    for content in (Command(), np.array([Command()], dtype=object)):
+        torch.save({"state_dict": content}, tmp_path / "crafted.pth")
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(tmp_path / "crafted.pth")
+    assert not capsys.readouterr().out

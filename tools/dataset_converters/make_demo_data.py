@@ -52,6 +52,7 @@ MIN_SIDE = 64  # of a scene, in pixels
 CROP_SIZE = 64  # classification crops, pixels
 CROP_CONTEXT = 1.3  # side of such a crop over the longer side of its digit
 MAX_INTRUSION = 0.33  # ink of other digits in such a crop over the digit's own
+ENDING = {signal.SIGINT, signal.SIGTERM}  # signals that end a run
 
 
 class Source(NamedTuple):
@@ -246,8 +247,22 @@ def follow_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The parent's handler raises an exception, which the pool would take for the scene's, and wait for this worker.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     # After kill -9 of the parent the workers would wait for work for ever.
     threading.Thread(target=wait, daemon=True).start()
+
+
+def start_workers(count: int) -> ProcessPoolExecutor:
+    """Start worker processes that know from their first moment on what a signal means to them."""
+    # Until follow_parent has run, a worker would answer with the parent's handler, anywhere in the pool's own code.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        pool = ProcessPoolExecutor(count, initializer=follow_parent)
+        for started in [pool.submit(os.getpid) for _ in range(count)]:
+            started.result()
+        return pool
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
 
 def write_split(
@@ -333,7 +348,7 @@ def make_demo_data(
     # A sibling, because a rename works within one file system only.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         new = Path(temporary, "new")
-        pool = ProcessPoolExecutor(workers, initializer=follow_parent)
+        pool = start_workers(workers)
         try:
             made = {n: write_split(new, n, counts[n], options, pool) for n in SPLITS}
         finally:

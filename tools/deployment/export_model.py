@@ -10,9 +10,7 @@ its name, it is loaded and its results are compared with those of the model that
 """
 
 import argparse
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +26,7 @@ from torch.export import Dim, ExportedProgram
 import grootvl_mm
 from grootvl_mm.apis import cli
 from grootvl_mm.apis.checkpoint_files import CheckpointError, read_checkpoint
+from grootvl_mm.apis.whole_files import whole_file
 from grootvl_mm.ops import extension_error
 from grootvl_mm.ops.decompositions import decomposition_table
 
@@ -164,19 +163,6 @@ def write_onnx(program: ExportedProgram, path: Path) -> Network:
     return lambda image: [torch.from_numpy(output) for output in session.run(None, {"image": image.numpy()})]
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to; the file gets its own name when all has gone well, and vanishes otherwise."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        cli.fail(f"cannot write {path}: {error.strerror or error}")
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def deviation(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest relative error of an output as a whole (Frobenius norms)."""
     return max(float((a - b).norm() / b.norm()) for a, b in zip(actual, expected, strict=True))
@@ -238,7 +224,7 @@ def export(cfg: Config, args: argparse.Namespace, kind: Format) -> None:
         reason = " ".join(str(error).split())
         cli.fail(f"the model does not run on images of {shape[0]}x{shape[1]}: {reason[:MAX_REASON]}")
     program = trace(network, trials[0], args.dynamic_batch, args.dynamic_shape)
-    with whole_file(out) as partial:
+    with cli.file_errors(out), whole_file(out) as partial:
         exported = kind.write(program, partial)
         found = max(check(exported, network, trial) for trial in trials)
 

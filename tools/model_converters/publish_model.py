@@ -15,6 +15,7 @@ from torch import Tensor
 from grootvl_mm import __version__
 from grootvl_mm.apis import cli
 from grootvl_mm.apis.checkpoint_files import CheckpointError, rewrite_checkpoint
+from grootvl_mm.utils.loaded_weights import check_weights
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,7 +41,7 @@ def publish(content: Mapping[str, Any], ema: bool = True) -> dict[str, Any]:
         ``state_dict``.
 
     Raises:
-        CheckpointError: There are no such weights.
+        CheckpointError: There are no such weights, or they are no tensors, or hold NaN.
     """
     weights = content.get("state_dict")
     if not isinstance(weights, Mapping) or not weights:
@@ -48,12 +49,14 @@ def publish(content: Mapping[str, Any], ema: bool = True) -> dict[str, Any]:
             "no weights under 'state_dict'; expected a checkpoint of mmengine's Runner (published GrootV files are the "
             "business of grootv_to_mmpretrain.py)"
         )
+    check_weights(content)
     meta = content.get("meta")
     meta = {**(meta if isinstance(meta, Mapping) else {}), "grootvl_mm_version": __version__}
     if "ema_state_dict" in content:
         meta["weights"] = "averaged" if ema else "last iteration"
     if not ema:
         weights = _weights_of_last_iteration(weights, content.get("ema_state_dict"))
+        check_weights({"state_dict": weights})
     return {"meta": meta, "state_dict": dict(weights)}
 
 

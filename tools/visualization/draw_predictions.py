@@ -5,7 +5,6 @@ Detection: boxes and masks; segmentation: class maps; classification: labels wit
 
 import argparse
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from mmengine.structures import BaseDataElement
 from PIL import Image
 
 from grootvl_mm.apis import cli
+from grootvl_mm.apis.whole_files import whole_file
+from grootvl_mm.utils.loaded_weights import all_weights_loaded
 
 PANEL = 2.2  # inches
 MASK_OPACITY = 0.45
@@ -61,7 +62,8 @@ def predict(cfg: Config, checkpoint: str, num: int) -> tuple[list[BaseDataElemen
     if "data_preprocessor" in cfg:
         model_cfg.setdefault("data_preprocessor", cfg.data_preprocessor)
     model = MODELS.build(model_cfg)
-    load_checkpoint(model, checkpoint, map_location="cpu", logger="silent")
+    with cli.checkpoint_errors(checkpoint), all_weights_loaded(model):
+        load_checkpoint(model, checkpoint, map_location="cpu", logger="silent")
     model = model.to(get_device()).eval()
     samples = []
     for index in np.linspace(0, len(dataset) - 1, min(num, len(dataset))).round().astype(int):
@@ -161,9 +163,8 @@ def draw_grid(samples: list[BaseDataElement], meta: dict, scope: str, score_thr:
             axes.imshow(image)
         DRAW[scope](pair, sample, meta, score_thr)
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    partial = f"{output}.part"
-    figure.savefig(partial, format="png", dpi=130)
-    os.replace(partial, output)
+    with whole_file(output) as partial:
+        figure.savefig(partial, format="png", dpi=130)
 
 
 def _ink_on(colour: np.ndarray) -> str:
@@ -178,7 +179,8 @@ def main() -> None:
     cfg = cli.load_config(args.config, args.cfg_options)
     cli.check_file(args.checkpoint, "checkpoint", "give the path of a .pth file, e.g. from work_dirs/")
     samples, meta = predict(cfg, args.checkpoint, args.num)
-    draw_grid(samples, meta, cfg.default_scope, args.score_thr, args.output)
+    with cli.file_errors(args.output):
+        draw_grid(samples, meta, cfg.default_scope, args.score_thr, args.output)
     logger.info("%d pictures with ground truth and prediction: %s", len(samples), args.output)
 
 

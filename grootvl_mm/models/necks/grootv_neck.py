@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from grootvl_mm.layers.initialization import InitializedModule
+from grootvl_mm.models.pretrained import complete_pretraining
 from grootvl_mm.models.published_checkpoints import rename_published_neck
 from grootvl_mm.registry import MODELS
 
@@ -27,6 +28,11 @@ class GrootVNeck(InitializedModule):
         self.norm = nn.BatchNorm2d(out_channels)
         self.act = nn.GELU()
         self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def init_weights(self) -> None:
+        """Initialize as ``init_cfg`` says; pretrained weights must be complete."""
+        with complete_pretraining(self):
+            super().init_weights()
 
     def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor]:
         """The last of the feature maps, (B, in_channels, H, W), to one (B, out_channels)."""

@@ -1,0 +1,248 @@
+"""Assembles hostile checkpoints opcode by opcode, in the dialect that ``torch.load(weights_only=True)`` reads."""
+
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Op(NamedTuple):
+    """Opcodes that leave one object on the stack."""
+
+    code: bytes
+
+
+def push(value: object) -> bytes:
+    """Opcodes for a value of plain types, in which any part may be an :class:`Op`."""
+    if isinstance(value, Op):
+        return value.code
+    if value is None:
+        return pickle.NONE
+    if isinstance(value, bool):
+        return pickle.NEWTRUE if value else pickle.NEWFALSE
+    if isinstance(value, int):
+        if -(2**31) <= value < 2**31:
+            return pickle.BININT + struct.pack("<i", value)
+        number = pickle.encode_long(value)
+        return pickle.LONG1 + bytes([len(number)]) + number
+    if isinstance(value, float):
+        return pickle.BINFLOAT + struct.pack(">d", value)
+    if isinstance(value, str):
+        text = value.encode()
+        return pickle.BINUNICODE + struct.pack("<I", len(text)) + text
+    if isinstance(value, bytes):
+        return call(named("_codecs.encode"), value.decode("latin1"), "latin1").code
+    if isinstance(value, tuple):
+        return pickle.MARK + b"".join(map(push, value)) + pickle.TUPLE
+    if isinstance(value, list):
+        return pickle.EMPTY_LIST + pickle.MARK + b"".join(map(push, value)) + pickle.APPENDS
+    items = b"".join(push(key) + push(item) for key, item in value.items())
+    return pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS
+
+
+def named(path: str) -> Op:
+    """A global by its name."""
+    module, name = path.rsplit(".", 1)
+    return Op(pickle.GLOBAL + f"{module}\n{name}\n".encode())
+
+
+def call(function: Op, *arguments: object) -> Op:
+    """REDUCE."""
+    return Op(function.code + push(arguments) + pickle.REDUCE)
+
+
+def new(cls: Op, *arguments: object) -> Op:
+    """NEWOBJ."""
+    return Op(cls.code + push(arguments) + pickle.NEWOBJ)
+
+
+def build(instance: Op, state: object) -> Op:
+    """BUILD, which can be applied several times."""
+    return Op(instance.code + push(state) + pickle.BUILD)
+
+
+def keep(value: Op, number: int) -> Op:
+    """Keep an object under a number, and leave it on the stack."""
+    return Op(value.code + pickle.BINPUT + bytes([number]))
+
+
+def kept(number: int) -> Op:
+    """The object that was kept under the number."""
+    return Op(pickle.BINGET + bytes([number]))
+
+
+def write(path: Path, content: object) -> Path:
+    """Write an archive like that of ``torch.save`` with this pickle, and with right check sums."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.PROTO + b"\x02" + push(content) + pickle.STOP)
+        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/version", "3\n")
+    return path
+
+
+NDARRAY, DTYPE = named("numpy.ndarray"), named("numpy.dtype")
+HISTORY = named("mmengine.logging.history_buffer.HistoryBuffer")
+RECONSTRUCT = named("numpy._core.multiarray._reconstruct")
+EMPTY = call(RECONSTRUCT, NDARRAY, (0,), b"b")
+PLAIN_STATE = (3, "<", None, None, None, -1, -1, 0)
+POINTERS = b"A" * 16
+
+
+def dtype(code: object, state: object = PLAIN_STATE) -> Op:
+    """A dtype as NumPy pickles it."""
+    return build(call(DTYPE, code, False, True), state)
+
+
+def array(shape: object = (2,), kind: object = None, fortran: object = False, content: object = POINTERS) -> Op:
+    """An array as NumPy pickles it."""
+    return build(EMPTY, (1, shape, dtype("f8") if kind is None else kind, fortran, content))
+
+
+def history(**changes: object) -> Op:
+    """A history as mmengine pickles it, with changes."""
+    state = {"max_length": 10, "_log_history": array(), "_count_history": array(), **changes}
+    return build(new(HISTORY), state)
+
+
+# Each of these tries to get at memory, objects or functions; whoever reads it must refuse.
+HOSTILE: dict[str, Callable[[], object]] = {
+    "array of objects": lambda: array(kind=call(DTYPE, "O8", False, True)),
+    "array of objects, short name": lambda: array(kind=call(DTYPE, "O")),
+    "array of objects, other byte order": lambda: array(kind=dtype("O8", (3, "|", None, None, None, -1, -1, 63))),
+    "array of objects by NEWOBJ": lambda: new(NDARRAY, (2,), new(DTYPE, "O"), POINTERS),
+    "array of objects by REDUCE": lambda: call(NDARRAY, (2,), call(DTYPE, "O"), POINTERS),
+    "array of objects, name by NumPy 1": lambda: build(
+        call(named("numpy.core.multiarray._reconstruct"), NDARRAY, (0,), b"b"),
+        (1, (2,), call(DTYPE, "O8"), False, POINTERS),
+    ),
+    "array by a special class": lambda: call(RECONSTRUCT, HISTORY, (0,), b"b"),
+    "array of a class that is not loaded": lambda: call(RECONSTRUCT, named("numpy.memmap"), (0,), b"b"),
+    "array over a buffer": lambda: new(NDARRAY, (2,), dtype("f8"), POINTERS),
+    "array over a buffer with strides": lambda: call(NDARRAY, (2,), dtype("f8"), POINTERS, 0, (1 << 40,)),
+    "array of uninitialized memory": lambda: new(NDARRAY, (1000,), dtype("f8")),
+    "array of uninitialized memory, default type": lambda: call(NDARRAY, (1000,)),
+    "dtype becomes an object type": lambda: array(kind=dtype("f8", (3, "|", None, None, None, 8, 8, 63))),
+    "dtype gets fields": lambda: dtype("f8", (3, "|", None, ("a",), {"a": (call(DTYPE, "O"), 0)}, 8, 1, 27)),
+    "dtype gets other fields later": lambda: (
+        array(kind=keep(dtype("f8"), 0)),
+        build(kept(0), (3, "|", None, ("a",), {"a": (dtype("f8"), 0)}, 8, 1, 27)),
+    ),
+    "dtype gets object flags later": lambda: (
+        array(kind=keep(dtype("f8"), 0)),
+        build(kept(0), (3, "|", None, None, None, 8, 8, 63)),
+    ),
+    "dtype gets metadata": lambda: dtype("f8", (4, "<", None, None, None, -1, -1, 0, {"a": 1})),
+    "dtype gets a size": lambda: dtype("f8", (3, "<", None, None, None, 80, 1, 0)),
+    "dtype gets a subarray": lambda: dtype("f8", (3, "<", (dtype("f8"), (9,)), None, None, -1, -1, 0)),
+    "dtype gets a list": lambda: dtype("f8", list(PLAIN_STATE)),
+    "dtype gets another byte order": lambda: dtype("f8", (3, "O", None, None, None, -1, -1, 0)),
+    "dtype of records": lambda: call(DTYPE, [("a", "f8")]),
+    "dtype of records by dictionary": lambda: call(DTYPE, {"names": ["a"], "formats": ["O"], "offsets": [3]}),
+    "dtype of records by text": lambda: call(DTYPE, "f8,O"),
+    "dtype of void": lambda: call(DTYPE, "V8", False, True),
+    "dtype of text": lambda: call(DTYPE, "U4", False, True),
+    "dtype of bytes": lambda: call(DTYPE, "S8", False, True),
+    "dtype of dates": lambda: call(DTYPE, "M8", False, True),
+    "dtype with padding": lambda: call(DTYPE, "f16", False, True),
+    "dtype with alignment": lambda: call(DTYPE, "f8", True, True),
+    "dtype of a class": lambda: call(DTYPE, named("builtins.set")),
+    "dtype of a history": lambda: call(DTYPE, history()),
+    "dtype of the dtype": lambda: call(DTYPE, dtype("f8")),
+    "dtype by its class": lambda: call(named("numpy.dtypes.ObjectDType")),
+    "dtype by the class of numbers": lambda: call(named("numpy.dtypes.Float64DType")),
+    "content too short": lambda: array((3,)),
+    "content too long": lambda: array((1,)),
+    "content for no elements": lambda: array((0,)),
+    "content is a list": lambda: array(content=[1.0, 2.0]),
+    "content is a text": lambda: array(content="A" * 16),
+    "content is a bytearray": lambda: array(content=call(named("builtins.bytearray"), POINTERS)),
+    "content is an array": lambda: array(content=array()),
+    "shape is negative": lambda: array((-1, -2)),
+    "shape is negative in one axis": lambda: array((-2,)),
+    "shape is a product that overflows": lambda: array((2**32, 2**32), content=b""),
+    "shape is zero times a huge number": lambda: array((0, 2**62, 2**62), content=b""),
+    "shape is a number": lambda: array(2),
+    "shape is a list": lambda: array([2]),
+    "shape is of booleans": lambda: array((True,), content=b"A" * 8),
+    "shape is of NumPy's numbers": lambda: array((call(named("numpy._core.multiarray.scalar"), dtype("i1"), b"\2"),)),
+    "shape has too many axes": lambda: array((1,) * 33, content=b"A" * 8),
+    "order is an object": lambda: array(fortran=history()),
+    "type is a text": lambda: array(kind="O"),
+    "type is a class": lambda: array(kind=DTYPE),
+    "type is an array": lambda: array(kind=array()),
+    "state of another version": lambda: build(EMPTY, (9, (2,), dtype("f8"), False, POINTERS)),
+    "state without version": lambda: build(EMPTY, ((2,), dtype("f8"), False, POINTERS)),
+    "state is a dictionary": lambda: build(EMPTY, {"dtype": dtype("f8")}),
+    "state of attributes": lambda: build(EMPTY, (None, {"dtype": dtype("f8")})),
+    "array gets content twice": lambda: build(array(), (1, (2,), dtype("f8"), False, POINTERS)),
+    "tensor over an array that changes": lambda: (
+        call(
+            named("torch._utils._rebuild_device_tensor_from_numpy"),
+            keep(EMPTY, 0),
+            named("torch.float32"),
+            "cpu",
+            False,
+        ),
+        build(kept(0), (1, (2,), dtype("f8"), False, POINTERS)),
+    ),
+    "array with attributes": lambda: call(
+        named("torch._tensor._rebuild_from_type_v2"), RECONSTRUCT, NDARRAY, (NDARRAY, (0,), b"b"), {"shape": (9,)}
+    ),
+    "array as another class": lambda: call(
+        named("torch._tensor._rebuild_from_type_v2"), RECONSTRUCT, DTYPE, (NDARRAY, (0,), b"b"), {}
+    ),
+    "history with attributes": lambda: call(
+        named("torch._tensor._rebuild_from_type_v2"), HISTORY, HISTORY, (), {"__class__": DTYPE}
+    ),
+    "scalar of objects": lambda: call(named("numpy._core.multiarray.scalar"), call(DTYPE, "O8"), POINTERS[:8]),
+    "scalar of objects, name by NumPy 1": lambda: call(named("numpy.core.multiarray.scalar"), call(DTYPE, "O"), 1),
+    "scalar too short": lambda: call(named("numpy._core.multiarray.scalar"), dtype("f8"), b"A"),
+    "scalar too long": lambda: call(named("numpy._core.multiarray.scalar"), dtype("f8"), POINTERS),
+    "scalar of a text": lambda: call(named("numpy._core.multiarray.scalar"), dtype("f8"), "A" * 8),
+    "scalar without content": lambda: call(named("numpy._core.multiarray.scalar"), dtype("f8")),
+    "frombuffer": lambda: call(named("numpy._core.numeric._frombuffer"), POINTERS, dtype("f8"), (2,), "C"),
+    "frombuffer, public": lambda: call(named("numpy.frombuffer"), POINTERS, "O"),
+    "fromfile": lambda: call(named("numpy.fromfile"), "/etc/hostname"),
+    "load": lambda: call(named("numpy.load"), "file.npy", None, True),
+    "history with methods": lambda: build(new(HISTORY), {"statistics_methods": {"mean": RECONSTRUCT}}),
+    "history of a list": lambda: history(_log_history=[1.0, 2.0]),
+    "history of an array without content": lambda: history(_log_history=EMPTY, _count_history=EMPTY),
+    "history of a table": lambda: history(_log_history=array((1, 2))),
+    "history of different lengths": lambda: history(_count_history=array((1,), content=b"A" * 8)),
+    "history without counts": lambda: history(_count_history=None),
+    "history shorter than itself": lambda: history(max_length=1),
+    "history of negative length": lambda: history(max_length=-1),
+    "history whose length is a text": lambda: history(max_length="10"),
+    "history by slots": lambda: build(new(HISTORY), (None, {"__class__": DTYPE})),
+    "history gets content twice": lambda: build(history(), {"_log_history": [1]}),
+    "history with arguments": lambda: call(HISTORY, [1.0], [1]),
+    "history with arguments by NEWOBJ": lambda: new(HISTORY, [1.0], [1]),
+    "method of a history": lambda: call(named("builtins.getattr"), HISTORY, "__init__"),
+    "globals of a method": lambda: call(named("builtins.getattr"), HISTORY, "__init__.__globals__"),
+    "method of something else": lambda: call(named("builtins.getattr"), DTYPE, "mean"),
+    "method of an array": lambda: call(named("builtins.getattr"), array(), "mean"),
+    "attribute with a default": lambda: call(named("builtins.getattr"), HISTORY, "x", RECONSTRUCT),
+    "call of a statistic": lambda: call(call(named("builtins.getattr"), HISTORY, "mean"), history()),
+    "bytes of a number": lambda: call(named("builtins.bytes"), 1 << 40),
+    "config with arguments": lambda: call(named("yacs.config.CfgNode"), {"a": 1}),
+    "call of a text": lambda: call(Op(push("print")), 1),
+    "eval": lambda: call(named("builtins.eval"), "1 + 1"),
+    "eval, name by Python 2": lambda: call(named("__builtin__.eval"), "1 + 1"),
+    "system": lambda: call(named("os.system"), "true"),
+    "system, name by Linux": lambda: call(named("posix.system"), "true"),
+    "config of mmengine": lambda: call(named("mmengine.config.config.Config.fromstring"), "a = 1", ".py"),
+    "our own reader": lambda: call(named("grootvl_mm.utils.safe_checkpoints.load_safely"), "file.pth"),
+    "the stand-in by its name": lambda: call(named("grootvl_mm.utils.checkpoint_types.CheckpointArray"), (2,)),
+}
+
+# These can be read, as there is nothing to be gained from them; load_safely refuses them.
+NO_DATA: dict[str, Callable[[], object]] = {
+    "array without content": lambda: EMPTY,
+    "history without content": lambda: new(HISTORY),
+    "a class": lambda: [NDARRAY],
+    "a function": lambda: {"state_dict": (RECONSTRUCT,)},
+    "a class as a key": lambda: {named("builtins.set"): 1},
+    "a function in a set": lambda: call(named("builtins.set"), [named("builtins.getattr")]),
+}

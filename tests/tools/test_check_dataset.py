@@ -1,0 +1,165 @@
+"""Bad boxes, polygons, categories, maps and pictures are found before they are trained on."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmengine.config import Config
+from PIL import Image
+
+from tests.helpers.tool_runs import load_script
+
+
+@pytest.fixture(scope="module")
+def tool():
+    return load_script("tools/misc/check_dataset.py")
+
+
+def coco() -> dict:
+    return {
+        "images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 30}],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 40, 30], "segmentation": [[0, 0, 40, 0, 40, 30]]},
+            {"id": 2, "image_id": 1, "category_id": 1, "bbox": [5.5, 5, 3, 4]},
+        ],
+    }
+
+
+def change(**values: object) -> Callable[[dict], None]:
+    return lambda content: content["annotations"][1].update(values)
+
+
+BAD = {
+    "box that is not finite": [change(bbox=[1, 1, math.nan, 4]), change(bbox=[math.inf, 1, 3, 4])],
+    "box without area": [change(bbox=[1, 1, 0, 4]), change(bbox=[1, 1, 3, -4])],
+    "box outside of its picture": [
+        change(bbox=[-5, 1, 9, 9]),
+        change(bbox=[38, 1, 9, 9]),
+        change(bbox=[90, 90, 9, 9]),
+        change(bbox=[1, 1, 1e9, 1]),
+    ],
+    "box that is no four numbers": [
+        change(bbox=[1, 2, 3]),
+        change(bbox=None),
+        change(bbox="1 2 3 4"),
+        change(bbox=[1, 2, 3, "4"]),
+    ],
+    "polygon of less than three points": [
+        change(segmentation=[[1, 1, 2, 2]]),
+        change(segmentation=[[]]),
+        change(segmentation=[[1, 1, 2, 2, 3, 3, 4]]),
+    ],
+    "polygon that is not finite": [change(segmentation=[[1, 1, 2, 2, math.nan, 3]])],
+    "polygon outside of its picture": [change(segmentation=[[1, 1, 2, 2, 80, 3]])],
+    "mask in an unknown format": [
+        change(segmentation=[]),
+        change(segmentation="abc"),
+        change(segmentation={"size": [30, 40]}),
+    ],
+    "mask of another size": [change(segmentation={"size": [40, 30], "counts": "abc"})],
+    "mask that does not fill its picture": [change(segmentation={"size": [30, 40], "counts": [1, 2]})],
+    "unknown category": [change(category_id=2), change(category_id=None), change(category_id="cat")],
+    "unknown picture": [change(image_id=2), change(image_id=None)],
+    "annotations without an id of their own": [change(id=1), change(id=None)],
+    "picture without size": [
+        lambda content: content["images"][0].update(width=0),
+        lambda content: content["images"][0].pop("height"),
+    ],
+    "class of the config that the annotations do not have": [
+        lambda content: content["categories"][0].update(name="cart")
+    ],
+    "no COCO annotations": [lambda content: content.pop("categories"), lambda content: content.update(images={})],
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_annotations_are_found(kind: str, tool) -> None:
+    assert list(tool.check_coco(coco(), ["cat"])) == []
+    for make in BAD[kind]:
+        content = coco()
+        make(content)
+        # As a file brings it, with NaN and Infinity.
+        problems = list(tool.check_coco(json.loads(json.dumps(content)), ["cat"]))
+        assert kind in [problem.kind for problem in problems]
+        assert all("\n" not in problem.where for problem in problems)
+
+
+def write_picture(path: Path, size: tuple[int, int] = (40, 30)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_bad_pictures_are_found(tool, tmp_path: Path) -> None:
+    path = write_picture(tmp_path / "a.png")
+    assert list(tool.check_picture(path, (40, 30))) == []
+    assert [problem.kind for problem in tool.check_picture(path, (30, 40))] == ["picture of another size"]
+    assert [problem.kind for problem in tool.check_picture(tmp_path / "b.png")] == ["missing picture"]
+    whole = path.read_bytes()
+    for broken in (b"", b"hello", whole[: len(whole) // 2], whole[:60] + bytes(100) + whole[160:]):
+        path.write_bytes(broken)
+        assert [problem.kind for problem in tool.check_picture(path)] == ["picture that cannot be read"]
+
+
+def test_bad_maps_are_found(tool, tmp_path: Path) -> None:
+    picture, path = write_picture(tmp_path / "a.jpg"), tmp_path / "a.png"
+
+    def kinds(values: np.ndarray, reduce_zero_label: bool = False) -> list[str]:
+        Image.fromarray(values.astype(np.uint8)).save(path)
+        return [problem.kind for problem in tool.check_map(path, picture, 3, reduce_zero_label)]
+
+    values = np.zeros((30, 40))
+    values[0, :3] = 1, 2, 255
+    assert kinds(values) == []
+    assert kinds(values + (values == 2)) == ["unknown class in a map"]
+    assert kinds(values + (values == 2), reduce_zero_label=True) == []
+    assert kinds(values.T) == ["map of another size than its picture"]
+    path.write_text("hello")
+    assert [problem.kind for problem in tool.check_map(path, picture, 3, False)] == ["picture that cannot be read"]
+
+
+def test_config_of_a_detector(tool, tmp_path: Path) -> None:
+    """Below wrappers; val and test, which are the same, once."""
+    write_picture(tmp_path / "images" / "a.png")
+    content = coco()
+    content["annotations"][1]["bbox"] = [1, 1, math.nan, 4]
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    (tmp_path / "good.json").write_text(json.dumps(coco()))
+    common = {"type": "CocoDataset", "data_root": str(tmp_path), "metainfo": {"classes": ("cat",)}}
+    common["data_prefix"] = {"img": "images/"}
+    bad, good = ({**common, "ann_file": f"{name}.json"} for name in ("bad", "good"))
+    cfg = Config(
+        {
+            "default_scope": "mmdet",
+            "train_dataloader": {
+                "dataset": {"type": "RepeatDataset", "dataset": {"type": "ConcatDataset", "datasets": [good, bad]}}
+            },
+            "val_dataloader": {"dataset": good},
+            "test_dataloader": {"dataset": good},
+        }
+    )
+    found = tool.check_config(cfg)
+    assert {split: [problem.kind for problem in problems] for split, problems in found.items()} == {
+        "train": ["box that is not finite"],
+        "val": [],
+    }
+
+
+def test_config_of_a_classifier_and_the_command(tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mmpretrain")
+    for name in ("cat", "dog"):
+        write_picture(tmp_path / "data" / name / "a.png")
+    config = tmp_path / "config.py"
+    config.write_text(
+        "default_scope = 'mmpretrain'\n"
+        f"val_dataloader = dict(dataset=dict(type='CustomDataset', data_root={str(tmp_path / 'data')!r}))\n"
+    )
+    monkeypatch.setattr("sys.argv", ["check_dataset.py", str(config)])
+    tool.main()
+    (tmp_path / "data" / "dog" / "b.png").write_text("hello")
+    with pytest.raises(SystemExit, match=r"^error: 1 problems in val$"):
+        tool.main()

@@ -1,0 +1,264 @@
+"""Check the data sets of a config before training: what is wrong in them is listed, and ends the command with status 1.
+
+Detection (COCO annotations): boxes that are not finite, empty, or outside of their picture; polygons of less than three
+points; masks of another size; unknown pictures and categories. Segmentation: class maps with unknown classes or of
+another size than their picture. Classification: unknown classes. Everywhere: pictures that are missing or cannot be
+read.
+"""
+
+import argparse
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import DATASETS, init_default_scope
+from PIL import Image
+from tqdm import tqdm
+
+from grootvl_mm.apis import cli
+
+SPLITS = ("train", "val", "test")
+SHOWN = 10  # problems of one kind
+TOLERANCE = 1.0  # pixels that a box or a point may lie outside, as rounding leaves them
+IGNORED = 255  # class in a map that no loss looks at
+
+
+class Problem(NamedTuple):
+    """Something wrong in a data set."""
+
+    kind: str
+    where: str
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_config_arguments(parser)
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, help="default: all that the config has")
+    parser.add_argument("--no-pictures", action="store_true", help="do not read the pictures, which takes longest")
+    return parser.parse_args()
+
+
+def find_datasets(dataset: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The data sets below wrappers such as RepeatDataset, MultiImageMixDataset and ConcatDataset."""
+    if "datasets" in dataset:
+        for part in dataset["datasets"]:
+            yield from find_datasets(part)
+    elif "dataset" in dataset:
+        yield from find_datasets(dataset["dataset"])
+    else:
+        yield dataset
+
+
+def check_coco(content: Any, classes: Sequence[str]) -> Iterator[Problem]:
+    """Problems in the content of a COCO annotation file.
+
+    Args:
+        content: Of the file.
+        classes: Names that the config trains on; none if it leaves them to the data set class.
+    """
+    parts = ("images", "annotations", "categories")
+    missing = [name for name in parts if not isinstance(content, dict) or not isinstance(content.get(name), list)]
+    if missing:
+        yield Problem("no COCO annotations", f"no list {', '.join(missing)}")
+        return
+    images = {image.get("id"): image for image in content["images"]}
+    categories = {category.get("id"): category.get("name") for category in content["categories"]}
+    for name in sorted(set(classes) - set(categories.values())):
+        yield Problem("class of the config that the annotations do not have", repr(name))
+    for part in parts:
+        for number, times in Counter(entry.get("id") for entry in content[part]).items():
+            if times > 1 or number is None:
+                yield Problem(f"{part} without an id of their own", f"id {number}, {times} times")
+    for image in content["images"]:
+        if not _is_size(image.get("width")) or not _is_size(image.get("height")):
+            yield Problem("picture without size", f"{image.get('file_name')}")
+    for annotation in content["annotations"]:
+        where = f"annotation {annotation.get('id')}"
+        image = images.get(annotation.get("image_id"))
+        if image is None:
+            yield Problem("unknown picture", f"{where}: image_id {annotation.get('image_id')}")
+            continue
+        where += f" of {image.get('file_name')}"
+        if annotation.get("category_id") not in categories:
+            yield Problem("unknown category", f"{where}: category_id {annotation.get('category_id')}")
+        if not _is_size(image.get("width")) or not _is_size(image.get("height")):
+            continue
+        size = (image["width"], image["height"])
+        yield from (Problem(kind, f"{where}: {detail}") for kind, detail in check_box(annotation.get("bbox"), size))
+        outline = annotation.get("segmentation")
+        if outline is not None:
+            yield from (Problem(kind, f"{where}: {detail}") for kind, detail in check_outline(outline, size))
+
+
+def check_box(box: Any, size: tuple[int, int]) -> Iterator[tuple[str, str]]:
+    """Problems of a box (x, y, width, height) in a picture of ``size`` (width, height)."""
+    if not _are_numbers(box) or len(box) != 4:
+        yield "box that is no four numbers", f"{box}"
+    elif not all(map(math.isfinite, box)):
+        yield "box that is not finite", f"{box}"
+    elif box[2] <= 0 or box[3] <= 0:
+        yield "box without area", f"{box}"
+    elif _outside(box[:2], size) or _outside((box[0] + box[2], box[1] + box[3]), size):
+        yield "box outside of its picture", f"{box} in {size[0]}x{size[1]}"
+
+
+def check_outline(outline: Any, size: tuple[int, int]) -> Iterator[tuple[str, str]]:
+    """Problems of a mask in COCO's formats: polygons, or run lengths."""
+    if isinstance(outline, dict):
+        if list(outline.get("size", ())) != [size[1], size[0]]:
+            yield "mask of another size", f"{outline.get('size')} in {size[0]}x{size[1]}"
+        counts = outline.get("counts")
+        if isinstance(counts, list) and (not _are_numbers(counts) or sum(counts) != size[0] * size[1]):
+            yield "mask that does not fill its picture", f"{len(counts)} counts"
+        elif not isinstance(counts, (list, str)):
+            yield "mask in an unknown format", type(counts).__name__
+        return
+    if not isinstance(outline, list) or not outline:
+        yield "mask in an unknown format", f"{outline}"[:80]
+        return
+    for polygon in outline:
+        if not _are_numbers(polygon) or len(polygon) < 6 or len(polygon) % 2:
+            yield "polygon of less than three points", f"{polygon}"[:80]
+        elif not all(map(math.isfinite, polygon)):
+            yield "polygon that is not finite", f"{polygon}"[:80]
+        elif any(_outside(point, size) for point in zip(polygon[::2], polygon[1::2], strict=True)):
+            yield "polygon outside of its picture", f"in {size[0]}x{size[1]}"
+
+
+def check_picture(path: Path, size: tuple[int, int] | None = None) -> Iterator[Problem]:
+    """Problems of a picture file that should have ``size`` (width, height)."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except FileNotFoundError:
+        yield Problem("missing picture", str(path))
+    except Exception as error:  # decoders raise errors of many types
+        yield Problem("picture that cannot be read", f"{path}: {' '.join(str(error).split())}"[:200])
+    else:
+        if size is not None and None not in size and picture.size != size:
+            yield Problem("picture of another size", f"{path}: {picture.size}, annotated as {size}")
+
+
+def check_map(path: Path, picture: Path, num_classes: int, reduce_zero_label: bool) -> Iterator[Problem]:
+    """Problems of a class map for a picture."""
+    faults = list(check_picture(path))
+    yield from faults
+    if faults:
+        return
+    with Image.open(path) as image:
+        values, size = np.unique(np.asarray(image)), image.size
+    labels = values.astype(int) - reduce_zero_label
+    unknown = [int(value) for value, label in zip(values, labels, strict=True) if label >= num_classes]
+    unknown = [value for value in unknown if value != IGNORED]
+    if unknown:
+        yield Problem("unknown class in a map", f"{path}: {unknown[:5]} of {num_classes} classes")
+    if picture.is_file():
+        with Image.open(picture) as image:
+            if image.size != size:
+                yield Problem("map of another size than its picture", f"{path}: {size}, {picture.name}: {image.size}")
+
+
+def check_detection(dataset: Mapping[str, Any], pictures: bool) -> Iterator[Problem]:
+    """Problems of a detection data set with COCO annotations."""
+    root = Path(dataset.get("data_root") or "")
+    path = root / dataset.get("ann_file", "")
+    if path.suffix != ".json":
+        cli.fail(f"{dataset.get('type')} with ann_file {str(path)!r}: only COCO annotations (.json) can be checked")
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        yield Problem("annotations that cannot be read", f"{path}: {error}")
+        return
+    yield from check_coco(content, (dataset.get("metainfo") or {}).get("classes", ()))
+    if pictures and isinstance(content, dict):
+        folder = root / (dataset.get("data_prefix") or {}).get("img", "")
+        for image in tqdm(content.get("images", ()), "pictures", leave=False):
+            yield from check_picture(folder / str(image.get("file_name")), (image.get("width"), image.get("height")))
+
+
+def check_listed(dataset: Mapping[str, Any], pictures: bool) -> Iterator[Problem]:
+    """Problems of a data set of classification or segmentation, as its class lists it."""
+    try:
+        # As it is: without filters, and without what a pipeline does.
+        built = DATASETS.build({**dataset, "pipeline": [], "serialize_data": False})
+        entries = [built.get_data_info(index) for index in range(len(built))]
+    except Exception as error:  # whatever a host's class says
+        yield Problem("data set that cannot be listed", " ".join(str(error).split())[:300])
+        return
+    if not entries:
+        yield Problem("empty data set", str(dataset.get("data_root")))
+    num_classes = len(built.metainfo.get("classes") or ())
+    for entry in tqdm(entries, "pictures", leave=False):
+        path = Path(entry["img_path"])
+        if pictures:
+            yield from check_picture(path)
+        if "seg_map_path" in entry:
+            yield from check_map(Path(entry["seg_map_path"]), path, num_classes, bool(entry.get("reduce_zero_label")))
+        labels = np.atleast_1d(entry.get("gt_label", 0))
+        if num_classes and not all(0 <= label < num_classes for label in labels):
+            yield Problem("unknown class", f"{path}: {labels.tolist()} of {num_classes} classes")
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) in (int, float) for value in values)
+
+
+def _outside(point: Sequence[float], size: tuple[int, int]) -> bool:
+    return not all(-TOLERANCE <= value <= limit + TOLERANCE for value, limit in zip(point, size, strict=True))
+
+
+def check_config(cfg: Config, splits: Sequence[str] = SPLITS, pictures: bool = True) -> dict[str, list[Problem]]:
+    """Check the data sets of a config.
+
+    Args:
+        cfg: Of one of the three tasks.
+        splits: What to check, if the config has it.
+        pictures: Read the pictures, too.
+
+    Returns:
+        The problems of each split.
+    """
+    check = check_detection if cfg.default_scope == "mmdet" else check_listed
+    found, checked = {}, []
+    for split in splits:
+        loader = cfg.get(f"{split}_dataloader")
+        if loader is None or loader["dataset"] in checked:  # val and test are often the same
+            continue
+        checked.append(loader["dataset"])
+        found[split] = [problem for part in find_datasets(loader["dataset"]) for problem in check(part, pictures)]
+    return found
+
+
+def main() -> None:
+    """Run the command."""
+    args = parse_args()
+    logger = MMLogger.get_instance("check_dataset")
+    cfg = cli.load_config(args.config, args.cfg_options)
+    init_default_scope(cfg.default_scope)
+    found = check_config(cfg, args.splits, not args.no_pictures)
+    for split, problems in found.items():
+        kinds = defaultdict(list)
+        for problem in problems:
+            kinds[problem.kind].append(problem.where)
+        for kind, places in kinds.items():
+            more = f"\n  and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
+            logger.warning("%s: %d x %s\n  %s%s", split, len(places), kind, "\n  ".join(places[:SHOWN]), more)
+    total = sum(map(len, found.values()))
+    if total:
+        cli.fail(f"{total} problems in {', '.join(split for split, problems in found.items() if problems)}")
+    logger.info("nothing wrong in %s", ", ".join(found) or "no data set")
+
+
+if __name__ == "__main__":
+    main()
