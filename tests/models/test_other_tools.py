@@ -144,7 +144,7 @@ def test_feature_extraction_by_torchvision(ignore_padding: bool) -> None:
 
 def test_feature_extraction_needs_the_leaf() -> None:
     extraction = pytest.importorskip("torchvision.models.feature_extraction")
-    with pytest.raises(TypeError, match="feature must be a tensor .* got Proxy"):
+    with pytest.raises(TypeError, match=r"feature must be a tensor .* got Proxy"):
         extraction.create_feature_extractor(make(), ["stages.0.norm"])
 
 
