@@ -1,10 +1,11 @@
 """Whether a fused operator may stand for modules."""
 
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PARAMETERS = {"weight", "bias"}
+# torch.export puts fake ones in the place of plain parameters.
+_PLAIN = (nn.Parameter, FakeTensor)
 
 
 def untouched(*modules: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
@@ -22,14 +23,14 @@ def untouched(*modules: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
 
 
 def _is_untouched(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    own = module.__dict__
+    parameters = module._parameters
+    # In words that torch.compile can follow.
     return (
         type(module) in kinds
-        and not any(own[hooks] for hooks in _HOOKS)
-        and not own["_modules"]
-        and not own["_buffers"]
-        and own.get("_compiled_call_impl") is None
-        and not any(name in own for name in ("forward", "__call__", *_PARAMETERS))
-        and own["_parameters"].keys() == _PARAMETERS
-        and all(type(parameter) is nn.Parameter for parameter in own["_parameters"].values())
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not (module._modules or module._buffers or module._compiled_call_impl)
+        and not any(name in module.__dict__ for name in ("forward", "weight", "bias"))
+        and len(parameters) == 2
+        and all(type(parameters.get(name)) in _PLAIN for name in ("weight", "bias"))
     )
