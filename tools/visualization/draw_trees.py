@@ -50,6 +50,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     if "data_preprocessor" in cfg:
         cfg.model.setdefault("data_preprocessor", cfg.data_preprocessor)
     model = MODELS.build(cfg.model)
+    cli.check_file(args.checkpoint, "checkpoint", "give the path of a .pth file, e.g. from work_dirs/")
     with cli.checkpoint_errors(args.checkpoint):
         load_checkpoint(model, args.checkpoint, map_location="cpu", logger="silent")
     if not isinstance(model.backbone, GrootV):
