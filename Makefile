@@ -15,6 +15,9 @@ BIN := $(VENV)/bin
 OPS_BIN := .venv-ops/bin
 NATIVE = $(shell find ops tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
+# Neighbouring tests stay together, as they share data; who has run out of tests takes some of another worker.
+WORKERS := -n auto --maxprocesses 8 --dist worksteal
+
 .PHONY: setup setup-ops demo test test-all test-ops lint format docs wheel clean
 
 setup:
@@ -27,14 +30,14 @@ demo: setup
 	$(BIN)/python demo/train_on_digits.py --task $(TASK)
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
 test-all: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 	$(MAKE) docs
 
 test-ops: setup-ops
-	OMP_NUM_THREADS=1 $(OPS_BIN)/python -m pytest -m "not slow" tests/ops tests/layers tests/models
+	OMP_NUM_THREADS=1 $(OPS_BIN)/python -m pytest -m "not slow" $(WORKERS) tests/ops tests/layers tests/models
 
 lint: setup
 	$(BIN)/ruff check .

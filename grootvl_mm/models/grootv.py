@@ -358,7 +358,7 @@ class GrootV(InitializedModule):
     ) -> None:
         """A file of another model must not pass for a success just because loading is not strict.
 
-        Adapters, heads or a few stages alone may be loaded, but a published file and one of ``init_cfg`` are whole.
+        Adapters, heads or a few stages alone may be loaded, but a published file is whole.
         """
         own = {prefix + name: tuple(value.shape) for name, value in self.state_dict().items()}
         found = {name: tuple(getattr(value, "shape", ())) for name, value in state_dict.items()}

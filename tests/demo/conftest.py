@@ -10,6 +10,9 @@ import torch
 from mmengine.registry import MODELS, DefaultScope
 
 from tests.helpers.config_cases import ROOT, load_config
+from tests.helpers.tool_fixtures import command, demo_data
+
+__all__ = ["command", "demo_data"]
 
 NAMES = {
     "det": "mask-rcnn_grootv-pico_fpn_demo",

@@ -51,7 +51,6 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump", path=os.pathsep.join(map(str, folders))) or shutil.which("cuobjdump")
 
 
-@pytest.mark.slow
 def test_kernels_are_in_the_library(library: Path) -> None:
     assert b".nv_fatbin" in library.read_bytes()
     tool = cuobjdump()
@@ -62,7 +61,6 @@ def test_kernels_are_in_the_library(library: Path) -> None:
         assert all(name.endswith(".sm_90.cubin") for name in cubins)
 
 
-@pytest.mark.slow
 def test_library_loads_and_registers_every_operator(library: Path) -> None:
     code = (
         "import sys, torch\n"

@@ -16,11 +16,13 @@ SANITIZED = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seed", "arguments"),
-    # Finite differences are thousands of launches, which another order does not make more telling.
-    [(1, ()), (2, ("-k", "not differences"))],
+    [
+        # Finite differences are thousands of launches, which another order does not make more telling.
+        (1, ("-k", "not differences")),
+        pytest.param(2, (), marks=pytest.mark.slow),
+    ],
 )
 def test_operators_pass_their_tests(seed: int, arguments: tuple) -> None:
     result = run_tests(arguments, seed=seed)

@@ -45,7 +45,6 @@ def runs(command: Command, make_config, tmp_path_factory) -> Runs:
     return runs
 
 
-@pytest.mark.slow
 def test_two_processes_compute_what_one_does(runs: Runs):
     expected, got = read_scalars(runs.one), read_scalars(runs.two)
     assert sorted(got) == sorted(expected) == [1, 2, 3, 4]

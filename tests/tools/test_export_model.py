@@ -21,8 +21,8 @@ from torch.export import ExportedProgram
 import grootvl_mm
 from grootvl_mm.models import GrootV
 from tests.helpers.config_cases import load_config
+from tests.helpers.tool_fixtures import SHIPPED
 from tests.helpers.tool_runs import ROOT
-from tests.tools.conftest import SHIPPED
 
 for host in ("mmdet", "mmseg", "mmpretrain"):
     pytest.importorskip(host)
@@ -170,9 +170,10 @@ np.save("logits.npy", np.asarray(logits))
 OWN = ("grootvl_mm", "mmengine", "mmcv", "mmpretrain")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "absent"), [("program", OWN), ("package", OWN), ("graph", (*OWN, "torch"))], ids=lambda value: str(value)
+    ("kind", "absent"),
+    [("program", OWN), pytest.param("package", OWN, marks=pytest.mark.slow), ("graph", (*OWN, "torch"))],
+    ids=str,
 )
 def test_runs_in_a_fresh_process(
     kind: str, absent: tuple, folder: Path, library: Path, images: Tensor, classifier: nn.Module, request
@@ -191,7 +192,6 @@ def test_a_package_in_cpp(folder: Path, library: Path, package: Path, classifier
     torch.testing.assert_close(torch.tensor([[*map(float, printed.split())]]), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_the_onnx_graph_has_standard_operators_only(graph: Path) -> None:
     """What the page states about it."""
     import onnx

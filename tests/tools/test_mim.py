@@ -7,9 +7,8 @@ import pytest
 
 from tests.helpers.tool_runs import ROOT, Mim, mim_name
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.slow
 @pytest.mark.parametrize(("host", "task"), [("mmdet", "det"), ("mmseg", "seg"), ("mmpretrain", "cls")])
 def test_train_and_test_through_the_host(host: str, task: str, mim: Mim, make_config, tmp_path: Path):
     config = make_config(task)

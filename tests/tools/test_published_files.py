@@ -14,7 +14,6 @@ from grootvl_mm.models import GrootV, GrootVNeck
 from tests.helpers.tool_runs import ROOT, Command, read_metrics
 from tests.models.test_published import publish
 
-pytestmark = pytest.mark.slow
 pytest.importorskip("mmpretrain")
 
 

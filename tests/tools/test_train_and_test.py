@@ -17,8 +17,6 @@ from grootvl_mm.apis.resume import find_resumable_checkpoint, read_seed
 from tests.helpers.marks import needs_safe_globals
 from tests.helpers.tool_runs import Command, read_metrics, read_scalars
 
-pytestmark = pytest.mark.slow
-
 METRICS = {"det": "coco/bbox_mAP", "seg": "mIoU", "cls": "accuracy/top1"}
 
 

@@ -44,7 +44,7 @@ def test_help_has_no_gpus(call):
         (("test.py", CONFIG, "no.pth"), 1, "error: checkpoint 'no.pth' does not exist"),
         (("test.py", CONFIG, "no.pth", "--out", "a.json"), 2, "--out writes a pickle file, but 'a.json'"),
         (("visualization/draw_predictions.py", CONFIG, "no.pth", "a.jpg"), 2, "'a.jpg' does not end in .png"),
-        (("demo/run_demo.py", "--task", "nothing"), 2, "invalid choice: 'nothing'"),
+        (("../demo/train_on_digits.py", "--task", "nothing"), 2, "invalid choice: 'nothing'"),
     ],
     ids=lambda value: " ".join(Path(str(part)).name for part in value[:1]) if isinstance(value, tuple) else None,
 )

@@ -37,7 +37,10 @@ def assert_same(got: object, expected: object) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(("scope", "num_workers"), [("mmpretrain", 0), ("mmpretrain", 2), ("mmdet", 2), ("mmseg", 0)])
+@pytest.mark.parametrize(
+    ("scope", "num_workers"),
+    [("mmpretrain", 0), ("mmpretrain", 2), pytest.param("mmdet", 2, marks=pytest.mark.slow), ("mmseg", 0)],
+)
 def test_resumed_by_iterations(scope: str, num_workers: int, tmp_path: Path) -> None:
     cfg = random_everywhere(scope)
     options = {"augment": True, "num_workers": num_workers, "interval": 2}
@@ -53,7 +56,7 @@ def test_resumed_by_iterations(scope: str, num_workers: int, tmp_path: Path) -> 
     assert_same(final_state(tmp_path / "parts", "iter_4.pth"), final_state(tmp_path / "whole", "iter_4.pth"))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_resumed_by_epochs(num_workers: int, tmp_path: Path) -> None:
     cfg = random_everywhere("mmpretrain")
     options = {"augment": True, "num_workers": num_workers, "interval": 1, "images": 4}
