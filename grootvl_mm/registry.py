@@ -9,6 +9,7 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 MODELS = Registry("model", parent=MMENGINE_MODELS, scope="grootvl_mm", locations=["grootvl_mm.models"])
@@ -34,6 +35,7 @@ OPTIM_WRAPPERS = Registry(
 STRATEGIES = Registry(
     "strategy", parent=MMENGINE_STRATEGIES, scope="grootvl_mm", locations=["grootvl_mm.engine.strategies"]
 )
+TRANSFORMS = Registry("transform", parent=MMENGINE_TRANSFORMS, scope="grootvl_mm", locations=["grootvl_mm.datasets"])
 
 
 def expose_bare_names() -> None:

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Evaluate with several processes on this machine, one for each GPU, or on the CPU if there is none.
 # Several machines: run it on each with NNODES, NODE_RANK, MASTER_ADDR and PORT set.
+# PYTHON is the interpreter to use; by default one that has grootvl_mm is looked for.
 set -euo pipefail
+# shellcheck source=tools/find_python.sh
+source "$(dirname "${BASH_SOURCE[0]}")/find_python.sh"
 
 if [[ $# -lt 3 ]]; then
-    echo "usage: [NNODES=1] [NODE_RANK=0] [MASTER_ADDR=127.0.0.1] [PORT=29500]" \
+    echo "usage: [NNODES=1] [NODE_RANK=0] [MASTER_ADDR=127.0.0.1] [PORT=29500] [PYTHON=python]" \
         "$0 CONFIG CHECKPOINT PROCESSES [arguments of test.py]" >&2
     exit 2
 fi
@@ -13,7 +16,8 @@ checkpoint=$2
 processes=$3
 shift 3
 
-exec torchrun \
+python=$(find_python)
+exec "$python" -m torch.distributed.run \
     --nnodes="${NNODES:-1}" \
     --node_rank="${NODE_RANK:-0}" \
     --master_addr="${MASTER_ADDR:-127.0.0.1}" \

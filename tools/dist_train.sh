@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Train with several processes on this machine, one for each GPU, or on the CPU if there is none.
 # Several machines: run it on each with NNODES, NODE_RANK, MASTER_ADDR and PORT set.
+# PYTHON is the interpreter to use; by default one that has grootvl_mm is looked for.
 set -euo pipefail
+# shellcheck source=tools/find_python.sh
+source "$(dirname "${BASH_SOURCE[0]}")/find_python.sh"
 
 if [[ $# -lt 2 ]]; then
-    echo "usage: [NNODES=1] [NODE_RANK=0] [MASTER_ADDR=127.0.0.1] [PORT=29500]" \
+    echo "usage: [NNODES=1] [NODE_RANK=0] [MASTER_ADDR=127.0.0.1] [PORT=29500] [PYTHON=python]" \
         "$0 CONFIG PROCESSES [arguments of train.py]" >&2
     exit 2
 fi
@@ -12,7 +15,8 @@ config=$1
 processes=$2
 shift 2
 
-exec torchrun \
+python=$(find_python)
+exec "$python" -m torch.distributed.run \
     --nnodes="${NNODES:-1}" \
     --node_rank="${NODE_RANK:-0}" \
     --master_addr="${MASTER_ADDR:-127.0.0.1}" \

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Train on a slurm cluster, one task for each GPU.
+# PYTHON is the interpreter to use on the nodes; by default one here that has grootvl_mm is looked for.
 set -euo pipefail
+# shellcheck source=tools/find_python.sh
+source "$(dirname "${BASH_SOURCE[0]}")/find_python.sh"
 
 if [[ $# -lt 3 ]]; then
-    echo "usage: [GPUS=8] [GPUS_PER_NODE=8] [CPUS_PER_TASK=5] [SRUN_ARGS='...']" \
+    echo "usage: [GPUS=8] [GPUS_PER_NODE=8] [CPUS_PER_TASK=5] [SRUN_ARGS='...'] [PYTHON=python]" \
         "$0 PARTITION JOB_NAME CONFIG [WORK_DIR] [arguments of train.py]" >&2
     exit 2
 fi
@@ -17,6 +20,7 @@ if [[ $# -gt 0 && $1 != -* ]]; then
     shift
 fi
 read -ra srun_args <<<"${SRUN_ARGS:-}"
+python=$(find_python)
 
 set -x
 exec srun \
@@ -28,5 +32,5 @@ exec srun \
     --cpus-per-task="${CPUS_PER_TASK:-5}" \
     --kill-on-bad-exit=1 \
     "${srun_args[@]}" \
-    python -u "$(dirname "${BASH_SOURCE[0]}")/train.py" "$config" "${work_dir[@]}" \
+    "$python" -u "$(dirname "${BASH_SOURCE[0]}")/train.py" "$config" "${work_dir[@]}" \
     --launcher slurm "$@"

@@ -43,6 +43,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(128, 128), keep_ratio=True),
+    dict(type="grootvl_mm.ToBGR"),  # for the greyscale arrays that inferencers get
     # After the resize: the ground truth stays in the size of the image file.
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),

@@ -5,7 +5,7 @@
 # Not stated in the paper: drop path (0.2, as Swin-T).
 _base_ = [
     "../_base_/models/mask-rcnn_grootv_fpn.py",
-    "mmdet::_base_/datasets/coco_instance.py",
+    "../_base_/datasets/coco_instance_grootv.py",
     "../_base_/schedules/coco_adamw_1x.py",
     "mmdet::_base_/default_runtime.py",
 ]

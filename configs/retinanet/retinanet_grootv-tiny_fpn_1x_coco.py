@@ -5,7 +5,7 @@
 #                 model.backbone.init_cfg.checkpoint=FILE model.backbone.init_cfg.prefix=backbone.
 _base_ = [
     "../_base_/models/retinanet_grootv_fpn.py",
-    "mmdet::_base_/datasets/coco_detection.py",
+    "../_base_/datasets/coco_detection_grootv.py",
     "../_base_/schedules/coco_adamw_1x.py",
     "mmdet::_base_/default_runtime.py",
 ]

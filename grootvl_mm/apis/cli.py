@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_distributed
 
+from grootvl_mm.apis.cfg_options import CfgOptions
 from grootvl_mm.apis.checkpoint_files import CheckpointError, read_checkpoint
 from grootvl_mm.apis.cpu import adapt_to_cpu
 from grootvl_mm.engine.hooks.global_loss_hook import GlobalLossHook
@@ -35,10 +36,10 @@ def add_config_arguments(parser: argparse.ArgumentParser, config_help: str = "pa
     parser.add_argument(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
+        action=CfgOptions,
         metavar="KEY=VALUE",
-        help="override settings of the config, e.g. train_cfg.max_iters=100; lists as key=a,b or "
-        'key="[a,b]" without spaces',
+        help='override settings of the config, e.g. train_cfg.max_iters=100, load_from="my work/a.pth"; lists as '
+        'key=a,b or key="[a, b]"',
     )
 
 

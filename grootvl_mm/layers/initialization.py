@@ -57,7 +57,8 @@ class InitializedModule(BaseModule):
             for module in reversed(list(self.modules())):
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
-        self._is_empty = False
+                if isinstance(module, InitializedModule):
+                    module._is_empty = False
         super().init_weights()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
@@ -66,6 +67,6 @@ class InitializedModule(BaseModule):
         self._is_empty |= was_meta and not any(parameter.is_meta for parameter in self.parameters())
         return result
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._is_empty = False
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._is_empty &= not any(name.startswith(prefix) for name in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -8,13 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grootvl_mm.ops._compat import flop_registry, is_autocast_enabled, onednn_linear, register_flop_formula
-
-if onednn_linear is not None and onednn_linear not in flop_registry:
-
-    @register_flop_formula(onednn_linear)
-    def _(x_shape: torch.Size, weight_shape: torch.Size, *args: object, **kwargs: object) -> int:
-        return 2 * x_shape.numel() * weight_shape[0]
+from grootvl_mm.ops._compat import is_autocast_enabled, onednn_linear
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -36,6 +30,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.dim() == 2
         and x.numel() > 0
         and not is_autocast_enabled("cpu")
+        and not torch._C._len_torch_dispatch_stack()  # counters and tracers of operators know PyTorch's own
     )
 
 

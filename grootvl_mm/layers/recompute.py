@@ -2,9 +2,9 @@
 
 Within :func:`lean`, the modules of a block are called as they are, and PyTorch differentiates them. Two things change:
 
-- The results of layer norms, GELU, SiLU and depth-wise convolutions cost little to compute and much to keep. Where
-  autograd saves one of them, it gets the means to compute it again from what is kept anyway. A block keeps 12 maps of
-  its input's size instead of 18.
+- The results of layer norms, GELU, SiLU, masks and depth-wise convolutions cost little to compute and much to keep.
+  Where autograd saves one of them, it gets the means to compute it again from what is kept anyway. A block keeps 12
+  maps of its input's size instead of 18.
 - ``F.linear`` of float32 on the CPU goes to oneDNN, see :mod:`grootvl_mm.layers.linear`.
 
 Both act below the modules, on the functions that they call, so that hooks, adapters, parametrizations and replaced
@@ -68,6 +68,8 @@ class _Lean(_FastLinear):
         result = super().__torch_function__(func, types, args, kwargs)
         if func in _CHEAP and type(result) is Tensor and result.requires_grad and _CHEAP[func](*args, **kwargs):
             autocast = {"device_type": self.device_type, "enabled": is_autocast_enabled(self.device_type)}
+            if autocast["enabled"]:
+                autocast["dtype"] = torch.get_autocast_dtype(self.device_type)
             inputs = [self._input(value) for value in (*args, *kwargs.values())]
             storage = result.untyped_storage()
             # While the weak reference lives, no other storage gets this address.
@@ -76,7 +78,9 @@ class _Lean(_FastLinear):
         return result
 
     def _input(self, value: Any) -> Callable[[], Any]:
-        return self._pack(value.detach()) if isinstance(value, Tensor) else lambda: value
+        if not isinstance(value, Tensor):
+            return lambda: value
+        return self._pack(value if value.is_leaf else value.detach())
 
     def _pack(self, value: Tensor) -> Unpack:
         """For what autograd saves: a recipe that gives it, or what gives back the kept tensor."""
@@ -150,4 +154,14 @@ def _is_depthwise(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> bool:
     return weight.shape[1] == 1
 
 
-_CHEAP = {F.layer_norm: _is_new, F.gelu: _is_new, F.silu: _is_new, F.conv2d: _is_depthwise}
+def _is_mask(x: Tensor, mask: Tensor, **kwargs: Any) -> bool:
+    return isinstance(mask, Tensor) and not mask.requires_grad and not kwargs
+
+
+_CHEAP = {
+    F.layer_norm: _is_new,
+    F.gelu: _is_new,
+    F.silu: _is_new,
+    F.conv2d: _is_depthwise,
+    torch.mul: _is_mask,
+}

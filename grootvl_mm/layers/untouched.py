@@ -1,10 +1,16 @@
 """Whether a fused operator may stand for modules."""
 
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch._subclasses import FakeTensor
+from torch.nn.modules import module as global_hooks
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PARAMETERS = {"weight", "bias"}
+try:
+    from torch.utils.module_tracker import ModuleTracker
+except ImportError:  # before torch 2.4
+    ModuleTracker = None
+
+# torch.export puts fake ones in the place of plain parameters.
+_PLAIN = (nn.Parameter, FakeTensor)
 
 
 def untouched(*modules: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
@@ -18,18 +24,31 @@ def untouched(*modules: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
         modules: the modules to be stood for.
         kinds: the classes that they must have, none derived from them.
     """
-    return not _has_any_global_hook() and all(_is_untouched(module, kinds) for module in modules)
+    return not _has_global_hook() and all(_is_untouched(module, kinds) for module in modules)
+
+
+def _has_global_hook() -> bool:
+    """Whether hooks on all modules may want to see a call. Those of torch's FLOP counter note a module's name only."""
+    if not global_hooks._has_any_global_hook():
+        return False
+    hooks = (
+        *global_hooks._global_forward_hooks.values(),
+        *global_hooks._global_forward_pre_hooks.values(),
+        *global_hooks._global_backward_hooks.values(),
+        *global_hooks._global_backward_pre_hooks.values(),
+    )
+    return ModuleTracker is None or any(type(getattr(hook, "__self__", None)) is not ModuleTracker for hook in hooks)
 
 
 def _is_untouched(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    own = module.__dict__
+    parameters = module._parameters
+    # In words that torch.compile can follow.
     return (
         type(module) in kinds
-        and not any(own[hooks] for hooks in _HOOKS)
-        and not own["_modules"]
-        and not own["_buffers"]
-        and own.get("_compiled_call_impl") is None
-        and own.keys().isdisjoint({"forward", "__call__", *_PARAMETERS})
-        and own["_parameters"].keys() == _PARAMETERS
-        and all(type(parameter) is nn.Parameter for parameter in own["_parameters"].values())
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not (module._modules or module._buffers or module._compiled_call_impl)
+        and not any(name in module.__dict__ for name in ("forward", "weight", "bias"))
+        and len(parameters) == 2
+        and all(type(parameters.get(name)) in _PLAIN for name in ("weight", "bias"))
     )

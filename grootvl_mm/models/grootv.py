@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from grootvl_mm.layers.drop_path import DropPath
 from grootvl_mm.layers.initialization import InitializedModule
 from grootvl_mm.layers.mlp import MLP
+from grootvl_mm.layers.norm import LayerNorm2d
+from grootvl_mm.layers.padding import Padding, check_valid_sizes, crop, find_valid_sizes, pyramid
 from grootvl_mm.layers.recompute import lean
 from grootvl_mm.models.published_checkpoints import (
     CheckpointError,
@@ -22,6 +24,9 @@ from grootvl_mm.ops import Tree
 from grootvl_mm.registry import MODELS
 
 TREE_SHARINGS = ("block", "stage")
+# Leaves of symbolic traces, as torchvision's create_feature_extractor makes them.
+torch.fx.wrap("find_valid_sizes")
+torch.fx.wrap("pyramid")
 
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
@@ -38,16 +43,18 @@ class Stem(nn.Module):
         self.conv2 = nn.Conv2d(channels // 2, channels, kernel_size=3, stride=2, padding=1)
         self.norm2 = layer_norm(channels)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Images NCHW to tokens NHWC."""
+    def forward(self, image: Tensor, padding: Padding | None = None) -> Tensor:
+        """Images NCHW to tokens NHWC; the padding to ignore is that of the map between the convolutions."""
         x = self.conv1(image.contiguous(memory_format=torch.channels_last))
         x = self.act(self.norm1(x.permute(0, 2, 3, 1)))
+        if padding is not None:
+            x = padding.clear(x)
         x = self.conv2(x.permute(0, 3, 1, 2))
         return self.norm2(x.permute(0, 2, 3, 1))
 
 
 class Downsample(nn.Module):
-    """Convolution of stride 2 that doubles the channels: (B, H, W, C) to (B, H/2, W/2, 2 C), rounded up."""
+    """Convolution of stride 2 that doubles the channels: (B, C, H, W) to (B, H/2, W/2, 2 C), rounded up."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -55,8 +62,8 @@ class Downsample(nn.Module):
         self.norm = layer_norm(2 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens NHWC to tokens NHWC."""
-        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        """A feature map NCHW to tokens NHWC."""
+        return self.norm(self.conv(x).permute(0, 2, 3, 1))
 
 
 class Block(nn.Module):
@@ -96,15 +103,15 @@ class Block(nn.Module):
             if gamma is not None:
                 nn.init.constant_(gamma, self.layer_scale)
 
-    def forward(self, x: Tensor, tree: Tree | None = None) -> tuple[Tensor, Tree]:
-        """(B, H, W, C) and the trees to scan along, or None; returns both."""
+    def forward(self, x: Tensor, tree: Tree | None = None, padding: Padding | None = None) -> tuple[Tensor, Tree]:
+        """(B, H, W, C), the trees to scan along, or None, and the padding to ignore; returns tokens and trees."""
         if self.with_cp and x.requires_grad:
-            return torch.utils.checkpoint.checkpoint(self._forward, x, tree, use_reentrant=False)
-        return self._forward(x, tree)
+            return torch.utils.checkpoint.checkpoint(self._forward, x, tree, padding, use_reentrant=False)
+        return self._forward(x, tree, padding)
 
-    def _forward(self, x: Tensor, tree: Tree | None) -> tuple[Tensor, Tree]:
+    def _forward(self, x: Tensor, tree: Tree | None, padding: Padding | None) -> tuple[Tensor, Tree]:
         with lean(x):
-            mixed, tree = self.mixer(self.norm1(x), tree)
+            mixed, tree = self.mixer(self.norm1(x), tree, padding)
             x = x + self.drop_path(_scale(mixed, self.gamma1))
             x = x + self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma2))
         return x, tree
@@ -117,27 +124,23 @@ def _scale(branch: Tensor, gamma: Tensor | None) -> Tensor:
 class Stage(nn.Module):
     """Blocks at one resolution and a norm, whose output is the stage's feature map, then the way to the next stage."""
 
-    def __init__(
-        self,
-        channels: int,
-        drop_paths: Sequence[float],
-        downsample: bool,
-        tree_sharing: str,
-        **block: Any,
-    ) -> None:
+    def __init__(self, blocks: Sequence[Block], channels: int, downsample: bool, share_tree: bool) -> None:
         super().__init__()
-        self.share_tree = tree_sharing == "stage"
-        self.blocks = nn.ModuleList(Block(channels, rate, **block) for rate in drop_paths)
-        self.norm = layer_norm(channels)
+        self.share_tree = share_tree
+        self.blocks = nn.ModuleList(blocks)
+        # The last norm layer is what tools for Grad-CAM look at, and the map (B, C, H, W) is what they expect there.
+        self.norm = LayerNorm2d(channels, eps=1e-6)
         self.downsample = Downsample(channels) if downsample else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H, W, C) to the feature map of the same shape and the next stage's input."""
+    def forward(self, x: Tensor, padding: Padding | None = None) -> tuple[Tensor, Tensor]:
+        """(B, H, W, C) to the feature map (B, C, H, W), zero at padding that is to be ignored, and what comes next."""
         tree = None
         for block in self.blocks:
-            x, used_tree = block(x, tree)
+            x, used_tree = block(x, tree, padding)
             tree = used_tree if self.share_tree else None
-        feature = self.norm(x)
+        feature = self.norm(x.permute(0, 3, 1, 2))
+        if padding is not None:
+            feature = padding.clear(feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return feature, feature if self.downsample is None else self.downsample(feature)
 
 
@@ -156,8 +159,7 @@ class GrootV(InitializedModule):
         out_indices: stages whose feature maps are returned, ascending; stage i has stride ``4 * 2**i``.
         frozen_stages: the stem and the first so many stages get no gradient and stay in evaluation mode; -1 freezes
             nothing, 0 the stem only.
-        norm_eval: keep the norm layers in evaluation mode while training. It matters once batch norm takes the place
-            of the layer norm; the backbone itself has layer norms only, which behave the same in both modes.
+        norm_eval: accepted as the hosts' backbones have it; it changes nothing, for layer norms have one mode only.
         with_cp: gradient checkpointing: recompute each block in the backward pass to save memory.
         drop_path_rate: stochastic depth, rising linearly over the blocks from 0 to this.
         layer_scale: initial value of the scale of each residual branch; None for no scale, as published.
@@ -168,6 +170,9 @@ class GrootV(InitializedModule):
             its first block builds from its own SSM input (after in-projection, depth-wise convolution and SiLU). The
             paper does not say which feature builds the shared tree.
         scan: ``tree``, or ``raster`` or ``cross``, with which the paper compares it, see :class:`TreeSSM`.
+        ignore_padding: what a picture yields does not depend on the padding to its right and below, with which a batch
+            of pictures of different sizes is filled up: see :mod:`grootvl_mm.layers.padding`. Where pictures end is
+            told by their zero margins, unless ``forward`` gets their sizes. Maps are zero at padding.
         init_cfg: mmengine's.
 
     Raises:
@@ -181,6 +186,7 @@ class GrootV(InitializedModule):
         "base": {"channels": 128, "depths": (2, 2, 13, 2)},
         "large": {"channels": 192, "depths": (2, 2, 13, 2)},
     }
+    num_extra_tokens = 0  # the name by which mmpretrain's tools ask for class tokens
     # 1 (and none) are the published names; see models/published_checkpoints.py.
     _version = 2
 
@@ -199,6 +205,7 @@ class GrootV(InitializedModule):
         propagation: str = "all",
         tree_sharing: str = "block",
         scan: str = "tree",
+        ignore_padding: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -214,27 +221,19 @@ class GrootV(InitializedModule):
         self.depths = depths
         self.num_features = [channels * 2**i for i in range(len(depths))]
         self.frozen_stages = frozen_stages
-        self.norm_eval = norm_eval
+        self.ignore_padding = ignore_padding
+        self._loads_pretrained = self._loads_published = False
 
         self.stem = Stem(in_channels, channels)
         num_blocks = sum(depths)
         drop_paths = [drop_path_rate * block / max(num_blocks - 1, 1) for block in range(num_blocks)]
+        options = (layer_scale, with_cp, tree_metric, tree_root, propagation, scan)
         last = self.out_indices[-1]
-        self.stages = nn.ModuleList(
-            Stage(
-                self.num_features[i],
-                drop_paths[sum(depths[:i]) : sum(depths[: i + 1])],
-                downsample=i < last,
-                layer_scale=layer_scale,
-                with_cp=with_cp,
-                tree_metric=tree_metric,
-                tree_root=tree_root,
-                propagation=propagation,
-                tree_sharing=tree_sharing,
-                scan=scan,
-            )
-            for i in range(last + 1)
-        )
+        self.stages = nn.ModuleList()
+        for i, width in enumerate(self.num_features[: last + 1]):
+            rates = drop_paths[sum(depths[:i]) : sum(depths[: i + 1])]
+            blocks = [Block(width, rate, *options) for rate in rates]
+            self.stages.append(Stage(blocks, width, downsample=i < last, share_tree=tree_sharing == "stage"))
         self._freeze_stages()
 
     @classmethod
@@ -263,22 +262,49 @@ class GrootV(InitializedModule):
             )
         return indices
 
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+    def init_weights(self) -> None:
+        """mmengine's, which also loads the file of an ``init_cfg`` of the type ``Pretrained``.
+
+        Raises:
+            CheckpointError: less than half of the parameters are in the file.
+        """
+        self._loads_pretrained = True
+        try:
+            super().init_weights()
+        finally:
+            self._loads_pretrained = False
+
+    def forward(self, image: Tensor, valid_sizes: Tensor | Sequence[Sequence[int]] | None = None) -> tuple[Tensor, ...]:
         """Feature maps of images of any size.
 
         Args:
             image: (B, in_channels, H, W).
+            valid_sizes: (B, 2), height and width of each image without the padding to its right and below, which is
+                ignored then. By default, with ``ignore_padding``, the sizes without zero margins.
 
         Returns:
             For each of ``out_indices`` a map (B, channels * 2**i, h, w), h = ceil(H / (4 * 2**i)), contiguous.
+
+        Raises:
+            TypeError, ValueError: ``valid_sizes`` are not the sizes of such images.
         """
-        x = self.stem(image)
+        if isinstance(valid_sizes, torch.fx.Proxy):  # of an argument that nobody gave
+            valid_sizes = None
+        if valid_sizes is not None:
+            valid_sizes = check_valid_sizes(valid_sizes, image)
+            image = crop(image, valid_sizes)
+        elif self.ignore_padding:
+            valid_sizes = find_valid_sizes(image)
+        paddings: list[Padding | None] = [None] * (1 + len(self.stages))
+        if valid_sizes is not None:
+            paddings = pyramid(valid_sizes, image, levels=len(paddings))
+        x = self.stem(image, paddings[0])
         outputs = []
         for index, stage in enumerate(self.stages):
-            feature, x = stage(x)
+            feature, x = stage(x, paddings[index + 1])
             if index in self.out_indices:
                 # In plain NCHW memory: mmcv's RoIAlign on the CPU reads any other as if it were that.
-                outputs.append(feature.permute(0, 3, 1, 2).contiguous())
+                outputs.append(feature.contiguous())
         return tuple(outputs)
 
     def _frozen_modules(self) -> list[nn.Module]:
@@ -292,13 +318,9 @@ class GrootV(InitializedModule):
             module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "GrootV":
-        """Training mode for all but the frozen parts (and the norms with ``norm_eval``)."""
+        """Training mode for all but the frozen parts."""
         super().train(mode)
         self._freeze_stages()
-        if mode and self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, nn.LayerNorm | nn.modules.batchnorm._BatchNorm):
-                    module.eval()
         return self
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
@@ -326,26 +348,32 @@ class GrootV(InitializedModule):
         block = int(parts[3]) if parts[2] == "blocks" else self.depths[stage] - 1
         return sum(self.depths[:stage]) + block + 1, num_layers
 
-    @staticmethod
-    def _checkpoint_filter(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    def _checkpoint_filter(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Let mmpretrain's ``ImageClassifier``, which calls this before it loads weights, read published files."""
-        rename_published_classifier(state_dict, prefix)
+        self._loads_published = rename_published_classifier(state_dict, prefix)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        published = rename_published_backbone(state_dict, prefix) or self._loads_published
+        self._loads_published = False
+        *_, unexpected_keys, _ = args
+        self._check_matching_keys(state_dict, prefix, unexpected_keys, whole=published or self._loads_pretrained)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_matching_keys(
+        self, state_dict: dict[str, Any], prefix: str, unexpected_keys: list[str], whole: bool
     ) -> None:
-        rename_published_backbone(state_dict, prefix)
-        self._check_matching_keys(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        """A file of another model must not pass for a success just because loading is not strict.
 
-    def _check_matching_keys(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """A file of another model must not pass for a success just because loading is not strict."""
+        Adapters, heads or a few stages alone may be loaded, but a published file and one of ``init_cfg`` are whole.
+        """
         own = {prefix + name: tuple(value.shape) for name, value in self.state_dict().items()}
         found = {name: tuple(getattr(value, "shape", ())) for name, value in state_dict.items()}
         matching = sum(found.get(name) == shape for name, shape in own.items())
-        if 2 * matching < len(own):
+        # What begins with the prefix is all that torch hands on; of the rest, it knows the names that fit nowhere.
+        foreign = sum(own.get(name) != shape for name, shape in found.items()) or len(unexpected_keys)
+        if 2 * matching < len(own) and (whole or foreign > matching):
             example = next(name for name, shape in own.items() if found.get(name) != shape)
-            near = [example] if example in found else list(found)  # torch gives what begins with the prefix only
+            near = [example] if example in found else list(found)
             nothing = f"nothing below {prefix!r}" if prefix else "nothing"
             raise CheckpointError(
                 f"this checkpoint does not fit {type(self).__name__}: {matching} of {len(own)} parameters match in "

@@ -107,26 +107,36 @@ def convert_published(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     return converted
 
 
-def rename_published_classifier(state_dict: MutableMapping[str, Any], prefix: str) -> None:
+def rename_published_classifier(state_dict: MutableMapping[str, Any], prefix: str) -> bool:
     """Turn, in place, a published classifier below ``prefix`` into mmpretrain's with our backbone and neck.
 
     Any other state dict stays as it is, but for ``model`` around it.
+
+    Returns:
+        Whether it is a published one.
     """
     weights = unwrap(_below(state_dict, prefix))
-    _replace(state_dict, prefix, convert_published(weights) if is_published(weights) else weights)
+    published = is_published(weights)
+    _replace(state_dict, prefix, convert_published(weights) if published else weights)
+    return published
 
 
-def rename_published_backbone(state_dict: MutableMapping[str, Any], prefix: str) -> None:
+def rename_published_backbone(state_dict: MutableMapping[str, Any], prefix: str) -> bool:
     """Rename, in place, the published backbone's entries below ``prefix``; the published head's are dropped.
 
     Any other state dict stays as it is, but for ``model`` around it.
+
+    Returns:
+        Whether they were published ones.
     """
     weights = unwrap(_below(state_dict, prefix))
-    if is_published(weights):
+    published = is_published(weights)
+    if published:
         own = "backbone."
         converted = convert_published(weights).items()
         weights = {key.removeprefix(own): value for key, value in converted if not key.startswith(("neck.", "head."))}
     _replace(state_dict, prefix, weights)
+    return published
 
 
 def rename_published_neck(state_dict: MutableMapping[str, Any], prefix: str) -> None:

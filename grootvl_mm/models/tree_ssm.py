@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grootvl_mm.layers.initialization import InitializedModule, StepProjection, init_linear
+from grootvl_mm.layers.padding import Padding
 from grootvl_mm.layers.untouched import untouched
 from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_scan, tree_selective_scan
 from grootvl_mm.ops.scan import PROPAGATIONS, selective_scan
@@ -17,7 +18,15 @@ ROOTS = ("first", "last")
 SCANS = ("tree", "raster", "cross")
 
 
-def raster_path(batch: int, height: int, width: int, root: str, by_columns: bool, device: torch.device) -> Tree:
+def raster_path(
+    batch: int,
+    height: int,
+    width: int,
+    root: str,
+    by_columns: bool,
+    device: torch.device,
+    padding: Padding | None = None,
+) -> Tree:
     """The path through all positions in reading order as a tree.
 
     Args:
@@ -27,17 +36,22 @@ def raster_path(batch: int, height: int, width: int, root: str, by_columns: bool
         root: ``first`` or ``last`` vertex: the end of the path that is the root.
         by_columns: column by column instead of row by row.
         device: where the tree shall be.
+        padding: to be left for the end that is not the root.
 
     Returns:
-        The same tree for each image.
+        The same tree for each image, apart from padding.
     """
     order = torch.arange(height * width, dtype=torch.int32, device=device)
     if by_columns:
         order = order.view(height, width).T.flatten()
     if root == "last":
         order = order.flip(0)
-    parent = torch.empty_like(order).scatter_(0, order.long(), torch.cat([order[:1], order[:-1]]))
-    return Tree(parent.repeat(batch, 1), order.repeat(batch, 1))
+    order = order.repeat(batch, 1)
+    if padding is not None:
+        outside = padding.valid.flatten(1).gather(1, order.long()) == 0
+        order = order.gather(1, outside.byte().argsort(dim=1, stable=True))
+    parent = torch.empty_like(order).scatter_(1, order.long(), torch.cat([order[:, :1], order[:, :-1]], dim=1))
+    return Tree(parent, order)
 
 
 class TreeSSM(InitializedModule):
@@ -101,41 +115,61 @@ class TreeSSM(InitializedModule):
         nn.init.zeros_(self.A_log)
         nn.init.ones_(self.Ds)
 
-    def forward(self, x: Tensor, tree: Tree | None = None) -> tuple[Tensor, Tree]:
+    def forward(self, x: Tensor, tree: Tree | None = None, padding: Padding | None = None) -> tuple[Tensor, Tree]:
         """Mix the positions of a feature map.
 
         Args:
             x: (B, H, W, C).
             tree: trees to scan along; by default those of this layer's own features.
+            padding: what no position inside of a picture may depend on; the result there means nothing.
 
         Returns:
             (B, H, W, C), and the trees that were used (for ``cross`` those row by row).
         """
+        if padding is not None:
+            x = padding.clear(x)  # and so what the convolution reads: the projection has no bias
         x, gate = self.in_proj(x).chunk(2, dim=-1)
         x = F.silu(self.conv2d(x.permute(0, 3, 1, 2)))
         if tree is None:
-            tree = self.build_tree(x)
+            tree = self.build_tree(x, padding)
         x = x.permute(0, 2, 3, 1)
         dt, b, c = self.x_proj(x).split([self.dt_rank, 1, 1], dim=-1)
-        y = self.selective_scan(x, dt, b, c, gate, tree)
+        if padding is not None:
+            b = padding.clear(b)  # and so what is scanned
+        y = self.selective_scan(x, dt, b, c, gate, tree, padding)
         return self.out_proj(y), tree
 
-    def build_tree(self, feature: Tensor) -> Tree:
+    def build_tree(self, feature: Tensor, padding: Padding | None = None) -> Tree:
         """The trees of (B, D, H, W) features."""
-        height, width = feature.shape[2:]
+        height, width = map(int, feature.shape[2:]) if torch.jit.is_tracing() else feature.shape[2:]
+        if torch.jit.is_tracing():
+            # torch.jit.trace turns sizes into constants: a program must refuse other images than those of its size.
+            feature = feature.split([height], dim=2)[0].split([width], dim=3)[0]
         if self.scan != "tree":
-            return raster_path(feature.shape[0], height, width, self.tree_root, by_columns=False, device=feature.device)
+            batch = feature.shape[0]
+            return raster_path(batch, height, width, self.tree_root, False, feature.device, padding)
         # exp cannot overflow for the cosine; for the distances it does, so their exponents are compared.
         weight = grid_edge_weight(feature.detach(), self.tree_metric, log=self.tree_metric != "cosine")
+        if padding is not None:
+            weight = padding.cut(weight)
         return grid_tree(weight, height, width, root=0 if self.tree_root == "first" else height * width - 1)
 
-    def selective_scan(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, gate: Tensor, tree: Tree) -> Tensor:
+    def selective_scan(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        b: Tensor,
+        c: Tensor,
+        gate: Tensor,
+        tree: Tree,
+        padding: Padding | None = None,
+    ) -> Tensor:
         """The scan of ``(B, H, W, *)`` values along trees; for ``cross``, the mean of the scans by rows and columns."""
         batch, height, width, _ = x.shape
         values = [value.flatten(1, 2) for value in (x, dt, b, c, gate)]
         y = self._selective_scan(*values, tree)
         if self.scan == "cross":
-            columns = raster_path(batch, height, width, self.tree_root, by_columns=True, device=x.device)
+            columns = raster_path(batch, height, width, self.tree_root, True, x.device, padding)
             y = (y + self._selective_scan(*values, columns)) / 2
         return y.unflatten(1, (height, width))
 

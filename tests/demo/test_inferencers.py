@@ -45,6 +45,39 @@ def test_classification(checkpoints: dict, picture: np.ndarray) -> None:
     assert found["pred_scores"].sum() == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.fixture
+def grey(picture: np.ndarray) -> np.ndarray:
+    return picture.mean(axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("form", ["(H, W)", "(H, W, 1)"])
+def test_greyscale_arrays(checkpoints: dict, grey: np.ndarray, form: str) -> None:
+    """They give what the same picture in colour gives."""
+    for host in ("mmdet", "mmseg", "mmpretrain"):
+        pytest.importorskip(host)
+    from mmdet.apis import DetInferencer
+    from mmpretrain import ImageClassificationInferencer
+    from mmseg.apis import MMSegInferencer
+
+    colour, array = np.stack([grey] * 3, axis=-1), grey if form == "(H, W)" else grey[..., None]
+    detector = DetInferencer(config_file(NAMES["det"]), checkpoints["det"], device="cpu", show_progress=False)
+    expected, found = (detector([image])["predictions"][0] for image in (colour, array))
+    assert len(found["scores"]) > 0
+    np.testing.assert_allclose(found["scores"], expected["scores"], rtol=1e-4)
+    segmenter = MMSegInferencer(config_file(NAMES["seg"]), checkpoints["seg"], device="cpu")
+    np.testing.assert_array_equal(*(segmenter([image])["predictions"] for image in (colour, array)))
+    classifier = ImageClassificationInferencer(config_file(NAMES["cls"]), checkpoints["cls"], device="cpu")
+    expected, found = (classifier(image)[0]["pred_scores"] for image in (colour, array))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_other_channels_are_an_error_before_the_model(checkpoints: dict, picture: np.ndarray) -> None:
+    apis = pytest.importorskip("mmdet.apis")
+    inferencer = apis.DetInferencer(config_file(NAMES["det"]), checkpoints["det"], device="cpu", show_progress=False)
+    with pytest.raises(ValueError, match=r"an image must be an array .* got shape \(128, \d+, 4\)"):
+        inferencer([np.concatenate([picture, picture[..., :1]], axis=2)])
+
+
 @pytest.mark.parametrize(
     ("host", "inferencer", "name", "classes"),
     [

@@ -131,11 +131,16 @@ def _check_pip(words: list[str]) -> None:
 
 
 def _of_mim(words: list[str]) -> list[str]:
-    """The call of the script that mim makes of its own command, or none for a search."""
+    """The call of our script that mim makes of its own command, if there is one."""
     module = pytest.importorskip(f"mim.commands.{words[0]}")
     given = module.cli.make_context(words[0], words[1:]).params
     if words[0] == "search":
         return []
+    if words[0] == "run":
+        found = importlib.util.find_spec(given["package"])
+        folder = ROOT if given["package"] == "grootvl_mm" else Path(found.origin).with_name(".mim")
+        (script,) = (folder / "tools").rglob(f"{given['command']}.py")
+        return [str(script), *given["other_args"]] if folder == ROOT else []
     config = given["config"]
     if given["package"] == "grootvl_mm":
         (config,) = (str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob(config))
@@ -145,11 +150,11 @@ def _of_mim(words: list[str]) -> list[str]:
 
 def _of_launcher(words: list[str], environment: dict[str, str], stubs: Path) -> list[str]:
     """The call of the Python script that a shell script makes."""
-    for name in ("torchrun", "srun"):
+    for name in ("python", "srun"):
         stub = stubs / name
         stub.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
         stub.chmod(0o755)
-    environment = os.environ | environment | {"PATH": f"{stubs}:{os.environ['PATH']}"}
+    environment = os.environ | environment | {"PATH": f"{stubs}:{os.environ['PATH']}", "PYTHON": str(stubs / "python")}
     output = subprocess.check_output(["bash", *words], cwd=ROOT, env=environment, text=True, stderr=subprocess.DEVNULL)
     called = output.splitlines()
     return called[next(i for i, word in enumerate(called) if word.endswith(".py")) :]

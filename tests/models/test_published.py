@@ -153,6 +153,48 @@ def test_a_file_that_does_not_fit_is_an_error(weights: dict, tmp_path: Path) -> 
         backbone.init_weights()
 
 
+class Network(nn.Module):
+    """A backbone and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = GrootV(MICRO)
+        self.fc = nn.Linear(64, 3)
+
+
+@pytest.mark.parametrize("part", ["", "fc.", "backbone.stem.", "backbone.stages.1."])
+def test_parts_of_a_state_dict_load(part: str) -> None:
+    """Heads, adapters or some stages, where loading is not strict."""
+    weights = {
+        name: torch.full_like(value, 7.0)
+        for name, value in Network().state_dict().items()
+        if part and name.startswith(part)
+    }
+    network = Network()
+    result = network.load_state_dict(weights, strict=False)
+    assert result.unexpected_keys == []
+    assert len(result.missing_keys) + len(weights) == len(network.state_dict())
+    assert all((network.state_dict()[name] == 7).all() for name in weights)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"conv1.weight": torch.zeros(64, 3, 7, 7)},
+        {"backbone.conv1.weight": torch.zeros(64, 3, 7, 7)},
+        {
+            f"backbone.{name}": value
+            for name, value in GrootV({"channels": 16, "depths": [1, 1]}, out_indices=1).state_dict().items()
+        },
+        {f"backbone.{name}": value for name, value in publish(GrootV(MICRO)).items() if "levels" not in name},
+    ],
+    ids=["another model", "another backbone", "another size", "a published file cut off"],
+)
+def test_a_wrong_state_dict_is_an_error_however_it_is_loaded(weights: dict) -> None:
+    with pytest.raises(ValueError, match=r"does not fit GrootV: \d+ of \d+ parameters match"):
+        Network().load_state_dict(weights, strict=False)
+
+
 REFERENCE = Path(__file__).parent / "data"
 
 

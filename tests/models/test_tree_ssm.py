@@ -1,26 +1,13 @@
-"""The layer's backward pass, which computes again what lies between its projections."""
-
-from collections.abc import Callable
+"""The layer as a block calls it: its fused scan, and what it keeps for its backward pass."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from grootvl_mm.models import TreeSSM, tree_ssm
+from grootvl_mm.layers.recompute import lean
+from grootvl_mm.models import TreeSSM
 from grootvl_mm.models.grootv import Block
-from tests.helpers.marks import needs_compiler, needs_float16_on_the_cpu
-
-
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """Calls a function with PyTorch's own automatic differentiation of the layer."""
-
-    def run(call: Callable, *args: object) -> object:
-        with monkeypatch.context() as patch:
-            patch.setattr(tree_ssm, "can_recompute", lambda *values: False)
-            return call(*args)
-
-    return run
+from tests.helpers.marks import needs_compiler
 
 
 def make(dtype: torch.dtype = torch.float32, **options: str) -> TreeSSM:
@@ -30,21 +17,32 @@ def make(dtype: torch.dtype = torch.float32, **options: str) -> TreeSSM:
     return layer
 
 
-def gradients(layer: TreeSSM, x: Tensor) -> tuple[Tensor, ...]:
-    """The result, its gradients and theirs."""
+def call(layer: TreeSSM, x: Tensor, fused: bool) -> Tensor:
+    """By the fused scan and the block's policy, or by the modules as PyTorch runs them."""
+    if fused:
+        with lean(x):
+            return layer(x)[0]
+    handle = layer.h_norm.register_forward_hook(lambda *args: None)
     y, _ = layer(x)
+    handle.remove()
+    return y
+
+
+def gradients(layer: TreeSSM, x: Tensor, fused: bool) -> tuple[Tensor, ...]:
+    """The result, its gradients and theirs."""
+    y = call(layer, x, fused)
     leaves = (x, *layer.parameters())
     first = torch.autograd.grad((y * y.detach()).sum(), leaves, create_graph=True)
     return y, *first, *torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"propagation": "up", "tree_root": "last"}, {"propagation": "down"}, {"scan": "raster"}]
+    "options", [{}, {"propagation": "up", "tree_root": "last"}, {"propagation": "down"}, {"scan": "cross"}]
 )
-def test_gradients_are_those_of_automatic_differentiation(device: torch.device, plain: Callable, options: dict) -> None:
+def test_the_fused_scan_is_what_the_modules_compute(device: torch.device, options: dict) -> None:
     layer = make(torch.float64, **options).to(device)
     x = torch.randn(2, 4, 5, 6, dtype=torch.float64, device=device, requires_grad=True)
-    torch.testing.assert_close(gradients(layer, x), plain(gradients, layer, x))
+    torch.testing.assert_close(gradients(layer, x, True), gradients(layer, x, False))
 
 
 def test_gradients_by_finite_differences(device: torch.device) -> None:
@@ -70,31 +68,21 @@ def test_trees_have_no_gradient_and_are_handed_on(device: torch.device) -> None:
     assert all(torch.equal(a, b) for a, b in zip(tree, same, strict=True))
 
 
-def test_a_block_keeps_twelve_maps() -> None:
+@needs_compiler
+@pytest.mark.parametrize(("channels", "maps"), [(4, 12)])
+def test_a_block_keeps_twelve_maps(channels: int, maps: int) -> None:
     """In maps of C channels: the inputs of both norms 1 each, in-projection 4, scan 2, MLP 4; the trees are C / 2."""
-    block = Block(4, 0.0, None, with_cp=False)
-    x = torch.randn(2, 8, 8, 4, requires_grad=True)
+    block = Block(channels)
+    x = torch.randn(2, 8, 8, channels, requires_grad=True)
     kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.setdefault(v.data_ptr(), v), lambda v: v):
-        block(x, None)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda value: kept.setdefault(value.untyped_storage().data_ptr(), value), lambda value: value
+    ):
+        block(x)
     parameters = {parameter.data_ptr() for parameter in block.parameters()}
     values = sum(value.untyped_storage().nbytes() // 4 for at, value in kept.items() if at not in parameters)
-    assert values == 12 * x.numel() + 2 * x[..., 0].numel()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=needs_float16_on_the_cpu)])
-def test_autocast_gives_the_gradients_of_its_own_rules(
-    device: torch.device, plain: Callable, dtype: torch.dtype
-) -> None:
-    layer = make().to(device)
-    x = torch.randn(2, 4, 5, 6, device=device)
-
-    def grads() -> tuple[Tensor, ...]:
-        with torch.autocast(device.type, dtype=dtype):
-            y, _ = layer(x)
-        return torch.autograd.grad(y.float().square().sum(), layer.parameters())
-
-    torch.testing.assert_close(grads(), plain(grads))
+    # Mean and scale of two norms, what x_proj returns (dt of rank 1, b, c), parent and order.
+    assert values == maps * x.numel() + (4 + 3 + 2) * x[..., 0].numel()
 
 
 @needs_compiler

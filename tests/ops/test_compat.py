@@ -8,9 +8,9 @@ import mmengine.runner  # and what it takes from torch
 import torch
 for name in ("register_fake", "register_autograd", "register_autocast"):
     vars(torch.library).pop(name, None)
-from grootvl_mm import torch_versions
+from grootvl_mm.ops import _compat
 from grootvl_mm.ops import grid_edge_weight, grid_tree, tree_scan
-assert torch_versions.register_fake.__module__ == torch_versions.__name__
+assert _compat.register_fake.__module__ == _compat.__name__
 
 feature = torch.randn(1, 3, 4, 4, requires_grad=True)
 weight = grid_edge_weight(feature)

@@ -114,6 +114,24 @@ def test_gradients_by_finite_differences(device: torch.device, propagation: str)
     assert torch.autograd.gradcheck(scan, inputs)
     assert torch.autograd.gradgradcheck(scan, inputs)
 
+    def second(x: torch.Tensor, decay: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        first = torch.autograd.grad(scan(x, decay).pow(3).sum(), (x, decay), create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in first), (x, decay), create_graph=True)
+
+    assert torch.autograd.gradcheck(second, inputs)
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_tangents_are_refused(requires_grad: bool) -> None:
+    """The dispatcher would drop them in silence."""
+    x, decay, tree = random_scan(1, 3, 3, 2, seed=0, dtype=torch.float64)
+    x.requires_grad_(requires_grad)
+    for tangents in ((x, decay * 0), (x * 0, decay)):
+        with pytest.raises(NotImplementedError, match=r"no forward-mode derivative.*use reverse mode"):
+            torch.func.jvp(lambda x, decay: tree_scan(x, decay, tree), (x, decay), tangents)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="use reverse mode"):
+        tree_scan(torch.autograd.forward_ad.make_dual(x, x.detach()), decay, tree)
+
 
 def test_gradient_of_one_input_only() -> None:
     x, decay, tree = random_scan(1, 3, 3, 2, seed=0, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 import re
 import socket
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,7 +136,13 @@ def echoing_srun(tmp_path: Path) -> dict[str, str]:
     srun = tmp_path / "srun"
     srun.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     srun.chmod(0o755)
-    return {"PATH": f"{tmp_path}:/usr/bin:/bin", "GPUS": "4", "GPUS_PER_NODE": "2", "SRUN_ARGS": "-q long"}
+    return {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "PYTHON": sys.executable,
+        "GPUS": "4",
+        "GPUS_PER_NODE": "2",
+        "SRUN_ARGS": "-q long",
+    }
 
 
 def test_slurm_train(command: Command, echoing_srun: dict[str, str]):

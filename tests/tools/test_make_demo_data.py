@@ -46,7 +46,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def scenes(demo, count: int, size: int = 128, digits: tuple[int, int] = (2, 5)) -> list:
+def scenes(demo, count: int, size: tuple[int, int] = (128, 128), digits: tuple[int, int] = (2, 5)) -> list:
     source = demo.load_sources()["train"]
     rngs = [np.random.default_rng(seed) for seed in range(count)]
     return [demo.compose_scene(rng, source, size, digits) for rng in rngs]
@@ -109,7 +109,7 @@ def test_later_digits_cover_earlier_ones(demo):
     source = demo.load_sources()["train"]._replace(photos=[np.zeros((200, 200, 3), np.uint8)])
     touching = 0
     for seed in range(8):
-        scene = demo.compose_scene(np.random.default_rng(seed), source, 128, (5, 5))
+        scene = demo.compose_scene(np.random.default_rng(seed), source, (128, 128), (5, 5))
         owner = np.pad(scene.owner, 1, mode="edge")
         neighbours = [owner[1 + i : 129 + i, 1 + j : 129 + j] for i in (-1, 0, 1) for j in (-1, 0, 1)]
         inside = np.all([n == scene.owner for n in neighbours], axis=0)
@@ -136,7 +136,7 @@ def test_covered_digits_stay_mostly_visible(demo, monkeypatch):
     for seed in range(6):
         full.clear()
         rng = np.random.default_rng(seed)
-        scene = demo.compose_scene(rng, demo.load_sources()["val"], 128, (5, 5))
+        scene = demo.compose_scene(rng, demo.load_sources()["val"], (128, 128), (5, 5))
         visible = np.bincount(scene.owner[scene.owner >= 0], minlength=len(scene.labels))
         attempts = iter(full)
         for k, area in enumerate(visible):
@@ -155,16 +155,72 @@ def test_digits_keep_their_size_and_contrast(demo):
         assert np.median(np.linalg.norm(around - ink, axis=1)) > 60
 
 
-@pytest.mark.parametrize("size", [64, 320])
+@pytest.mark.parametrize("size", [(64, 64), (320, 320), (96, 160), (160, 96), (64, 256)])
 def test_any_size(demo, size):
     for scene in scenes(demo, 3, size=size):
-        assert scene.image.shape == (size, size, 3)
-        sides = [max(a["bbox"][2:]) / size for a in demo.coco_annotations(scene)]
+        assert scene.image.shape == (*size, 3)
+        sides = [max(a["bbox"][2:]) / min(size) for a in demo.coco_annotations(scene)]
         assert max(sides) <= 57 / 128  # rounded up
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_proportions_of_the_photograph_are_kept(demo, monkeypatch, split):
+    """What is scaled to a scene's size has its proportions."""
+    windows = []
+    resize = demo.Image.Image.resize
+    monkeypatch.setattr(
+        demo.Image.Image, "resize", lambda image, size, *rest: windows.append(image.size) or resize(image, size, *rest)
+    )
+    for photo in demo.load_sources()[split].photos:
+        for size in ((128, 128), (96, 160), (160, 96)):
+            windows.clear()
+            patch = demo.crop_photo(np.random.default_rng(0), photo, size)
+            assert patch.shape == (*size, 3)
+            ((width, height),) = windows
+            assert height / width == pytest.approx(size[0] / size[1], rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def mixed(demo, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("mixed") / "demo"
+    assert demo.make_demo_data(out, {"train": 8, "val": 4}, size=[(96, 160), (128, 128), (160, 96)], workers=2)
+    return out
+
+
+def test_mixed_sizes(demo, mixed):
+    """Images, annotations and maps agree on the size of each scene, and all sizes occur."""
+    found = set()
+    for split in demo.SPLITS:
+        coco = COCO(mixed / "annotations" / f"instances_{split}.json")
+        for image_id, info in coco.imgs.items():
+            size = (info["height"], info["width"])
+            found.add(size)
+            assert np.asarray(Image.open(mixed / "images" / split / info["file_name"])).shape == (*size, 3)
+            semantic = np.asarray(Image.open(mixed / "semantic" / split / info["file_name"]))
+            painted = np.zeros(size, np.uint8)
+            for annotation in coco.loadAnns(coco.getAnnIds(image_id)):
+                painted[coco.annToMask(annotation).astype(bool)] = annotation["category_id"]
+            np.testing.assert_array_equal(painted, semantic)
+        for path in (mixed / "classification" / split).rglob("*.png"):
+            assert Image.open(path).size == (64, 64)
+    assert found == {(96, 160), (128, 128), (160, 96)}
+
+
+def test_mixed_sizes_are_remembered(demo, mixed):
+    counts = {"train": 8, "val": 4}
+    assert not demo.make_demo_data(mixed, counts, size=[(96, 160), (128, 128), (160, 96)])
+    with pytest.raises(FileExistsError, match=r"size \[\[96, 160\].* \(asked: 128\)"):
+        demo.make_demo_data(mixed, counts)
+
+
+def test_sizes_of_the_command_line(demo, monkeypatch):
+    for arguments, size in ([], 128), (["--size", "96"], 96), (["--sizes", "96x160", "64x64"], [(96, 160), (64, 64)]):
+        monkeypatch.setattr(sys, "argv", ["make_demo_data.py", *arguments])
+        assert demo.parse_args().size == size
+
+
 def test_crowded_scene_holds_as_many_digits_as_fit(demo):
-    (scene,) = scenes(demo, 1, size=64, digits=(90, 90))
+    (scene,) = scenes(demo, 1, size=(64, 64), digits=(90, 90))
     assert 5 < len(scene.labels) < 90
 
 
@@ -303,6 +359,9 @@ def test_missing_photograph_is_named(demo, monkeypatch):
     [
         (["--train", "0"], "argument --train: expected 1 or more, got 0"),
         (["--size", "63"], "argument --size: expected 64 or more, got 63"),
+        (["--sizes", "96x160", "128"], "argument --sizes: expected HEIGHTxWIDTH, got '128'"),
+        (["--sizes", "63x160"], "argument --sizes: expected 64 or more, got 63"),
+        (["--size", "64", "--sizes", "96x96"], "argument --sizes: not allowed with argument --size"),
         (["--digits", "4", "3"], "expected MIN <= MAX, got [4, 3]"),
         (["--workers", "many"], "argument --workers: invalid integer value: 'many'"),
     ],

@@ -37,7 +37,7 @@ from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
 from torch import Tensor
 
 from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_scan, tree_selective_scan
-from grootvl_mm.ops.reference import grid_edges, selective_scan
+from grootvl_mm.ops.reference import SelectiveScanInputs, grid_edges, plain_selective_scan
 
 NAME = "benchmark_ops"
 DISTINCT_INPUTS = 8
@@ -124,8 +124,9 @@ def fused(inputs: Inputs) -> Tensor:
 
 def composed(inputs: Inputs) -> Tensor:
     """The selective scan in PyTorch's operators around the plain scan, in float32."""
-    values = (value.float() for value in (*inputs.activations.values(), *inputs.parameters.values()))
-    return selective_scan(lambda x, decay: tree_scan(x, decay, inputs.tree), *values, 1e-5).to(inputs.x.dtype)
+    values = SelectiveScanInputs(**inputs.activations, **inputs.parameters)
+    values = SelectiveScanInputs(*(value.float() for value in values))
+    return plain_selective_scan(lambda x, decay: tree_scan(x, decay, inputs.tree), values, 1e-5).to(inputs.x.dtype)
 
 
 def gradients(forward: Callable[[Inputs], Tensor], inputs: Inputs) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ Real handwritten digits (scikit-learn's ``load_digits``) are pasted at random pl
 and colours, partly over one another, onto photographs that scikit-image ships. Nothing is
 downloaded. One set of scenes serves three tasks::
 
-    images/{train,val}/000000.png                    RGB scenes
+    images/{train,val}/000000.png                    RGB scenes, all of one size or of mixed sizes
     annotations/instances_{train,val}.json           COCO instances, RLE masks of the visible parts
     semantic/{train,val}/000000.png                  uint8 class map: 0 background, 1..10 the digits
     classification/{train,val}/<zero..nine>/*.png    64x64 crops around one digit each
@@ -18,6 +18,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -41,12 +42,13 @@ PHOTOS = ("astronaut", "brick", "camera", "chelsea", "coffee", "grass", "gravel"
 TRAIN_SHARE = 0.7  # of the columns of each photograph; more, and the rest is too narrow for a crop
 TRAIN_DIGITS = 1437  # of 1797, shuffled: in their own order the last writers differ from the rest
 PHOTO_CROP = (96, 134)  # side of the window taken from a photograph, in its pixels
-DIAMETER = (28 / 128, 56 / 128)  # longer side of a digit, as a share of the scene
+DIAMETER = (28 / 128, 56 / 128)  # longer side of a digit, as a share of the scene's shorter side
 MAX_ANGLE = 15.0  # degrees
 STROKE_LEVEL = 110  # grey level (0..255) of the upscaled digit where its ink begins
 MIN_CONTRAST = 100.0  # RGB distance that 9 of 10 pixels below a digit keep from its colour
 MIN_VISIBLE = 0.9  # of a digit's pixels that later ones must leave uncovered
 ATTEMPTS = 50  # to place one digit, or to find a colour for it
+MIN_SIDE = 64  # of a scene, in pixels
 CROP_SIZE = 64  # classification crops, pixels
 CROP_CONTEXT = 1.3  # side of such a crop over the longer side of its digit
 MAX_INTRUSION = 0.33  # ink of other digits in such a crop over the digit's own
@@ -61,10 +63,10 @@ class Source(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """One scene, S pixels square, with its instances."""
+    """One scene with its instances."""
 
-    image: np.ndarray  # (S, S, 3) uint8, RGB
-    owner: np.ndarray  # (S, S) int64, index of the digit on top, -1: background
+    image: np.ndarray  # (H, W, 3) uint8, RGB
+    owner: np.ndarray  # (H, W) int64, index of the digit on top, -1: background
     labels: list[int]  # 0..9 for each digit
 
 
@@ -126,30 +128,40 @@ def pick_colour(rng: np.random.Generator, below: np.ndarray) -> np.ndarray:
     return colours[np.argmax(good) if good.any() else np.argmax(contrast)]
 
 
-def compose_scene(rng: np.random.Generator, source: Source, size: int, digits: Sequence[int]) -> Scene:
-    """Compose one scene of ``size`` pixels square.
+def crop_photo(rng: np.random.Generator, photo: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Take a window of the proportions of ``size`` (height, width) from a photograph and scale it to that size."""
+    ratios = np.array(size) / min(size)
+    widest = min(PHOTO_CROP[1], *(int(length / ratio) for length, ratio in zip(photo.shape[:2], ratios, strict=True)))
+    side = rng.integers(min(PHOTO_CROP[0], widest), widest, endpoint=True)
+    height, width = (int(side * ratio) for ratio in ratios)
+    y = rng.integers(photo.shape[0] - height, endpoint=True)
+    x = rng.integers(photo.shape[1] - width, endpoint=True)
+    quarters = rng.integers(4)
+    # A quarter turn of anything but a square would change its proportions.
+    patch = np.rot90(photo[y : y + height, x : x + width], quarters if height == width else 2 * (quarters % 2))
+    return np.asarray(Image.fromarray(patch).resize(size[::-1], Image.Resampling.BICUBIC))
+
+
+def compose_scene(rng: np.random.Generator, source: Source, size: tuple[int, int], digits: Sequence[int]) -> Scene:
+    """Compose one scene of ``size``, height and width in pixels.
 
     Between ``digits[0]`` and ``digits[1]`` digits, both included, are placed, fewer where no
     more fit without hiding too much of the earlier ones.
     """
     photo = source.photos[rng.integers(len(source.photos))]
-    side = rng.integers(PHOTO_CROP[0], min(PHOTO_CROP[1], *photo.shape[:2]), endpoint=True)
-    y, x = (rng.integers(length - side, endpoint=True) for length in photo.shape[:2])
-    patch = np.rot90(photo[y : y + side, x : x + side], rng.integers(4))
-    patch = Image.fromarray(patch).resize((size, size), Image.Resampling.BICUBIC)
     # The tint gives the grey photographs a colour and the others a different light.
-    canvas = np.asarray(patch) * rng.uniform(0.6, 1.0, 3)
+    canvas = crop_photo(rng, photo, size) * rng.uniform(0.6, 1.0, 3)
 
-    owner = np.full((size, size), -1)
+    owner = np.full(size, -1)
     labels: list[int] = []
     full_area: list[int] = []
     for _ in range(rng.integers(*digits, endpoint=True)):
         for _ in range(ATTEMPTS):
             chosen = rng.integers(len(source.labels))
-            diameter = round(size * rng.uniform(*DIAMETER))
+            diameter = round(min(size) * rng.uniform(*DIAMETER))
             angle = rng.uniform(-MAX_ANGLE, MAX_ANGLE)
             alpha = render_digit(source.digits[chosen], diameter, angle)
-            y, x = (rng.integers(size - length, endpoint=True) for length in alpha.shape)
+            y, x = (rng.integers(side - length, endpoint=True) for side, length in zip(size, alpha.shape, strict=True))
             window = np.s_[y : y + alpha.shape[0], x : x + alpha.shape[1]]
             ink = alpha >= 0.5
             after = owner.copy()
@@ -185,19 +197,19 @@ def coco_annotations(scene: Scene) -> list[dict]:
 
 
 def semantic_map(scene: Scene) -> np.ndarray:
-    """Return the (S, S) uint8 class map: 0 for the background, label + 1 for a digit."""
+    """Return the (H, W) uint8 class map: 0 for the background, label + 1 for a digit."""
     # Owner -1, the background, indexes the last entry.
     return np.array([label + 1 for label in scene.labels] + [0], dtype=np.uint8)[scene.owner]
 
 
 def digit_crops(scene: Scene, annotations: Sequence[dict]) -> Iterator[tuple[int, Image.Image]]:
     """Yield (index, square crop) of each digit that has its surroundings mostly to itself."""
-    size = len(scene.owner)
+    scene_height, scene_width = scene.owner.shape
     for k, annotation in enumerate(annotations):
         x, y, width, height = annotation["bbox"]
-        side = min(size, round(CROP_CONTEXT * max(width, height)))
-        left = int(np.clip(round(x + (width - side) / 2), 0, size - side))
-        top = int(np.clip(round(y + (height - side) / 2), 0, size - side))
+        side = min(scene_height, scene_width, round(CROP_CONTEXT * max(width, height)))
+        left = int(np.clip(round(x + (width - side) / 2), 0, scene_width - side))
+        top = int(np.clip(round(y + (height - side) / 2), 0, scene_height - side))
         owner = scene.owner[top : top + side, left : left + side]
         if np.sum((owner >= 0) & (owner != k)) <= MAX_INTRUSION * annotation["area"]:
             crop = Image.fromarray(scene.image[top : top + side, left : left + side])
@@ -205,20 +217,22 @@ def digit_crops(scene: Scene, annotations: Sequence[dict]) -> Iterator[tuple[int
 
 
 def write_scene(
-    index: int, root: Path, split: str, seed: int, size: int, digits: Sequence[int]
-) -> tuple[list[dict], int]:
-    """Write the files of one scene below ``root``; return its annotations and number of crops."""
+    index: int, root: Path, split: str, seed: int, size: int | Sequence[Sequence[int]], digits: Sequence[int]
+) -> tuple[dict, list[dict], int]:
+    """Write the files of one scene below ``root``; return COCO's entry for it, its annotations and number of crops."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    size = (size, size) if isinstance(size, int) else tuple(size[rng.integers(len(size))])
     scene = compose_scene(rng, load_sources()[split], size, digits)
     annotations = coco_annotations(scene)
-    Image.fromarray(scene.image).save(root / "images" / split / f"{index:06d}.png")
-    Image.fromarray(semantic_map(scene)).save(root / "semantic" / split / f"{index:06d}.png")
+    name = f"{index:06d}.png"
+    Image.fromarray(scene.image).save(root / "images" / split / name)
+    Image.fromarray(semantic_map(scene)).save(root / "semantic" / split / name)
     crops = 0
     for k, crop in digit_crops(scene, annotations):
         folder = root / "classification" / split / CLASSES[scene.labels[k]]
         crop.save(folder / f"{index:06d}_{k}.png")
         crops += 1
-    return annotations, crops
+    return {"id": index, "file_name": name, "width": size[1], "height": size[0]}, annotations, crops
 
 
 def follow_parent() -> None:
@@ -244,13 +258,12 @@ def write_split(
     for folder in [root / "images" / split, root / "semantic" / split, *crop_folders]:
         folder.mkdir(parents=True)
     scenes = pool.map(partial(write_scene, root=root, split=split, **options), range(count))
-    size, images, annotations, crops = options["size"], [], [], 0
-    for index, (found, cropped) in enumerate(tqdm(scenes, split, count, unit="scene")):
-        name = f"{index:06d}.png"
-        images.append({"id": index, "file_name": name, "width": size, "height": size})
+    images, annotations, crops = [], [], 0
+    for image, found, cropped in tqdm(scenes, split, count, unit="scene"):
+        images.append(image)
         for annotation in found:
             # Ids start at 1: pycocotools takes a match with id 0 for none.
-            annotations.append({"id": len(annotations) + 1, "image_id": index, **annotation})
+            annotations.append({"id": len(annotations) + 1, "image_id": image["id"], **annotation})
         crops += cropped
     categories = [{"id": k, "name": name} for k, name in enumerate(CLASSES, start=1)]
     coco = {"images": images, "annotations": annotations, "categories": categories}
@@ -289,7 +302,7 @@ def is_made(out: Path, meta: dict[str, Any], force: bool) -> bool:
 def make_demo_data(
     out: Path,
     counts: dict[str, int],
-    size: int = 128,
+    size: int | Sequence[Sequence[int]] = 128,
     digits: Sequence[int] = (2, 5),
     seed: int = 0,
     workers: int = 1,
@@ -297,8 +310,9 @@ def make_demo_data(
 ) -> bool:
     """Make the demo data in the folder ``out``, whole or not at all.
 
-    ``counts`` has the number of scenes of each split, ``size`` is their side in pixels, ``digits``
-    the least and greatest number of digits in one. ``force`` replaces whatever ``out`` holds.
+    ``counts`` has the number of scenes of each split, ``size`` is their side in pixels or a list of
+    heights and widths, one of which each scene gets at random, ``digits`` the least and greatest
+    number of digits in one. ``force`` replaces whatever ``out`` holds.
 
     Returns:
         False if ``out`` already holds this very set, which is then left as it is.
@@ -309,6 +323,7 @@ def make_demo_data(
         ModuleNotFoundError: scikit-learn or scikit-image is not installed.
     """
     out = out.resolve()
+    size = size if isinstance(size, int) else [list(pair) for pair in size]
     options = {"seed": seed, "size": size, "digits": list(digits)}
     meta = {"version": VERSION, **options, "counts": counts}
     if is_made(out, meta, force):
@@ -343,6 +358,11 @@ def parse_args() -> argparse.Namespace:
 
         return integer
 
+    def height_and_width(text: str) -> tuple[int, int]:
+        if not re.fullmatch(r"\d+x\d+", text):
+            raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH, got {text!r}")
+        return tuple(map(at_least(MIN_SIDE), text.split("x")))
+
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -351,7 +371,10 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, default=Path("data/demo"), help="folder to make")
     add("--train", type=number, default=1500, metavar="N", help="training scenes")
     add("--val", type=number, default=200, metavar="N", help="validation scenes")
-    add("--size", type=at_least(64), default=128, metavar="N", help="side of a scene in pixels")
+    sides = parser.add_mutually_exclusive_group()
+    sides.add_argument("--size", type=at_least(MIN_SIDE), default=128, metavar="N", help="side of a scene in pixels")
+    sides.add_argument("--sizes", dest="size", type=height_and_width, nargs="+", metavar="HxW",
+        default=argparse.SUPPRESS, help="sizes, of which each scene gets one at random, e.g. 96x128")  # fmt: skip
     add("--digits", type=number, nargs=2, default=[2, 5], metavar=("MIN", "MAX"),
         help="number of digits in a scene; fewer where no more fit")  # fmt: skip
     add("--seed", type=at_least(0), default=0, metavar="N", help="seed of everything random")

@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from grootvl_mm.layers.initialization import InitializedModule
 from grootvl_mm.models.published_checkpoints import rename_published_neck
 from grootvl_mm.registry import MODELS
 
 
 @MODELS.register_module()
-class GrootVNeck(BaseModule):
+class GrootVNeck(InitializedModule):
     """Convolution 1x1, batch norm, GELU and global average pooling.
 
     Args:

@@ -1,0 +1,168 @@
+"""Measure what padding does to detectors: trained and evaluated on demo scenes of mixed sizes and orientations.
+
+Each backbone is trained with each seed, in batches of eight scenes, which are padded to the largest of them, and
+evaluated one by one (no padding) and eight at a time. A run that was interrupted goes on where it stopped when the same
+command is given again; what is finished is not repeated. The table is written to WORK_DIR/README.md, all numbers to
+WORK_DIR/results.json.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from train_on_digits import ROOT, moved_paths, run
+
+from grootvl_mm.apis.resume import find_resumable_checkpoint
+
+SIZES = ("96x160", "128x128", "160x96", "96x96", "160x160")
+LONGEST = 160
+EVALUATED = (1, 8)  # batch sizes
+METRICS = {"box AP": "coco/bbox_mAP", "mask AP": "coco/segm_mAP"}
+LAST = 20  # iterations whose mean loss is told
+
+
+class Backbone(NamedTuple):
+    """One backbone of the study."""
+
+    title: str
+    config: str
+    options: tuple[str, ...] = ()
+
+
+BACKBONES = {
+    "grootv": Backbone("GrootV-pico", "mask-rcnn_grootv-pico_fpn_demo.py"),
+    "grootv-ignoring": Backbone(
+        "GrootV-pico, `ignore_padding=True`",
+        "mask-rcnn_grootv-pico_fpn_demo.py",
+        ("model.backbone.ignore_padding=True",),
+    ),
+    "convnext": Backbone("ConvNeXt-pico", "mask-rcnn_convnext-pico_fpn_demo.py"),
+    "swin": Backbone("Swin-pico", "mask-rcnn_swin-pico_fpn_demo.py"),
+}
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/padding-study"), help="default: %(default)s")
+    parser.add_argument(
+        "--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES), metavar="NAME",
+        help=f"some of {', '.join(BACKBONES)} (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--iters", type=int, default=600, help="length of a training (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=1500, help="training scenes (default: %(default)s)")
+    parser.add_argument("--val", type=int, default=400, help="validation scenes (default: %(default)s)")
+    args = parser.parse_args()
+    if min(args.iters, args.train, args.val) < 1:
+        parser.error("--iters, --train and --val must be at least 1")
+    return args
+
+
+def data_options(cfg: Config, data: Path) -> Iterator[str]:
+    """Yield the overrides of a demo config for the scenes in ``data``, which keep their sizes."""
+    yield from moved_paths(cfg.to_dict(), data)
+    for part in ("train", "val", "test"):
+        pipeline = cfg[f"{part}_dataloader"].dataset.pipeline
+        (index,) = (index for index, transform in enumerate(pipeline) if transform.type == "Resize")
+        yield f"{part}_dataloader.dataset.pipeline.{index}.scale=({LONGEST},{LONGEST})"
+
+
+def train_and_test(backbone: Backbone, seed: int, folder: Path, data: Path, iters: int) -> dict[str, Any]:
+    """Train one detector and evaluate it at all batch sizes.
+
+    Returns:
+        ``loss``, the mean of the last iterations, and metrics by batch size.
+    """
+    config = ROOT / "configs" / "demo" / backbone.config
+    options = [*data_options(Config.fromfile(config), data), *backbone.options]
+    final = folder / f"iter_{iters}.pth"
+    if find_resumable_checkpoint(folder) != final:
+        schedule = [f"train_cfg.max_iters={iters}", f"param_scheduler.1.end={iters}", f"randomness.seed={seed}"]
+        unevaluated = ["val_cfg=None", "val_dataloader=None", "val_evaluator=None"]
+        kept = [option for option in options if not option.startswith("val_")]
+        run("train.py", config, "--work-dir", folder, "--resume", "auto", "--cfg-options",
+            *schedule, *unevaluated, "default_hooks.logger.interval=1", *kept)  # fmt: skip
+    result: dict[str, Any] = {"loss": last_loss(folder)}
+    for batch_size in EVALUATED:
+        tested = folder / f"test-{batch_size}"
+        run("test.py", config, final, "--work-dir", tested, "--cfg-options", *options,
+            f"test_dataloader.batch_size={batch_size}")  # fmt: skip
+        newest = max(tested.glob("*/*.json"), key=lambda path: path.stat().st_mtime)
+        values = json.loads(newest.read_text())
+        result[str(batch_size)] = {name: values[key] for name, key in METRICS.items()}
+    return result
+
+
+def last_loss(folder: Path) -> float:
+    """The mean loss of the last iterations of a training, in whatever number of runs it was made."""
+    losses = {}
+    for path in sorted(folder.glob("*/vis_data/scalars.json")):
+        lines = map(json.loads, path.read_text().splitlines())
+        losses |= {line["iter"]: line["loss"] for line in lines if "loss" in line}
+    return statistics.mean(losses[iteration] for iteration in sorted(losses)[-LAST:])
+
+
+def make_table(results: dict[str, dict[str, Any]], names: Sequence[str]) -> str:
+    """Means over the seeds with standard deviations, as Markdown."""
+    columns = [(batch_size, metric) for metric in METRICS for batch_size in EVALUATED]
+    titles = ["backbone", "seeds", "training loss"]
+    titles += [f"{metric}, batch size {batch_size}" for batch_size, metric in columns]
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    for name in names:
+        runs = list(results.get(name, {}).values())
+        if runs:
+            cells = [summary([run["loss"] for run in runs])]
+            cells += [summary([run[str(size)][metric] for run in runs]) for size, metric in columns]
+            lines.append(f"| {' | '.join([BACKBONES[name].title, str(len(runs)), *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def summary(values: Sequence[float]) -> str:
+    """Mean and, of several values, standard deviation."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def main() -> None:
+    """Run the command."""
+    args = parse_args()
+    logger = MMLogger.get_instance("padding_study")
+    data = args.work_dir / "data"
+    run(
+        "dataset_converters/make_demo_data.py",
+        "--out",
+        data,
+        "--sizes",
+        *SIZES,
+        "--train",
+        args.train,
+        "--val",
+        args.val,
+    )
+    path = args.work_dir / "results.json"
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    for seed in args.seeds:
+        for name in args.backbones:
+            key = f"seed {seed}, {args.iters} iterations"
+            if key not in results.setdefault(name, {}):
+                folder = args.work_dir / f"{name}-{args.iters}-{seed}"
+                results[name][key] = train_and_test(BACKBONES[name], seed, folder, data, args.iters)
+                path.write_text(json.dumps(results, indent=2) + "\n")
+            logger.info("%s, %s: %s", BACKBONES[name].title, key, results[name][key])
+    chosen = {
+        name: {key: run for key, run in runs.items() if key.endswith(f" {args.iters} iterations")}
+        for name, runs in results.items()
+    }
+    table = make_table(chosen, args.backbones)
+    (args.work_dir / "README.md").write_text(table)
+    logger.info("\n%s", table)
+
+
+if __name__ == "__main__":
+    main()

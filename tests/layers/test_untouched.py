@@ -1,0 +1,90 @@
+"""When an operator may stand for a module."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from grootvl_mm.layers.untouched import untouched
+
+
+class OtherLinear(nn.Linear):
+    """A layer that may do anything."""
+
+
+class Quantized(Tensor):
+    """A tensor subclass, as weight-only quantization makes them."""
+
+
+def with_forward(layer: nn.Linear) -> None:
+    layer.forward = lambda x: x
+
+
+def with_subclass(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantized))
+
+
+def with_values(layer: nn.Linear) -> None:
+    del layer.weight
+    layer.weight = torch.ones(3, 3)
+
+
+TOUCHES: dict[str, Callable[[nn.Linear], object]] = {
+    "forward hook": lambda layer: layer.register_forward_hook(print),
+    "forward pre-hook": lambda layer: layer.register_forward_pre_hook(print),
+    "backward hook": lambda layer: layer.register_full_backward_hook(print),
+    "backward pre-hook": lambda layer: layer.register_full_backward_pre_hook(print),
+    "own forward": with_forward,
+    "adapter inside": lambda layer: layer.add_module("adapter", nn.Linear(3, 3)),
+    "compiled": lambda layer: layer.compile(),
+    "pruned": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+    "spectral norm of old": torch.nn.utils.spectral_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "weight norm": parametrizations.weight_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "quantized weight": with_subclass,
+    "weight is a tensor": with_values,
+    "no bias": lambda layer: layer.register_parameter("bias", None),
+    "further parameter": lambda layer: layer.register_parameter("scale", nn.Parameter(torch.ones(1))),
+    "subclass": lambda layer: setattr(layer, "__class__", OtherLinear),
+}
+
+
+@pytest.mark.parametrize("touch", TOUCHES.values(), ids=TOUCHES)
+def test_what_touches_a_module(touch: Callable) -> None:
+    layer = nn.Linear(3, 3)
+    assert untouched(layer, kinds=(nn.Linear,))
+    assert untouched(copy.deepcopy(layer), kinds=(nn.Linear,))
+    touch(layer)
+    assert not untouched(layer, kinds=(nn.Linear,))
+    assert not untouched(nn.Linear(3, 3), layer, kinds=(nn.Linear,))
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+        nn.modules.module.register_module_full_backward_hook,
+        nn.modules.module.register_module_full_backward_pre_hook,
+    ],
+)
+def test_hooks_on_all_modules(register: Callable) -> None:
+    layer = nn.Linear(3, 3)
+    handle = register(lambda *args: None)
+    try:
+        assert not untouched(layer, kinds=(nn.Linear,))
+    finally:
+        handle.remove()
+    assert untouched(layer, kinds=(nn.Linear,))
+
+
+def test_what_comes_off_again() -> None:
+    layer = nn.Linear(3, 3)
+    handle = layer.register_forward_hook(print)
+    handle.remove()
+    prune.remove(prune.identity(layer, "weight"), "weight")
+    assert untouched(layer, kinds=(nn.Linear,))

@@ -1,0 +1,269 @@
+"""Every module of the tree is called, or stands for what its forward would do, whatever is done to it.
+
+The tools that people use on models are written here as they work: an adapter is a module in a layer's place or a child
+of it, a counter is a forward hook, a pruned weight is computed by a pre-hook.
+"""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.flop_counter import FlopCounterMode
+
+from grootvl_mm.models import GrootV
+
+LINEAR = ("in_proj", "x_proj", "dt_proj", "out_proj", "fc1", "fc2")
+NORMS = ("norm1", "norm2", "h_norm", "out_norm")
+LEAVES = (*LINEAR, *NORMS, "conv2d", "act")
+
+
+def make(**options) -> GrootV:
+    """A model in which every weight matters."""
+    model = GrootV(**{"arch": {"channels": 8, "depths": [1, 1]}, "out_indices": (1,)} | options)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "stem" not in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def layers(model: nn.Module, name: str) -> list[tuple[nn.Module, nn.Module]]:
+    """Parents and the modules of one name in the blocks."""
+    return [
+        (model.get_submodule(path.rpartition(".")[0]), module)
+        for path, module in model.named_modules()
+        if path.endswith(f".{name}") and "blocks" in path
+    ]
+
+
+def both_modes(model: nn.Module, image: Tensor) -> list[Tensor]:
+    """The map with and without gradients, which must be the same."""
+    maps = []
+    for watched in (True, False):
+        with torch.set_grad_enabled(watched):
+            maps.append(model(image)[-1].detach())
+    torch.testing.assert_close(*maps, rtol=1e-5, atol=1e-5)
+    return maps[0]
+
+
+class Adapted(nn.Module):
+    """A layer and a low-rank update of it, as LoRA adds them; without attributes of the layer."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.down = nn.Linear(layer.in_features, 2, bias=False)
+        self.up = nn.Linear(2, layer.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's result and the update."""
+        return self.layer(x) + self.up(self.down(x))
+
+    def merged(self) -> nn.Linear:
+        """The layer with the update in its weights."""
+        merged = copy.deepcopy(self.layer)
+        merged.weight.data += self.up.weight.data @ self.down.weight.data
+        return merged
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_adapters(device: torch.device, name: str) -> None:
+    model, image = make().to(device), torch.randn(2, 3, 48, 40, device=device)
+    for parent, layer in layers(model, name):
+        setattr(parent, name, Adapted(layer).to(device))
+    model(image)[-1].square().mean().backward()
+    adapters = [layer for _, layer in layers(model, name)]
+    assert all(adapter.up.weight.grad.any() and adapter.down.weight.grad.any() for adapter in adapters)
+    adapted = both_modes(model, image)
+    for parent, adapter in layers(model, name):
+        setattr(parent, name, adapter.merged())
+    torch.testing.assert_close(adapted, both_modes(model, image), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_hooks_are_called_once_and_have_the_last_word(name: str) -> None:
+    """Forward hooks and pre-hooks in both modes, backward hooks in the one that has gradients."""
+    model, image = make(), torch.randn(1, 3, 40, 48)
+    plain = both_modes(model, image)
+    calls = []
+    handles = []
+    for _, module in layers(model, name):
+        handles.append(module.register_forward_pre_hook(lambda module, args: calls.append("pre")))
+        handles.append(module.register_forward_hook(lambda module, args, output: calls.append("forward")))
+        handles.append(module.register_full_backward_hook(lambda module, *grads: calls.append("backward")))
+    torch.testing.assert_close(both_modes(model, image), plain, rtol=1e-4, atol=1e-5)
+    assert sorted(calls) == ["forward"] * 4 + ["pre"] * 4
+    model(image)[-1].square().mean().backward()
+    assert calls.count("backward") == 2
+    for handle in handles:
+        handle.remove()
+    for _, module in layers(model, name):
+        module.register_forward_hook(lambda module, args, output: output * 0.5 + 0.1)
+    assert not torch.allclose(both_modes(model, image), plain, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_activations_and_gradients_of_norms(name: str) -> None:
+    """What Grad-CAM reads: they are those of the map that the model returned."""
+    model, image = make().double(), torch.randn(1, 3, 40, 48, dtype=torch.float64)
+    kept = []
+    for _, module in layers(model, name):
+        module.register_forward_hook(lambda module, args, output: kept.append(output))
+    direction = torch.randn(1, 16, 5, 6, dtype=torch.float64)
+    loss = (model(image)[-1] * direction).sum()
+    grads = torch.autograd.grad(loss, kept)
+    assert all(grad.any() for grad in grads)
+    step = 1e-4 * grads[0] / grads[0].norm()
+    values = iter((kept[0].detach() + step,))
+    layers(model, name)[0][1].register_forward_hook(lambda *args: next(values))
+    with torch.no_grad():
+        moved = (model(image)[-1] * direction).sum()
+    assert (moved - loss).item() == pytest.approx((step * grads[0]).sum().item(), rel=0.01)
+
+
+TOUCHES: dict[str, Callable[[nn.Module], object]] = {
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+    "spectral norm": parametrizations.spectral_norm,
+    "spectral norm by hooks": torch.nn.utils.spectral_norm,
+    "weight norm": parametrizations.weight_norm,
+    "weight norm by hooks": torch.nn.utils.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("name", [*LINEAR, "conv2d"])
+@pytest.mark.parametrize("touch", TOUCHES.values(), ids=TOUCHES)
+def test_weights_that_are_computed(touch: Callable, name: str) -> None:
+    """After a step, the next call takes the new ones, in either mode; and their parameters get the gradients."""
+    model, image = make().train(), torch.randn(1, 3, 32, 40)
+    for _, layer in layers(model, name):
+        touch(layer)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(image)[-1].square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    optimizer.step()
+    model.eval()
+    after = both_modes(model, image)
+    fresh = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(model(image)[-1], after)
+    model.load_state_dict(fresh)
+    torch.testing.assert_close(both_modes(model, image), after)
+
+
+class Scaled(nn.LayerNorm):
+    """A norm that does more than its class's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Three times the norm."""
+        return 3 * super().forward(x)
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize(
+    "norm",
+    [Scaled, lambda channels: nn.Identity(), lambda channels: nn.LayerNorm(channels, eps=1.0), nn.RMSNorm]
+    if hasattr(nn, "RMSNorm")
+    else [Scaled],
+)
+def test_replaced_norms(norm: Callable, name: str) -> None:
+    model, image = make(), torch.randn(1, 3, 32, 40)
+    plain = both_modes(model, image)
+    for parent, module in layers(model, name):
+        setattr(parent, name, norm(module.normalized_shape[0]))
+    other = both_modes(model, image)
+    assert not torch.allclose(plain, other, rtol=1e-3)
+    model(image)[-1].sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Int8(Tensor):
+    """A weight that is kept in 8 bits, as weight-only quantization does it: operators see it dequantized."""
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> "Int8":
+        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+
+    def __init__(self, values: Tensor) -> None:
+        self.scale = values.abs().amax() / 127
+        self.values = (values / self.scale).round().to(torch.int8)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        args = torch.utils._pytree.tree_map_only(cls, lambda weight: weight.values * weight.scale, args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_weight_only_quantization(name: str) -> None:
+    model, image = make().requires_grad_(False), torch.randn(1, 3, 32, 40)
+    rounded = copy.deepcopy(model)
+    for (_, layer), (_, other) in zip(layers(model, name), layers(rounded, name), strict=True):
+        weight = Int8(layer.weight.detach())
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        other.weight.copy_(weight.values * weight.scale)
+    torch.testing.assert_close(both_modes(model, image), both_modes(rounded, image), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dynamic_quantization() -> None:
+    model, image = make().eval(), torch.randn(1, 3, 32, 40)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    replaced = [type(layer).__module__ for name in LINEAR if name != "dt_proj" for _, layer in layers(quantized, name)]
+    assert all("quantized" in module for module in replaced)
+    assert (both_modes(quantized, image) - both_modes(model, image)).norm() < 0.1 * model(image)[-1].norm()
+
+
+def test_counting_by_hooks_on_types() -> None:
+    """As thop, ptflops and torchinfo do: within 10 % of PyTorch's own counter."""
+    model, image = GrootV("pico").eval(), torch.randn(1, 3, 64, 64)
+    counts = []
+
+    def count(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        per_output = {nn.Linear: lambda: module.in_features, nn.Conv2d: lambda: module.weight[0].numel()}
+        counts.append(2 * output.numel() * per_output.get(type(module), lambda: 0)())
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    model.apply(lambda module: module.register_forward_hook(count) if not list(module.children()) else None)
+    with torch.no_grad():
+        model(image)
+    assert sum(counts) == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_per_sample_gradients_by_hooks(name: str) -> None:
+    """As Opacus computes them: the sum over the samples is the gradient."""
+    model, image = make(), torch.randn(3, 3, 32, 40)
+    inputs, samples = {}, {}
+    for index, (_, layer) in enumerate(layers(model, name)):
+        layer.register_forward_hook(lambda module, args, output, index=index: inputs.update({index: args[0]}))
+        layer.register_full_backward_hook(
+            lambda module, grad_in, grad_out, index=index: samples.update(
+                {index: torch.einsum("bld,blc->bdc", grad_out[0].flatten(1, -2), inputs[index].flatten(1, -2))}
+            )
+        )
+    model(image)[-1].square().mean().backward()
+    for index, (_, layer) in enumerate(layers(model, name)):
+        torch.testing.assert_close(samples[index].sum(0), layer.weight.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_program_of_torch_jit_trace_refuses_other_sizes() -> None:
+    """A portrait image has as many edges as a landscape: nothing else would tell them apart."""
+    model, image = make().eval(), torch.randn(1, 3, 32, 48)
+    with pytest.warns(torch.jit.TracerWarning):
+        traced = torch.jit.trace(model, image, check_trace=False)
+    torch.testing.assert_close(traced(image)[-1], model(image)[-1])
+    with pytest.raises(RuntimeError, match="sizes"):
+        traced(image.mT)
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_forward_mode_derivatives_are_refused(requires_grad: bool) -> None:
+    model, image = make().requires_grad_(requires_grad), torch.randn(1, 3, 32, 48)
+    with pytest.raises(NotImplementedError, match="use reverse mode"):
+        torch.func.jvp(lambda value: model(value)[-1], (image,), (torch.ones_like(image),))
