@@ -131,11 +131,16 @@ def _check_pip(words: list[str]) -> None:
 
 
 def _of_mim(words: list[str]) -> list[str]:
-    """The call of the script that mim makes of its own command, or none for a search."""
+    """The call of our script that mim makes of its own command, if there is one."""
     module = pytest.importorskip(f"mim.commands.{words[0]}")
     given = module.cli.make_context(words[0], words[1:]).params
     if words[0] == "search":
         return []
+    if words[0] == "run":
+        found = importlib.util.find_spec(given["package"])
+        folder = ROOT if given["package"] == "grootvl_mm" else Path(found.origin).with_name(".mim")
+        (script,) = (folder / "tools").rglob(f"{given['command']}.py")
+        return [str(script), *given["other_args"]] if folder == ROOT else []
     config = given["config"]
     if given["package"] == "grootvl_mm":
         (config,) = (str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob(config))
