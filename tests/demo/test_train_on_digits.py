@@ -7,7 +7,7 @@ from tests.helpers.tool_runs import Command
 def test_demo_runs_once_and_holds_its_floors(command: Command, demo_data, tmp_path):
     work_dir = tmp_path / "run"
     arguments = ("--task", "cls", "--data", demo_data, "--work-dir", work_dir)
-    output = command("demo/run_demo.py", *arguments, "--iters", 2)
+    output = command("../demo/train_on_digits.py", *arguments, "--iters", 2)
     for step in ("1/4 Data", "2/4 Training", "3/4 Evaluation", "4/4 Picture", "top-1: ", "Time: ", "Picture: "):
         assert step in output
     picture = work_dir / "predictions.png"
@@ -16,7 +16,7 @@ def test_demo_runs_once_and_holds_its_floors(command: Command, demo_data, tmp_pa
 
     # A full run that finds its last checkpoint only has to evaluate it; this one knows next to nothing.
     (work_dir / "iter_2.pth").rename(work_dir / "iter_600.pth")
-    output = command("demo/run_demo.py", *arguments, status=1)
+    output = command("../demo/train_on_digits.py", *arguments, status=1)
     assert f"2/4 Training: {work_dir / 'iter_600.pth'} is there." in output
     assert "Iter(train)" not in output
     assert picture.is_file()
