@@ -1,6 +1,14 @@
 """Norm layers."""
 
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from grootvl_mm.layers.untouched import has_own_kernels
+from grootvl_mm.ops import layer_norm as own_layer_norm
+from grootvl_mm.ops._compat import autocast_dtype, is_autocast_enabled
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -9,3 +17,48 @@ class LayerNorm2d(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Any memory format; the result is a view in channels-last order."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``F.layer_norm``; on GPUs by our operator, which takes half of the time."""
+    if not _is_for_own(input, normalized_shape, weight, bias) or input.device.type != "cuda":
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    if is_autocast_enabled("cuda"):  # where PyTorch's gives float32
+        return own_layer_norm(input.float(), weight, bias, eps, torch.float32)
+    return own_layer_norm(input, weight, bias, eps)
+
+
+def narrow_layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """A layer norm that linear layers read: under autocast it is written in the 16 bits to which they would cast it."""
+    device_type = input.device.type
+    if (
+        is_autocast_enabled(device_type)
+        and _is_for_own(input, normalized_shape, weight, bias)
+        and input.dtype in (torch.float32, autocast_dtype(device_type))
+    ):
+        return own_layer_norm(input, weight, bias, eps, autocast_dtype(device_type))
+    return layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _is_for_own(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> bool:
+    """The norm over the channels, with weight and bias of the dtypes that PyTorch's takes, too."""
+    return (
+        has_own_kernels(x, weight, bias)
+        and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and weight.dtype == bias.dtype
+        and weight.dtype in (x.dtype, torch.float32)
+        and len(normalized_shape) == 1
+        and weight.shape == bias.shape == x.shape[-1:] == tuple(normalized_shape)
+    )

@@ -23,32 +23,44 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from grootvl_mm.layers.linear import linear
+from grootvl_mm.layers.norm import layer_norm, narrow_layer_norm
 from grootvl_mm.ops._compat import is_autocast_enabled, is_eager, top_saved_tensors_hooks
 
 Unpack = Callable[[], Tensor]
 
 
+def fast(x: Tensor) -> contextlib.AbstractContextManager:
+    """A context for the layers that ``x`` goes through: their functions are computed the fastest way, see ``_FAST``."""
+    return _Fast(_FAST) if is_eager(x) else contextlib.nullcontext()
+
+
 def lean(x: Tensor) -> contextlib.AbstractContextManager:
-    """A context for the layers that ``x`` goes through: they keep little and compute linear layers fast."""
+    """A context for the layers of a block: they keep little, and what linear layers read is written as they read it."""
     if not is_eager(x):
         return contextlib.nullcontext()
-    if torch.is_grad_enabled():
-        return _Lean(x.device.type)
-    return _FastLinear() if x.device.type == "cpu" else contextlib.nullcontext()
+    return _Lean(x.device.type) if torch.is_grad_enabled() else _Fast(_FAST_IN_BLOCKS)
 
 
-class _FastLinear(TorchFunctionMode):
-    """Linear layers by the faster library."""
+_FAST = {F.linear: linear, F.layer_norm: layer_norm}
+_FAST_IN_BLOCKS = {F.linear: linear, F.layer_norm: narrow_layer_norm}
+
+
+class _Fast(TorchFunctionMode):
+    """Functions in the place of PyTorch's."""
+
+    def __init__(self, functions: dict[Callable, Callable]) -> None:
+        super().__init__()
+        self.functions = functions
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return (linear if func is F.linear else func)(*args, **(kwargs or {}))
+        return self.functions.get(func, func)(*args, **(kwargs or {}))
 
 
-class _Lean(_FastLinear):
+class _Lean(_Fast):
     """Knows the results of cheap functions by their storage, and gives autograd recipes in their place."""
 
     def __init__(self, device_type: str) -> None:
-        super().__init__()
+        super().__init__(_FAST_IN_BLOCKS)
         self.device_type = device_type
         self.outer = top_saved_tensors_hooks()
         self.recipes: dict[int, tuple[StorageWeakRef, int, _Recipe]] = {}
@@ -73,7 +85,7 @@ class _Lean(_FastLinear):
             inputs = [self._input(value) for value in (*args, *kwargs.values())]
             storage = result.untyped_storage()
             # While the weak reference lives, no other storage gets this address.
-            recipe = _Recipe(func, inputs, tuple(kwargs), autocast)
+            recipe = _Recipe(self.functions.get(func, func), inputs, tuple(kwargs), autocast)
             self.recipes[storage._cdata] = StorageWeakRef(storage), result._version, recipe
         return result
 
@@ -123,7 +135,6 @@ class _Recipe:
         self.inputs = inputs
         self.keywords = keywords  # of the last inputs
         self.autocast = autocast
-        self.autocast = autocast
         self.uses = self.served = 0
         self.value: Tensor | None = None
 
@@ -164,4 +175,5 @@ _CHEAP = {
     F.silu: _is_new,
     F.conv2d: _is_depthwise,
     torch.mul: _is_mask,
+    torch.ops.grootvl.depthwise_conv_silu: _is_new,
 }

@@ -1,8 +1,11 @@
-"""Whether a fused operator may stand for modules."""
+"""Whether a fused operator may stand for modules, and for PyTorch's functions."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules import module as global_hooks
+
+from grootvl_mm.ops._library import has_kernels
 
 try:
     from torch.utils.module_tracker import ModuleTracker
@@ -13,7 +16,7 @@ except ImportError:  # before torch 2.4
 _PLAIN = (nn.Parameter, FakeTensor)
 
 
-def untouched(*modules: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+def untouched(*modules: nn.Module, kinds: tuple[type[nn.Module], ...], bias: bool = True) -> bool:
     """Whether calling each module does nothing but what its class says, with its own weight and bias.
 
     False for another class (adapters, quantized and parametrized layers, replaced norms, FSDP), for hooks on the module
@@ -23,8 +26,19 @@ def untouched(*modules: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     Args:
         modules: the modules to be stood for.
         kinds: the classes that they must have, none derived from them.
+        bias: whether they must have a bias, or must have none.
     """
-    return not _has_global_hook() and all(_is_untouched(module, kinds) for module in modules)
+    return not _has_global_hook() and all(_is_untouched(module, kinds, bias) for module in modules)
+
+
+def has_own_kernels(*tensors: Tensor | None) -> bool:
+    """Whether plain tensors are where our operators have kernels, and nobody counts or traces PyTorch's operators."""
+    return (
+        all(type(value) in (Tensor, nn.Parameter) for value in tensors)
+        and len({value.device for value in tensors}) == 1
+        and has_kernels(tensors[0].device.type)
+        and not torch._C._len_torch_dispatch_stack()
+    )
 
 
 def _has_global_hook() -> bool:
@@ -40,7 +54,7 @@ def _has_global_hook() -> bool:
     return ModuleTracker is None or any(type(getattr(hook, "__self__", None)) is not ModuleTracker for hook in hooks)
 
 
-def _is_untouched(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+def _is_untouched(module: nn.Module, kinds: tuple[type[nn.Module], ...], bias: bool) -> bool:
     parameters = module._parameters
     # In words that torch.compile can follow.
     return (
@@ -50,5 +64,6 @@ def _is_untouched(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool
         and not (module._modules or module._buffers or module._compiled_call_impl)
         and not any(name in module.__dict__ for name in ("forward", "weight", "bias"))
         and len(parameters) == 2
-        and all(type(parameters.get(name)) in _PLAIN for name in ("weight", "bias"))
+        and type(parameters.get("weight")) in _PLAIN
+        and (type(parameters.get("bias")) in _PLAIN if bias else parameters.get("bias", "none") is None)
     )

@@ -13,7 +13,7 @@ from grootvl_mm.layers.initialization import InitializedModule
 from grootvl_mm.layers.mlp import MLP
 from grootvl_mm.layers.norm import LayerNorm2d
 from grootvl_mm.layers.padding import Padding, check_valid_sizes, crop, find_valid_sizes, pyramid
-from grootvl_mm.layers.recompute import lean
+from grootvl_mm.layers.recompute import fast, lean
 from grootvl_mm.models.pretrained import complete_pretraining
 from grootvl_mm.models.published_checkpoints import (
     CheckpointError,
@@ -292,13 +292,14 @@ class GrootV(InitializedModule):
         paddings: list[Padding | None] = [None] * (1 + len(self.stages))
         if valid_sizes is not None:
             paddings = pyramid(valid_sizes, image, levels=len(paddings))
-        x = self.stem(image, paddings[0])
-        outputs = []
-        for index, stage in enumerate(self.stages):
-            feature, x = stage(x, paddings[index + 1])
-            if index in self.out_indices:
-                # In plain NCHW memory: mmcv's RoIAlign on the CPU reads any other as if it were that.
-                outputs.append(feature.contiguous())
+        with fast(image):
+            x = self.stem(image, paddings[0])
+            outputs = []
+            for index, stage in enumerate(self.stages):
+                feature, x = stage(x, paddings[index + 1])
+                if index in self.out_indices:
+                    # In plain NCHW memory: mmcv's RoIAlign on the CPU reads any other as if it were that.
+                    outputs.append(feature.contiguous())
         return tuple(outputs)
 
     def _frozen_modules(self) -> list[nn.Module]:

@@ -4,9 +4,9 @@ import math
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grootvl_mm.layers.conv import conv_silu
 from grootvl_mm.layers.initialization import InitializedModule, StepProjection, init_linear
 from grootvl_mm.layers.padding import Padding
 from grootvl_mm.layers.untouched import untouched
@@ -129,10 +129,9 @@ class TreeSSM(InitializedModule):
         if padding is not None:
             x = padding.clear(x)  # and so what the convolution reads: the projection has no bias
         x, gate = self.in_proj(x).chunk(2, dim=-1)
-        x = F.silu(self.conv2d(x.permute(0, 3, 1, 2)))
+        x = conv_silu(self.conv2d, x)
         if tree is None:
-            tree = self.build_tree(x, padding)
-        x = x.permute(0, 2, 3, 1)
+            tree = self.build_tree(x.permute(0, 3, 1, 2), padding)
         dt, b, c = self.x_proj(x).split([self.dt_rank, 1, 1], dim=-1)
         if padding is not None:
             b = padding.clear(b)  # and so what is scanned

@@ -48,6 +48,11 @@ def extension_error() -> str | None:
     return _EXTENSION_ERROR
 
 
+def has_kernels(device_type: str) -> bool:
+    """Whether the compiled operators have kernels for a kind of device, such as ``cuda``."""
+    return device_type in _KERNELS
+
+
 def _load_extension() -> str | None:
     folder = Path(__file__).resolve().parent.parent
     libraries = sorted(path for suffix in ("so", "pyd") for path in folder.glob(f"_C*.{suffix}"))
@@ -65,15 +70,22 @@ def _load_extension() -> str | None:
 def _install_references(library: torch.library.Library) -> None:
     """Give every operator that lacks kernels of its own those of the reference."""
     for name, function in REFERENCES.items():
-        qualified = f"{NAMESPACE}::{name}"
         if _EXTENSION_ERROR is not None:
             library.define(name + infer_schema(function, mutates_args=()))
             library.impl(name, function, "CompositeExplicitAutograd")
-        elif not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
+        elif not has_kernels("cuda"):
             library.impl(name, function, "CUDA")
 
 
+def _find_kernels() -> frozenset[str]:
+    if _EXTENSION_ERROR is not None:
+        return frozenset()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(kind for kind in ("cpu", "cuda") if has_kernel(f"{NAMESPACE}::tree_scan", kind.upper()))
+
+
 _EXTENSION_ERROR = _load_extension()
+_KERNELS = _find_kernels()
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _install_references(_LIBRARY)
 if _EXTENSION_ERROR is not None:

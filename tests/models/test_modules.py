@@ -170,6 +170,7 @@ class Scaled(nn.LayerNorm):
 )
 def test_replaced_norms(norm: Callable, name: str) -> None:
     model, image = make(), torch.randn(1, 3, 32, 40)
+    nn.init.normal_(model.stem.norm2.bias)  # without a mean in what it reads, RMSNorm is LayerNorm
     plain = both_modes(model, image)
     for parent, module in layers(model, name):
         setattr(parent, name, norm(module.normalized_shape[0]))
