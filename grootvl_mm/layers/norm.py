@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grootvl_mm.layers.untouched import has_own_kernels
+from grootvl_mm.layers.untouched import has_own_kernels, untouched
 from grootvl_mm.ops import layer_norm as own_layer_norm
-from grootvl_mm.ops._compat import autocast_dtype, is_autocast_enabled
+from grootvl_mm.ops import residual_layer_norm
+from grootvl_mm.ops._compat import autocast_dtype, is_autocast_enabled, is_eager
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -42,14 +43,38 @@ def narrow_layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """A layer norm that linear layers read: under autocast it is written in the 16 bits to which they would cast it."""
-    device_type = input.device.type
-    if (
-        is_autocast_enabled(device_type)
-        and _is_for_own(input, normalized_shape, weight, bias)
-        and input.dtype in (torch.float32, autocast_dtype(device_type))
-    ):
-        return own_layer_norm(input, weight, bias, eps, autocast_dtype(device_type))
+    dtype = _narrow_dtype(input)
+    if dtype is not None and _is_for_own(input, normalized_shape, weight, bias):
+        return own_layer_norm(input, weight, bias, eps, dtype)
     return layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def add_norm(x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """``x + branch``, and the norm of it, which linear layers read; by one operator where that does all that is asked.
+
+    On the CPU that is under autocast, where both are written in 16 bits at once; in float32 PyTorch's are as fast.
+    """
+    if (
+        is_eager(x)
+        and untouched(norm, kinds=(nn.LayerNorm,))
+        and _is_for_own(x, norm.normalized_shape, norm.weight, norm.bias)
+        and has_own_kernels(x, branch)
+        and branch.shape == x.shape
+        and torch.promote_types(branch.dtype, x.dtype) == x.dtype
+    ):
+        dtype = _narrow_dtype(x)
+        if dtype is not None or (x.device.type == "cuda" and not is_autocast_enabled("cuda")):
+            return residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, dtype=dtype)
+    x = x + branch
+    return x, norm(x)
+
+
+def _narrow_dtype(x: Tensor) -> torch.dtype | None:
+    """That of autocast, unless the cast is not all that lies between a norm of ``x`` and linear layers."""
+    device_type = x.device.type
+    if not is_autocast_enabled(device_type) or x.dtype not in (torch.float32, autocast_dtype(device_type)):
+        return None
+    return autocast_dtype(device_type)
 
 
 def _is_for_own(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> bool:

@@ -5,7 +5,8 @@ Within :func:`lean`, the modules of a block are called as they are, and PyTorch 
 - The results of layer norms, GELU, SiLU, masks and depth-wise convolutions cost little to compute and much to keep.
   Where autograd saves one of them, it gets the means to compute it again from what is kept anyway. A block keeps 12
   maps of its input's size instead of 18.
-- ``F.linear`` of float32 on the CPU goes to oneDNN, see :mod:`grootvl_mm.layers.linear`.
+- ``F.linear`` of float32 on the CPU goes to oneDNN, see :mod:`grootvl_mm.layers.linear`, and ``F.layer_norm`` on GPUs
+  and under autocast to our operator, see :mod:`grootvl_mm.layers.norm`.
 
 Both act below the modules, on the functions that they call, so that hooks, adapters, parametrizations and replaced
 modules see and do what they do in any other model. Where something else decides what is kept or computed
@@ -78,16 +79,26 @@ class _Lean(_Fast):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         result = super().__torch_function__(func, types, args, kwargs)
-        if func in _CHEAP and type(result) is Tensor and result.requires_grad and _CHEAP[func](*args, **kwargs):
-            autocast = {"device_type": self.device_type, "enabled": is_autocast_enabled(self.device_type)}
-            if autocast["enabled"]:
-                autocast["dtype"] = torch.get_autocast_dtype(self.device_type)
-            inputs = [self._input(value) for value in (*args, *kwargs.values())]
-            storage = result.untyped_storage()
-            # While the weak reference lives, no other storage gets this address.
-            recipe = _Recipe(self.functions.get(func, func), inputs, tuple(kwargs), autocast)
-            self.recipes[storage._cdata] = StorageWeakRef(storage), result._version, recipe
+        if func is torch.ops.grootvl.residual_layer_norm:
+            total, normed = result
+            _, _, _, *norm = args
+            self._remember(normed, torch.ops.grootvl.layer_norm, (total, *norm), {})
+        elif func in _CHEAP and type(result) is Tensor and _CHEAP[func](*args, **kwargs):
+            self._remember(result, self.functions.get(func, func), args, kwargs)
         return result
+
+    def _remember(self, result: Tensor, func: Callable, args: tuple, kwargs: dict) -> None:
+        """That ``result`` can be had from ``func``."""
+        if not result.requires_grad:
+            return
+        autocast = {"device_type": self.device_type, "enabled": is_autocast_enabled(self.device_type)}
+        if autocast["enabled"]:
+            autocast["dtype"] = torch.get_autocast_dtype(self.device_type)
+        inputs = [self._input(value) for value in (*args, *kwargs.values())]
+        storage = result.untyped_storage()
+        # While the weak reference lives, no other storage gets this address.
+        recipe = _Recipe(func, inputs, tuple(kwargs), autocast)
+        self.recipes[storage._cdata] = StorageWeakRef(storage), result._version, recipe
 
     def _input(self, value: Any) -> Callable[[], Any]:
         if not isinstance(value, Tensor):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from grootvl_mm.layers.drop_path import DropPath
 from grootvl_mm.layers.initialization import InitializedModule
 from grootvl_mm.layers.mlp import MLP
-from grootvl_mm.layers.norm import LayerNorm2d
+from grootvl_mm.layers.norm import LayerNorm2d, add_norm
 from grootvl_mm.layers.padding import Padding, check_valid_sizes, crop, find_valid_sizes, pyramid
 from grootvl_mm.layers.recompute import fast, lean
 from grootvl_mm.models.pretrained import complete_pretraining
@@ -113,8 +113,8 @@ class Block(nn.Module):
     def _forward(self, x: Tensor, tree: Tree | None, padding: Padding | None) -> tuple[Tensor, Tree]:
         with lean(x):
             mixed, tree = self.mixer(self.norm1(x), tree, padding)
-            x = x + self.drop_path(_scale(mixed, self.gamma1))
-            x = x + self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma2))
+            x, normed = add_norm(x, self.drop_path(_scale(mixed, self.gamma1)), self.norm2)
+            x = x + self.drop_path(_scale(self.mlp(normed), self.gamma2))
         return x, tree
 
 
