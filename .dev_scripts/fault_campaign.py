@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from grootvl_mm.apis.resume import find_resumable_checkpoint  # noqa: E402
 from grootvl_mm.ops import grid_edge_weight, grid_tree, reference  # noqa: E402
-from grootvl_mm.utils.safe_checkpoints import read_checkpoint  # noqa: E402
+from grootvl_mm.utils.safe_checkpoints import CheckpointError, read_checkpoint  # noqa: E402
 from tests.helpers.crafted_pickles import HOSTILE, NO_DATA, write  # noqa: E402
 from tests.helpers.faults import Way, attempt, damage_bytes, damage_weights, make_files, same, ways  # noqa: E402
 
@@ -81,7 +81,7 @@ def checkpoints(count: int, rng: random.Random) -> Result:
                     faults.append(f"{number}: {kind} {what}, {name}: {type(error).__name__}: {str(error)[:200]}")
                     continue
                 outcomes["refused" if message else "loaded"] += 1
-                if message is None and bytewise and not same(read_checkpoint(target), contents[what]):
+                if message is None and bytewise and not _holds(target, contents[what]):
                     faults.append(f"{number}: {kind} {what}, {name}: loaded other content")
                 if message is None and not bytewise and way.complete:
                     faults.append(f"{number}: {kind} {what}, {name}: loaded in silence")
@@ -90,6 +90,12 @@ def checkpoints(count: int, rng: random.Random) -> Result:
                 if leftovers:
                     faults.append(f"{number}: {kind} {what}, {name}: left {leftovers}")
     return Result(f"{count} damaged files, {loads} loads: {dict(outcomes)}", faults)
+
+
+def _holds(path: Path, content: dict[str, Any]) -> bool:
+    with contextlib.suppress(CheckpointError):
+        return same(read_checkpoint(path), content)
+    return False
 
 
 def pickles(count: int, rng: random.Random) -> Result:
