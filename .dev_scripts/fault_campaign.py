@@ -51,9 +51,6 @@ class Result(NamedTuple):
     faults: list[str]
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
-
-
 def checkpoints(count: int, rng: random.Random) -> Result:
     """Damaged checkpoints through all ways of loading: loaded right, or one clear error; nothing else written."""
     faults, outcomes, loads = [], collections.Counter(), 0
@@ -121,9 +118,6 @@ def pickles(count: int, rng: random.Random) -> Result:
     return Result(f"{len(HOSTILE) + len(NO_DATA)} hostile pickles, {loads} loads", faults)
 
 
-# ------------------------------------------------------------------------------------------------------ operators
-
-
 def random_case(rng: random.Random) -> None:
     """Call the operators directly, with a tree that may be none, and any sizes and strides; errors are fine."""
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
@@ -189,9 +183,6 @@ def operators(count: int, rng: random.Random) -> Result:
         faults.append(f"the process grew by {grown:.0f} MiB in the second half")
     kernels = os.environ.get("GROOTVL_CPU_ISA", "best of this machine")
     return Result(f"{count} calls on {kernels}; grown by {grown:.1f} MiB in the second half", faults)
-
-
-# ------------------------------------------------------------------------------------------------------ trainings
 
 
 class Trainings:
@@ -359,6 +350,10 @@ def links(count: int, rng: random.Random) -> Result:
     if os.geteuid() or not shutil.which("ip"):
         return Result("not run: needs root and the command ip", [])
     faults, seconds, timeout = [], [], 20
+
+    def configure(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True)
+
     with tempfile.TemporaryDirectory() as temporary:
         trainings = Trainings(Path(temporary))
         for number in range(count):
@@ -366,19 +361,19 @@ def links(count: int, rng: random.Random) -> Result:
             ends = [f"fc{os.getpid()}{side}" for side in "ab"]
             try:
                 for space in spaces:
-                    _ip("netns", "add", space)
-                _ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+                    configure("netns", "add", space)
+                configure("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
                 for side, (space, end) in enumerate(zip(spaces, ends, strict=True)):
-                    _ip("link", "set", end, "netns", space)
-                    _ip("-n", space, "addr", "add", f"10.213.0.{side + 1}/24", "dev", end)
-                    _ip("-n", space, "link", "set", end, "up")
-                    _ip("-n", space, "link", "set", "lo", "up")
+                    configure("link", "set", end, "netns", space)
+                    configure("-n", space, "addr", "add", f"10.213.0.{side + 1}/24", "dev", end)
+                    configure("-n", space, "link", "set", end, "up")
+                    configure("-n", space, "link", "set", "lo", "up")
                 work_dir = trainings.folder / f"run-{number}"
                 processes = [_rank(trainings, work_dir, side, spaces[side], ends[side], timeout) for side in (0, 1)]
                 deadline = time.monotonic() + 300
                 while not list(work_dir.glob("iter_*.pth")) and time.monotonic() < deadline:
                     time.sleep(0.2)
-                _ip("-n", spaces[0], "link", "set", ends[0], "down")
+                configure("-n", spaces[0], "link", "set", ends[0], "down")
                 gone = trainings.wait_for_end(timeout + 60)
                 seconds.append(gone or timeout + 60)
                 outputs = [process.communicate()[1] for process in processes]
@@ -408,10 +403,6 @@ def _rank(trainings: Trainings, work_dir: Path, rank: int, space: str, end: str,
         text=True,
         start_new_session=True,
     )
-
-
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
 
 
 def _command(pid: int) -> str:
