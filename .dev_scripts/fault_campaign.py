@@ -2,7 +2,7 @@
 """Break things on purpose, and check that nothing is lost, executed, deleted or left behind.
 
     python .dev_scripts/fault_campaign.py pickles checkpoints operators    # in this process, minutes
-    python .dev_scripts/fault_campaign.py kills ranks disks                # starts trainings; wants a quiet machine
+    python .dev_scripts/fault_campaign.py kills ranks links disks          # starts trainings; wants a quiet machine
 
 Each part ends with one line of figures, and the command with status 1 if anything was wrong. docs/reliability.md has
 the figures that were seen. Everything is random; --seed repeats it.
@@ -16,6 +16,7 @@ import logging
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from grootvl_mm.apis.resume import find_resumable_checkpoint  # noqa: E402
 from grootvl_mm.ops import grid_edge_weight, grid_tree, reference  # noqa: E402
-from grootvl_mm.utils.safe_checkpoints import read_checkpoint  # noqa: E402
+from grootvl_mm.utils.safe_checkpoints import CheckpointError, read_checkpoint  # noqa: E402
 from tests.helpers.crafted_pickles import HOSTILE, NO_DATA, write  # noqa: E402
 from tests.helpers.faults import Way, attempt, damage_bytes, damage_weights, make_files, same, ways  # noqa: E402
 
@@ -48,9 +49,6 @@ class Result(NamedTuple):
 
     figures: str
     faults: list[str]
-
-
-# ---------------------------------------------------------------------------------------------------- checkpoints
 
 
 def checkpoints(count: int, rng: random.Random) -> Result:
@@ -80,7 +78,7 @@ def checkpoints(count: int, rng: random.Random) -> Result:
                     faults.append(f"{number}: {kind} {what}, {name}: {type(error).__name__}: {str(error)[:200]}")
                     continue
                 outcomes["refused" if message else "loaded"] += 1
-                if message is None and bytewise and not same(read_checkpoint(target), contents[what]):
+                if message is None and bytewise and not _holds(target, contents[what]):
                     faults.append(f"{number}: {kind} {what}, {name}: loaded other content")
                 if message is None and not bytewise and way.complete:
                     faults.append(f"{number}: {kind} {what}, {name}: loaded in silence")
@@ -89,6 +87,12 @@ def checkpoints(count: int, rng: random.Random) -> Result:
                 if leftovers:
                     faults.append(f"{number}: {kind} {what}, {name}: left {leftovers}")
     return Result(f"{count} damaged files, {loads} loads: {dict(outcomes)}", faults)
+
+
+def _holds(path: Path, content: dict[str, Any]) -> bool:
+    with contextlib.suppress(CheckpointError):
+        return same(read_checkpoint(path), content)
+    return False
 
 
 def pickles(count: int, rng: random.Random) -> Result:
@@ -112,9 +116,6 @@ def pickles(count: int, rng: random.Random) -> Result:
                 if message is None:
                     faults.append(f"{name}, {label}: loaded")
     return Result(f"{len(HOSTILE) + len(NO_DATA)} hostile pickles, {loads} loads", faults)
-
-
-# ------------------------------------------------------------------------------------------------------ operators
 
 
 def random_case(rng: random.Random) -> None:
@@ -182,9 +183,6 @@ def operators(count: int, rng: random.Random) -> Result:
         faults.append(f"the process grew by {grown:.0f} MiB in the second half")
     kernels = os.environ.get("GROOTVL_CPU_ISA", "best of this machine")
     return Result(f"{count} calls on {kernels}; grown by {grown:.1f} MiB in the second half", faults)
-
-
-# ------------------------------------------------------------------------------------------------------ trainings
 
 
 class Trainings:
@@ -347,6 +345,66 @@ def ranks(count: int, rng: random.Random) -> Result:
     return Result(f"{count} ranks or launchers killed; all gone after {max(seconds, default=0):.1f} s at most", faults)
 
 
+def links(count: int, rng: random.Random) -> Result:
+    """Two processes in two network namespaces, whose link is cut: both end with an error soon after the timeout."""
+    if os.geteuid() or not shutil.which("ip"):
+        return Result("not run: needs root and the command ip", [])
+    faults, seconds, timeout = [], [], 20
+
+    def configure(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        trainings = Trainings(Path(temporary))
+        for number in range(count):
+            spaces = [f"faults{os.getpid()}{side}" for side in "ab"]
+            ends = [f"fc{os.getpid()}{side}" for side in "ab"]
+            try:
+                for space in spaces:
+                    configure("netns", "add", space)
+                configure("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+                for side, (space, end) in enumerate(zip(spaces, ends, strict=True)):
+                    configure("link", "set", end, "netns", space)
+                    configure("-n", space, "addr", "add", f"10.213.0.{side + 1}/24", "dev", end)
+                    configure("-n", space, "link", "set", end, "up")
+                    configure("-n", space, "link", "set", "lo", "up")
+                work_dir = trainings.folder / f"run-{number}"
+                processes = [_rank(trainings, work_dir, side, spaces[side], ends[side], timeout) for side in (0, 1)]
+                deadline = time.monotonic() + 300
+                while not list(work_dir.glob("iter_*.pth")) and time.monotonic() < deadline:
+                    time.sleep(0.2)
+                configure("-n", spaces[0], "link", "set", ends[0], "down")
+                gone = trainings.wait_for_end(timeout + 60)
+                seconds.append(gone or timeout + 60)
+                outputs = [process.communicate()[1] for process in processes]
+                if gone is None or not list(work_dir.glob("iter_*.pth")):
+                    faults.append(f"{number}: did not end, or did not start: {outputs[0][-300:]}")
+                if any(process.returncode == 0 for process in processes):
+                    faults.append(f"{number}: ended as if nothing was: {[p.returncode for p in processes]}")
+                if not all("error: lost another process" in output for output in outputs):
+                    faults.append(f"{number}: no clear error: {[output[-300:] for output in outputs]}")
+            finally:
+                for space in spaces:
+                    subprocess.run(["ip", "netns", "del", space], stderr=subprocess.DEVNULL, check=False)
+    return Result(f"{count} links cut, timeout {timeout} s; ended after {max(seconds):.1f} s at most", faults)
+
+
+def _rank(trainings: Trainings, work_dir: Path, rank: int, space: str, end: str, timeout: int) -> subprocess.Popen:
+    """One process of a training of two, in a network namespace."""
+    command = ["ip", "netns", "exec", space, sys.executable, str(ROOT / "tools/train.py"), str(trainings.config)]
+    options = ["train_cfg.max_iters=100000", f"env_cfg.dist_cfg.timeout={timeout}"]
+    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "10.213.0.1", "MASTER_PORT": 29511}
+    env |= {MARK: trainings.mark, "OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [*command, "--work-dir", str(work_dir), "--launcher", "pytorch", "--cfg-options", *options],
+        env={**os.environ, "GLOO_SOCKET_IFNAME": end, **{name: str(value) for name, value in env.items()}},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
 def _command(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
@@ -400,6 +458,7 @@ PARTS: dict[str, tuple[Callable[[int, random.Random], Result], int]] = {
     "operators": (operators, 10_000),
     "kills": (kills, 50),
     "ranks": (ranks, 6),
+    "links": (links, 2),
     "disks": (disks, 5),
 }
 

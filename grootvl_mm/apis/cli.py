@@ -42,6 +42,8 @@ MISFITS = ("Error(s) in loading state_dict", "loaded state dict", "DDP expects s
 # How long a process waits for another, if the config does not say; PyTorch's own default is 30 minutes over TCP.
 DIST_TIMEOUT = 600  # seconds
 MAX_REASON = 300
+# What is in errors of gloo, NCCL and PyTorch's store when another process has gone.
+LOST = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "timed out")
 
 
 def fail(message: str) -> NoReturn:
@@ -102,6 +104,8 @@ def checkpoint_errors(path: str | None = None) -> Iterator[None]:
         text = " ".join(str(error).split())
         if text.startswith(MISFITS):
             fail(f"the checkpoint does not fit the config's model or optimizer: {text[:MAX_REASON]}")
+        if is_distributed() and any(sign in text for sign in LOST):
+            fail(f"lost another process, or the link to it: {text[:MAX_REASON]}")
         if path is not None and Path(path).is_file():
             try:
                 read_checkpoint(path)
