@@ -65,6 +65,8 @@ ELSEWHERE = {
     "python tools/model_converters/grootv_to_mmpretrain.py": "tests/tools/test_model_converters.py",
     "python tools/train.py my_": "tests/tools/test_docs.py",
     "python demo/image_demo.py": "tests/demo/test_image_demo.py",
+    "python demo/padding_study.py": "tests/demo/test_padding_study.py",
+    "mim run mmpretrain vis_cam": "tests/models/test_other_tools.py",
 }
 # Not run: they need what no test has.
 NEEDS = {
@@ -75,6 +77,7 @@ NEEDS = {
     "mim train mm": "COCO, ADE20K or ImageNet",
     "mim test mm": "COCO, ADE20K or ImageNet",
     "mim train grootvl_mm grootv-tiny": "ImageNet",
+    'pip install "grad-cam': "a package that only this page needs",
     "GPUS=": "a cluster",
     "NNODES=": "two machines; tests/tools/test_distributed.py runs two nodes on this one",
     "FORCE_CUDA=1 pip install": "a CUDA toolkit; tests/ops/test_cuda_build.py runs the build itself",
