@@ -54,7 +54,6 @@ DETECTORS = (
     "panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco",
     "pisa/faster-rcnn_r50_fpn_pisa_1x_coco",
     "point_rend/point-rend_r50-caffe_fpn_ms-1x_coco",
-    "queryinst/queryinst_r50_fpn_1x_coco",
     "retinanet/retinanet_r50_fpn_1x_coco",
     "rpn/rpn_r50_fpn_1x_coco",
     "rtmdet/rtmdet_s_8xb32-300e_coco",
@@ -121,8 +120,7 @@ def swapped_model(host: str, name: str) -> nn.Module:
     if "data_preprocessor" in cfg:
         model.setdefault("data_preprocessor", cfg.data_preprocessor)
     model.get("data_preprocessor", {}).pop("batch_augments", None)  # such as padding to 1024 x 1024
-    if not name.startswith("queryinst"):  # which predicts as many boxes as it has queries
-        _reduce(model)
+    _reduce(model)
     with DefaultScope.overwrite_default_scope(host):
         built = revert_sync_batchnorm(MODELS.build(model))
         built.init_weights()
