@@ -126,7 +126,9 @@ def extensions() -> list:
     if command is None:
         log.warning("grootvl_mm: no C++ compiler found; installing the slow PyTorch operators only.")
         return []
-    flags = [] if os.name == "nt" else ["-O3", "-fvisibility=hidden", "-g0"]
+    # Nobody asks which operations raised floating-point exceptions; if somebody could, GCC would not vectorise loops
+    # that choose between two values, such as a sigmoid's, for AVX2.
+    flags = [] if os.name == "nt" else ["-O3", "-fvisibility=hidden", "-fno-trapping-math", "-g0"]
     # Compiled for OpenMP but not linked to it: the symbols come from the runtime that torch itself brings, so that
     # torch.set_num_threads counts here too and one thread pool serves both.
     if supports_openmp(command):

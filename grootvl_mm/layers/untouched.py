@@ -2,7 +2,12 @@
 
 from torch import nn
 from torch._subclasses import FakeTensor
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as global_hooks
+
+try:
+    from torch.utils.module_tracker import ModuleTracker
+except ImportError:  # before torch 2.4
+    ModuleTracker = None
 
 # torch.export puts fake ones in the place of plain parameters.
 _PLAIN = (nn.Parameter, FakeTensor)
@@ -19,7 +24,20 @@ def untouched(*modules: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
         modules: the modules to be stood for.
         kinds: the classes that they must have, none derived from them.
     """
-    return not _has_any_global_hook() and all(_is_untouched(module, kinds) for module in modules)
+    return not _has_global_hook() and all(_is_untouched(module, kinds) for module in modules)
+
+
+def _has_global_hook() -> bool:
+    """Whether hooks on all modules may want to see a call. Those of torch's FLOP counter note a module's name only."""
+    if not global_hooks._has_any_global_hook():
+        return False
+    hooks = (
+        *global_hooks._global_forward_hooks.values(),
+        *global_hooks._global_forward_pre_hooks.values(),
+        *global_hooks._global_backward_hooks.values(),
+        *global_hooks._global_backward_pre_hooks.values(),
+    )
+    return ModuleTracker is None or any(type(getattr(hook, "__self__", None)) is not ModuleTracker for hook in hooks)
 
 
 def _is_untouched(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:

@@ -222,7 +222,7 @@ class GrootV(InitializedModule):
         self.num_features = [channels * 2**i for i in range(len(depths))]
         self.frozen_stages = frozen_stages
         self.ignore_padding = ignore_padding
-        self._loads_pretrained = False
+        self._loads_pretrained = self._loads_published = False
 
         self.stem = Stem(in_channels, channels)
         num_blocks = sum(depths)
@@ -348,13 +348,13 @@ class GrootV(InitializedModule):
         block = int(parts[3]) if parts[2] == "blocks" else self.depths[stage] - 1
         return sum(self.depths[:stage]) + block + 1, num_layers
 
-    @staticmethod
-    def _checkpoint_filter(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    def _checkpoint_filter(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Let mmpretrain's ``ImageClassifier``, which calls this before it loads weights, read published files."""
-        rename_published_classifier(state_dict, prefix)
+        self._loads_published = rename_published_classifier(state_dict, prefix)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        published = rename_published_backbone(state_dict, prefix)
+        published = rename_published_backbone(state_dict, prefix) or self._loads_published
+        self._loads_published = False
         *_, unexpected_keys, _ = args
         self._check_matching_keys(state_dict, prefix, unexpected_keys, whole=published or self._loads_pretrained)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -107,13 +107,18 @@ def convert_published(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     return converted
 
 
-def rename_published_classifier(state_dict: MutableMapping[str, Any], prefix: str) -> None:
+def rename_published_classifier(state_dict: MutableMapping[str, Any], prefix: str) -> bool:
     """Turn, in place, a published classifier below ``prefix`` into mmpretrain's with our backbone and neck.
 
     Any other state dict stays as it is, but for ``model`` around it.
+
+    Returns:
+        Whether it is a published one.
     """
     weights = unwrap(_below(state_dict, prefix))
-    _replace(state_dict, prefix, convert_published(weights) if is_published(weights) else weights)
+    published = is_published(weights)
+    _replace(state_dict, prefix, convert_published(weights) if published else weights)
+    return published
 
 
 def rename_published_backbone(state_dict: MutableMapping[str, Any], prefix: str) -> bool:

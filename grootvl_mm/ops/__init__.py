@@ -1,7 +1,19 @@
-"""The operators of GrootV: edge weights, spanning trees and scans along them. Needs nothing but torch."""
+"""The operators of GrootV: edge weights, spanning trees, scans along them and their neighbours. Needs torch only."""
 
 from grootvl_mm.ops._library import extension_error
+from grootvl_mm.ops.conv import depthwise_conv_silu
+from grootvl_mm.ops.norm import layer_norm, residual_layer_norm
 from grootvl_mm.ops.scan import tree_scan, tree_selective_scan
 from grootvl_mm.ops.tree import Tree, grid_edge_weight, grid_tree
 
-__all__ = ["Tree", "extension_error", "grid_edge_weight", "grid_tree", "tree_scan", "tree_selective_scan"]
+__all__ = [
+    "Tree",
+    "depthwise_conv_silu",
+    "extension_error",
+    "grid_edge_weight",
+    "grid_tree",
+    "layer_norm",
+    "residual_layer_norm",
+    "tree_scan",
+    "tree_selective_scan",
+]

@@ -43,3 +43,13 @@ def check_same_device(**tensors: Tensor) -> None:
     if len({tensor.device for tensor in tensors.values()}) > 1:
         found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"all inputs must be on one device, got {found}")
+
+
+def check_parameter_dtype(name: str, parameter: Tensor, x: Tensor) -> None:
+    """A parameter in the dtype of ``x``, or in float32 where ``x`` has 16 bits.
+
+    Raises:
+        TypeError: another dtype.
+    """
+    if parameter.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
+        raise TypeError(f"{name} must be {x.dtype} as x is, or float32 where x has 16 bits, got {parameter.dtype}")

@@ -90,6 +90,31 @@ else:
         _implement(operator, kernel, f"Autocast{device_type.upper()}")
 
 
+if hasattr(torch, "get_autocast_dtype"):
+    from torch import get_autocast_dtype as autocast_dtype
+else:
+
+    def autocast_dtype(device_type: str) -> torch.dtype:
+        """The dtype of autocast for a kind of device."""
+        return torch.get_autocast_cpu_dtype() if device_type == "cpu" else torch.get_autocast_gpu_dtype()
+
+
+def implement_autocast(operator: str, device_type: str, cast: Callable[..., tuple]) -> None:
+    """Let an operator run under autocast with ``cast(dtype of autocast, *inputs)`` in place of its inputs.
+
+    It serves operators whose inputs have different dtypes, where ``register_autocast`` gives all of them one.
+    """
+    overload = _overload(operator)
+    key = f"Autocast{device_type.upper()}"
+    below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(*inputs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            return overload(*cast(autocast_dtype(device_type), *inputs))
+
+    _implement(operator, kernel, key)
+
+
 try:
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 except ImportError:
@@ -168,8 +193,10 @@ def top_saved_tensors_hooks() -> tuple[Callable, Callable] | None:
 
 
 __all__ = [
+    "autocast_dtype",
     "enable_autograd",
     "flop_registry",
+    "implement_autocast",
     "infer_schema",
     "is_autocast_enabled",
     "is_compiling",

@@ -8,6 +8,7 @@ the results, gradients, autocast, FLOPs) is registered here once. ``GROOTVL_LIBR
 import os
 import warnings
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ REFERENCES: dict[str, Callable] = {
         reference.tree_scan_backward,
         reference.tree_selective_scan,
         reference.tree_selective_scan_backward,
+        reference.layer_norm,
+        reference.residual_layer_norm,
+        reference.layer_norm_backward,
+        reference.depthwise_conv_silu,
+        reference.depthwise_conv_silu_backward,
     )
 }
 
@@ -181,7 +187,10 @@ def _selective_scan_double_backward(ctx: Any, *grad_grads: Tensor) -> tuple:
     *differentiable, parent, order = ctx.saved_tensors
 
     def backward(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return reference.selective_scan_backward(grad_y, inputs, parent, order, ctx.eps, ctx.propagation)
+        wide = [reference.accumulated(value) for value in inputs]
+        grad_y = reference.accumulated(grad_y)
+        grads = reference.selective_scan_backward(grad_y, wide, parent, order, ctx.eps, ctx.propagation)
+        return tuple(grad.to(value.dtype) for grad, value in zip(grads, inputs, strict=True))
 
     return (*reference.vjp(backward, differentiable, grad_grads), None, None, None, None)
 
@@ -191,9 +200,24 @@ register_autograd(
     f"{NAMESPACE}::tree_selective_scan_backward", _selective_scan_double_backward, setup_context=_save_selective_scan
 )
 
+
+def _autocast_selective_scan(device_type: str) -> None:
+    """Activations stay as they are, in the widest dtype among them; only parameters, which are small, are cast."""
+
+    def kernel(*inputs: Any) -> Tensor:
+        values = reference.SelectiveScanInputs(*inputs[: len(reference.SelectiveScanInputs._fields)])
+        dtype = reduce(torch.promote_types, (value.dtype for value in values.activations()))
+        activations = (value.to(dtype) for value in values.activations())
+        parameters = (value.to(torch.promote_types(dtype, torch.float32)) for value in values.parameters())
+        with torch.autocast(device_type, enabled=False):
+            return _operator("tree_selective_scan")(*activations, *parameters, *inputs[len(values) :])
+
+    _LIBRARY.impl("tree_selective_scan", kernel, f"Autocast{device_type.upper()}")
+
+
 for _device_type in ("cpu", "cuda"):
     register_autocast(f"{NAMESPACE}::tree_scan", _device_type, torch.float32)
-    register_autocast(f"{NAMESPACE}::tree_selective_scan", _device_type, torch.float32)
+    _autocast_selective_scan(_device_type)
 
 
 # Operations for each element of x, a multiplication and an addition counting two. The choice of the tree counts none:

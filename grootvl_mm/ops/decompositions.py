@@ -25,6 +25,7 @@ from grootvl_mm.ops import reference
 def decomposition_table() -> dict[torch._ops.OpOverload, Callable]:
     """The operators and what they decompose into, for ``torch.export.ExportedProgram.run_decompositions``."""
     functions = (grid_edge_weight, grid_tree, tree_scan, tree_selective_scan)
+    functions += (reference.layer_norm, reference.residual_layer_norm, reference.depthwise_conv_silu)
     return {getattr(torch.ops.grootvl, function.__name__).default: function for function in functions}
 
 

@@ -75,16 +75,20 @@ def tree_selective_scan(
 
     ``delta = softplus(dt dt_weight^T + dt_bias)``, ``decay = exp(-exp(A_log) delta)``,
     ``h = tree_scan(delta b x, decay, tree)`` and ``y = LayerNorm_out(LayerNorm_h(h) c + Ds x) SiLU(gate)``. The
-    backward pass computes all of it again from the inputs, so nothing else is kept. 16-bit inputs are computed in
-    float32; under autocast everything is float32. Differentiable as often as needed, in reverse mode.
+    backward pass computes all of it again from the inputs, so nothing else is kept. Differentiable as often
+    as needed, in reverse mode.
+
+    16 bits are storage: 16-bit activations (``x``, ``dt``, ``b``, ``c``, ``gate``) are read and the result is written
+    as such, all arithmetic and the decays are float32, and parameters may be float32 beside them. Under autocast
+    activations therefore keep their dtype (the widest, where they differ) and parameters are float32.
 
     Args:
-        x: (B, L, D) float32, float64, float16 or bfloat16.
+        x: (B, L, D) float32, float64, float16 or bfloat16; the other activations have the same dtype.
         dt: (B, L, R), the low-rank step size.
         b: (B, L, 1), input matrix of the state space model, state size 1.
         c: (B, L, 1), output matrix.
         gate: (B, L, D).
-        dt_weight: (D, R).
+        dt_weight: (D, R), dtype of ``x``, or float32 beside 16-bit activations, as the other parameters.
         dt_bias: (D).
         A_log: (D), logarithm of minus the state matrix.
         Ds: (D), skip connection.
@@ -97,7 +101,7 @@ def tree_selective_scan(
         propagation: ``all``, ``up`` or ``down``, see :func:`tree_scan`.
 
     Returns:
-        (B, L, D), dtype of ``x`` (float32 under autocast), contiguous.
+        (B, L, D), dtype of ``x``, contiguous.
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype.
@@ -120,13 +124,17 @@ def tree_selective_scan(
         "gate": x.shape,
         "dt_weight": (channels, dt_weight.shape[1]),
     }
+    keeps_float32 = x.element_size() == 2 and dt_weight.dtype == torch.float32
+    parameter_dtype = torch.float32 if keeps_float32 else x.dtype
     is_cast = is_autocast_enabled(x.device.type)
-    for (name, shape), value in zip(shapes.items(), inputs, strict=True):
+    dtypes = [x.dtype] * len(inputs.activations()) + [parameter_dtype] * len(inputs.parameters())
+    for (name, shape), value, dtype in zip(shapes.items(), inputs, dtypes, strict=True):
         check_tensor(name, value, tuple(shape), len(shape))
         if value.shape != shape:
             raise ValueError(f"{name} must have shape {tuple(shape)} for x {tuple(x.shape)}, got {tuple(value.shape)}")
-        if value.dtype != x.dtype and not is_cast:
-            raise TypeError(f"{name} must have the dtype of x {x.dtype}, got {value.dtype}")
+        if value.dtype != dtype and not is_cast:
+            beside = f"x {x.dtype}" if dtype == x.dtype else f"x {x.dtype} and dt_weight {dt_weight.dtype}"
+            raise TypeError(f"{name} must be {dtype} beside {beside}, got {value.dtype}")
     _check_tree(tree, x)
     check_same_device(**inputs._asdict(), parent=tree.parent, order=tree.order)
     _refuse_tangents("tree_selective_scan", inputs)

@@ -85,9 +85,10 @@ struct NoScope {
   explicit NoScope(c10::Device) {}
 };
 
-// Both operators for any input, from what a device computes for float32 and float64 that are not empty:
+// Both operators for any input, from what a device computes for inputs that are not empty:
 //   Device::forward(x, decay, parent, order, propagation, h) and
 //   Device::backward(grad_h, x, decay, parent, order, propagation, grad_x, grad_decay), results last;
+//   Device::computes(x) tells whether it takes these; 16-bit inputs that it does not are cast to float32;
 //   Device::Scope, made from the inputs' device, lives meanwhile.
 template <typename Device>
 struct ScanOperators {
@@ -100,7 +101,7 @@ struct ScanOperators {
     const Propagation propagation = parse_propagation(propagation_name);
     check_scan_inputs(x, decay, parent, order);
     const typename Device::Scope scope(x.device());
-    if (is_16_bit(x)) {
+    if (!Device::computes(x)) {
       return forward(x.to(at::kFloat), decay.to(at::kFloat), parent, order, propagation_name).to(x.scalar_type());
     }
     at::Tensor h = at::empty(x.sizes(), x.options());
@@ -121,7 +122,7 @@ struct ScanOperators {
     check_scan_inputs(x, decay, parent, order);
     check_scan_gradient(grad_h, x);
     const typename Device::Scope scope(x.device());
-    if (is_16_bit(x)) {
+    if (!Device::computes(x)) {
       const auto [grad_x, grad_decay] =
           backward(grad_h.to(at::kFloat), x.to(at::kFloat), decay.to(at::kFloat), parent, order, propagation_name);
       return {grad_x.to(x.scalar_type()), grad_decay.to(x.scalar_type())};

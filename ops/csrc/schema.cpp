@@ -18,4 +18,13 @@ TORCH_LIBRARY(grootvl, m) {
       "Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor Ds, Tensor h_norm_weight, Tensor h_norm_bias, "
       "Tensor out_norm_weight, Tensor out_norm_bias, Tensor parent, Tensor order, float eps, str propagation) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType? dtype) -> Tensor");
+  m.def(
+      "residual_layer_norm(Tensor x, Tensor branch, Tensor? factor, Tensor weight, Tensor bias, float eps, "
+      "ScalarType? dtype) -> (Tensor, Tensor)");
+  m.def(
+      "layer_norm_backward(Tensor? grad_sum, Tensor grad_normed, Tensor value, Tensor? factor, Tensor weight, "
+      "float eps, ScalarType? branch_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("depthwise_conv_silu(Tensor x, Tensor weight) -> Tensor");
+  m.def("depthwise_conv_silu_backward(Tensor grad_y, Tensor x, Tensor weight) -> (Tensor, Tensor)");
 }

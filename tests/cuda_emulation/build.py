@@ -56,7 +56,8 @@ def translate(source: Path) -> str:
         else:
             code = (
                 f"using {name}_shared_type = {kind}{extents}; "
-                f"static emulation::SharedVariable<{name}_shared_type> {name}_shared; "
+                f"static emulation::SharedVariable<{name}_shared_type, emulation::place_of(__FILE__, __LINE__)> "
+                f"{name}_shared; "
                 f"{name}_shared_type& {name} = {name}_shared.of_this_block();"
             )
         return code + "\n" * match[0].count("\n")
@@ -90,7 +91,7 @@ def compile_library(
     """
     compiler = os.environ.get("CXX", "g++")
     flags = (*FLAGS, *(SANITIZERS if sanitize else ()), *flags)
-    own = sorted(path for path in FOLDER.rglob("*") if path.suffix in (".h", ".cpp"))
+    own = sorted(path for path in FOLDER.rglob("*") if path.suffix in ("", ".h", ".cpp") and path.is_file())
     key = hashlib.sha256(repr((flags, link, _run([compiler, "--version"]))).encode())
     for path in (Path(__file__), *own, *sources, *headers):
         key.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -146,7 +147,8 @@ def operator_library(sanitize: bool = False) -> Path:
     return compile_library(
         [*sorted(CSRC.glob("*.cpp")), *kernels],
         headers,
-        flags=(*include, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"),
+        # Newer headers of PyTorch need more than the C++17 of the kernels.
+        flags=("-std=c++20", *include, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"),
         link=[f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"],
         sanitize=sanitize,
     )

@@ -154,6 +154,7 @@ Random chance{0};
 std::exception_ptr error;
 void (*kernel)(const void*);
 const void* kernel_arguments;
+size_t dynamic_bytes, static_bytes, most_shared_bytes;
 
 std::ostream& operator<<(std::ostream& out, const uint3& index) {
   return out << '(' << index.x << ", " << index.y << ", " << index.z << ')';
@@ -430,6 +431,7 @@ uint64_t wait_for_warp(
 
 void run_block(dim3 shape) {
   ++block_serial;
+  static_bytes = 0;
   alive = num_threads;
   at_barrier = 0;
   votes = {0, 0};
@@ -476,8 +478,11 @@ uint64_t seed() {
 
 }  // namespace
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* arguments) {
+void run(
+    dim3 grid, dim3 block, size_t shared_bytes, size_t shared_limit, void (*body)(const void*), const void* arguments) {
   const std::lock_guard<std::mutex> lock(one_grid_at_a_time);
+  dynamic_bytes = shared_bytes;
+  most_shared_bytes = shared_limit;
   const uint64_t number = seed();
   shuffled = number != 0;
   chance = Random(number + (++grids << 32));
@@ -556,6 +561,19 @@ void pause() {
 
 unsigned lane() {
   return current->number % kWarpSize;
+}
+
+void count_shared_variable(size_t bytes) {
+  static_bytes += bytes;
+  if (dynamic_bytes + static_bytes > most_shared_bytes) {
+    fail(
+        "the launch is refused: ",
+        dynamic_bytes,
+        " bytes of dynamic and ",
+        static_bytes,
+        " of static shared memory, the kernel may have ",
+        most_shared_bytes);
+  }
 }
 
 void* allocate_shared(size_t bytes) {

@@ -28,8 +28,10 @@ struct Site {
   }
 };
 
-// Runs body(arguments) once for each thread of the grid.
-void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* arguments);
+// Runs body(arguments) once for each thread of the grid. A block has `shared_bytes` of dynamic shared memory; with its
+// shared variables that must not be more than `shared_limit`.
+void run(
+    dim3 grid, dim3 block, size_t shared_bytes, size_t shared_limit, void (*body)(const void*), const void* arguments);
 
 // What the votes of a block come to, once all its threads that have not ended are here.
 struct Votes {
@@ -55,24 +57,46 @@ extern uint64_t block_serial;
 void* allocate_shared(size_t bytes);
 void fill_with_garbage(void* memory, size_t bytes);
 
+// Tells that this block has so much static shared memory more.
+void count_shared_variable(size_t bytes);
+
+// Bytes of all shared variables that are declared anywhere: what each kernel has at most.
+inline size_t& bytes_of_shared_variables() {
+  static size_t bytes = 0;
+  return bytes;
+}
+
+// A declaration, told from others by file and line.
+constexpr uint64_t place_of(const char* file, int line) {
+  uint64_t hash = static_cast<uint64_t>(line);
+  for (; *file != 0; ++file) {
+    hash = hash * 1099511628211u + static_cast<unsigned char>(*file);
+  }
+  return hash;
+}
+
 // A variable in shared memory: garbage when a block first sees it.
-template <typename T>
+template <typename T, uint64_t kPlace>
 class SharedVariable {
   static_assert(std::is_trivially_default_constructible_v<T>, "CUDA does not construct shared variables");
 
  public:
   T& of_this_block() {
+    (void)kDeclared;
     if (memory_ == nullptr) {
       memory_ = static_cast<T*>(allocate_shared(sizeof(T)));
     }
     if (serial_ != block_serial) {
       serial_ = block_serial;
+      count_shared_variable(sizeof(T));
       fill_with_garbage(memory_, sizeof(T));
     }
     return *memory_;
   }
 
  private:
+  inline static const size_t kDeclared = bytes_of_shared_variables() += sizeof(T);
+
   T* memory_ = nullptr;
   uint64_t serial_ = 0;
 };

@@ -1,6 +1,6 @@
 """Runs tests with the CUDA kernels, emulated on the CPU, in place of the compiled CPU kernels.
 
-``python -m tests.cuda_emulation.run [--seed N] [--sanitize] [arguments of pytest]``
+``python -m tests.cuda_emulation.run [--seed N] [--shared-bytes N] [--sanitize] [arguments of pytest]``
 """
 
 import argparse
@@ -11,8 +11,11 @@ from collections.abc import Sequence
 
 from tests.cuda_emulation.build import ROOT, operator_library, sanitizer_environment
 
+# Shared memory that a block may have, in bytes: compute capability 8.6, 8.9 and 12.0; 8.0; 9.0 and 10.0.
+CARDS = (101376, 166912, 232448)
 OPERATOR_TESTS = tuple(
-    f"tests/ops/test_{name}.py" for name in ("tree", "scan", "selective_scan", "library", "published_semantics")
+    f"tests/ops/test_{name}.py"
+    for name in ("tree", "scan", "selective_scan", "norm", "conv", "library", "published_semantics")
 )
 
 
@@ -23,16 +26,27 @@ def command(arguments: Sequence[str] = ()) -> list[str]:
     return [sys.executable, "-m", "pytest", "-m", "not cpu_kernels and not gpu", *tests, *arguments]
 
 
-def environment(seed: int, sanitize: bool = False) -> dict[str, str]:
+def environment(seed: int, sanitize: bool = False, shared_bytes: int = CARDS[-1]) -> dict[str, str]:
     """That of a process whose operators are the emulated ones; compiles them when they have changed."""
-    variables = {"GROOTVL_LIBRARY": str(operator_library(sanitize)), "GROOTVL_EMULATION_SEED": str(seed)}
+    variables = {
+        "GROOTVL_LIBRARY": str(operator_library(sanitize)),
+        "GROOTVL_EMULATION_SEED": str(seed),
+        "GROOTVL_EMULATION_SHARED_BYTES": str(shared_bytes),
+    }
     return os.environ | variables | (sanitizer_environment() if sanitize else {})
 
 
-def run_tests(arguments: Sequence[str] = (), seed: int = 0, sanitize: bool = False) -> subprocess.CompletedProcess:
+def run_tests(
+    arguments: Sequence[str] = (), seed: int = 0, sanitize: bool = False, shared_bytes: int = CARDS[-1]
+) -> subprocess.CompletedProcess:
     """The finished run of :func:`command`."""
     return subprocess.run(
-        command(arguments), env=environment(seed, sanitize), cwd=ROOT, capture_output=True, text=True, check=False
+        command(arguments),
+        env=environment(seed, sanitize, shared_bytes),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -41,9 +55,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="order of blocks and threads; 0 is ascending (default)")
     parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UndefinedBehaviorSanitizer")
+    parser.add_argument("--shared-bytes", type=int, default=CARDS[-1], help="shared memory of the card (%(default)s)")
     own, arguments = parser.parse_known_args()
     os.chdir(ROOT)
-    os.execve(sys.executable, command(arguments), environment(own.seed, own.sanitize))
+    os.execve(sys.executable, command(arguments), environment(own.seed, own.sanitize, own.shared_bytes))
 
 
 if __name__ == "__main__":

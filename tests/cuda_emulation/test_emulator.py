@@ -2,13 +2,16 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.cuda_emulation.build import FOLDER, ROOT, compile_library, sanitizer_environment, translate
+from tests.cuda_emulation.run import CARDS
 from tests.cuda_emulation.toys import Toys
 
 SEEDS = range(4)
@@ -164,6 +167,37 @@ def test_large_shared_memory_wants_permission() -> None:
         toys.run("allow_shared_memory", 1, a=232449)
     toys.run("allow_shared_memory", 1, a=100_000)
     assert toys.run("reverse_in_dynamic_memory", **launch) == list(range(31, -1, -1))
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[int]]:
+    """Runs a kernel with 4096 bytes of static shared memory on a card that gives a block as many bytes as told."""
+
+    def run(card: int, shared_bytes: int, allowed: int | None = None) -> list[int]:
+        # A kernel keeps its permission for the life of the process, so each run has a library of its own.
+        library = tmp_path_factory.mktemp("toys") / "library.so"
+        shutil.copy(compile_library([TOYS], base=FOLDER), library)
+        toys = Toys(library)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("GROOTVL_EMULATION_SHARED_BYTES", str(card))
+            if allowed is not None:
+                toys.run("allow_sum_of_block", 1, a=allowed)
+            return toys.run("sum_of_block", 1, block=(32, 1, 1), values=[1] * 32, shared_bytes=shared_bytes)
+
+    return run
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_static_shared_memory_is_part_of_what_a_kernel_may_have(both: Callable[..., list[int]], card: int) -> None:
+    assert both(card, 44 * 1024) == [32]
+    for shared_bytes in (44 * 1024 + 1, 48 * 1024):
+        with pytest.raises(RuntimeError, match=f"refused: {shared_bytes} bytes of dynamic and 4096 of static.* 49152"):
+            both(card, shared_bytes)
+    assert both(card, card - 4096, allowed=card - 4096) == [32]
+    with pytest.raises(RuntimeError, match=f"refused: .* 4096 of static shared memory, the kernel may have {card}"):
+        both(card, card - 4095, allowed=card - 4095)
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        both(card, 0, allowed=card + 1)
 
 
 @pytest.fixture(scope="module")

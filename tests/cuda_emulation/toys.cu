@@ -261,8 +261,16 @@ TOY(many_barriers) {
   return launch(*shape, many_barriers, to, a);
 }
 
-TOY(allow_shared_memory) {
-  return cudaFuncSetAttribute(reverse_in_dynamic_memory, cudaFuncAttributeMaxDynamicSharedMemorySize, a) == cudaSuccess
+const char* allow(const void* kernel, int bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess
              ? ""
              : cudaGetErrorString(cudaGetLastError());
+}
+
+TOY(allow_shared_memory) {
+  return allow(reinterpret_cast<const void*>(reverse_in_dynamic_memory), a);
+}
+
+TOY(allow_sum_of_block) {
+  return allow(reinterpret_cast<const void*>(sum_of_block), a);
 }

@@ -5,7 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grootvl_mm.ops import decompositions, grid_edge_weight, grid_tree, tree_scan, tree_selective_scan
+from grootvl_mm.ops import (
+    decompositions,
+    depthwise_conv_silu,
+    grid_edge_weight,
+    grid_tree,
+    layer_norm,
+    residual_layer_norm,
+    tree_scan,
+    tree_selective_scan,
+)
 from grootvl_mm.ops.scan import PROPAGATIONS
 from grootvl_mm.ops.tree import METRICS
 from tests.helpers.marks import needs_compiler
@@ -85,7 +94,10 @@ class Layer(torch.nn.Module):
             **dict.fromkeys(vectors, torch.ones(x.shape[2])),
             tree=tree,
         )
-        return tree_scan(y, x.sigmoid(), tree)
+        ones = torch.ones(x.shape[2])
+        maps = depthwise_conv_silu(feature.permute(0, 2, 3, 1), torch.ones(x.shape[2], 1, 3, 3)).flatten(1, 2)
+        total, normed = residual_layer_norm(y, maps, ones, ones)
+        return tree_scan(total, layer_norm(normed, ones, ones).sigmoid(), tree)
 
 
 @needs_compiler

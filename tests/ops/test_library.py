@@ -31,7 +31,17 @@ def samples(device: torch.device) -> dict[str, tuple]:
         1e-5,
         "all",
     )
+    rows, branch = (torch.randn(2, 3, 8, device=device, requires_grad=True) for _ in range(2))
+    norm = [torch.randn(8, device=device, requires_grad=True) for _ in range(2)]
+    factor = torch.tensor([0.0, 1.25], device=device)
+    maps = torch.randn(2, 3, 4, 16, device=device, requires_grad=True)
+    taps = torch.randn(8, 1, 3, 3, device=device, requires_grad=True)
     return {
+        "layer_norm": (rows, *norm, 1e-5, None),
+        "residual_layer_norm": (rows, branch, factor, *norm, 1e-5, None),
+        "layer_norm_backward": (branch, branch, rows, factor, norm[0], 1e-5, torch.bfloat16),
+        "depthwise_conv_silu": (maps[..., :8], taps),
+        "depthwise_conv_silu_backward": (torch.randn(2, 3, 4, 8, device=device), maps[..., :8], taps),
         "tree_selective_scan": selective,
         "tree_selective_scan_backward": (torch.randn_like(selective[0]), *selective),
         "grid_edge_weight": (feature, "cosine", False),
@@ -170,15 +180,20 @@ def test_instruction_sets_agree(tmp_path: Path, isa: str) -> None:
     x, decay, tree = random_scan(2, 20, 21, 48, seed=0, dtype=torch.float32)
     inputs, selective_tree = random_selective_scan(2, 20, 21, 40, 3, seed=0, dtype=torch.float32)
     selective = [*inputs.values(), *selective_tree]
-    torch.save([feature, weight, x, decay, *tree, *selective], tmp_path / "inputs.pt")
+    maps, taps, norm = torch.randn(2, 9, 11, 83), torch.randn(83, 1, 3, 3), torch.randn(83)
+    torch.save([feature, weight, x, decay, *tree, maps, taps, norm, *selective], tmp_path / "inputs.pt")
     result = run_python(
         tmp_path,
         "import torch\n"
         "from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_scan\n"
-        "feature, weight, x, decay, parent, order, *selective = torch.load('inputs.pt')\n"
+        "feature, weight, x, decay, parent, order, maps, taps, norm, *selective = torch.load('inputs.pt')\n"
         "tree = (parent, order)\n"
         "grads = torch.ops.grootvl.tree_scan_backward(x, x, decay, *tree, 'all')\n"
-        "torch.save([grid_edge_weight(feature), *grid_tree(weight, 20, 21),\n"
+        "ops, narrow = torch.ops.grootvl, maps.bfloat16()\n"
+        "neighbours = [ops.depthwise_conv_silu(maps, taps), *ops.depthwise_conv_silu_backward(maps, maps, taps),\n"
+        "              *ops.residual_layer_norm(maps, narrow, None, norm, norm, 1e-5, None),\n"
+        "              *ops.layer_norm_backward(maps, narrow, maps, None, norm, 1e-5, None)]\n"
+        "torch.save([neighbours, grid_edge_weight(feature), *grid_tree(weight, 20, 21),\n"
         "            tree_scan(x, decay, Tree(*tree)), *grads,\n"
         "            torch.ops.grootvl.tree_selective_scan(*selective, 1e-5, 'all'),\n"
         "            *torch.ops.grootvl.tree_selective_scan_backward(selective[0], *selective, 1e-5, 'all')],\n"
@@ -187,11 +202,20 @@ def test_instruction_sets_agree(tmp_path: Path, isa: str) -> None:
         PYTHONPATH=str(PACKAGE.parent),
     )
     assert result.returncode == 0, result.stderr
-    weights, parent, order, h, grad_x, grad_decay, *selective_results = torch.load(tmp_path / "outputs.pt")
+    outputs = torch.load(tmp_path / "outputs.pt")
+    neighbours, weights, parent, order, h, grad_x, grad_decay, *selective_results = outputs
     torch.testing.assert_close(weights, weight, rtol=1e-6, atol=1e-7)
     expected = grid_tree(weight, 20, 21)
     assert torch.equal(parent, expected.parent)
     assert torch.equal(order, expected.order)
+    narrow = maps.bfloat16()
+    expected_neighbours = [
+        reference.depthwise_conv_silu(maps, taps),
+        *reference.depthwise_conv_silu_backward(maps, maps, taps),
+        *reference.residual_layer_norm(maps, narrow, None, norm, norm, 1e-5, None),
+        *reference.layer_norm_backward(maps, narrow, maps, None, norm, 1e-5, None),
+    ]
+    torch.testing.assert_close(neighbours, expected_neighbours, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(h, tree_scan(x, decay, tree))
     torch.testing.assert_close([grad_x, grad_decay], list(reference.tree_scan_backward(x, x, decay, *tree, "all")))
     exact = [value.double() for value in inputs.values()]

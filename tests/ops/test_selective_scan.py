@@ -84,6 +84,30 @@ def test_all_dtypes(device: torch.device, dtype: torch.dtype, size: tuple, chann
         assert error < tolerance(dtype)["rtol"], name
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels", [32, 37])
+def test_parameters_may_be_float32_beside_16_bit_activations(
+    device: torch.device, dtype: torch.dtype, channels: int
+) -> None:
+    inputs, tree = sample(2, 7, 6, channels, 3, seed=1, dtype=torch.float32)
+    inputs |= {name: inputs[name].to(dtype) for name in NAMES[:5]}
+    leaves = {name: value.to(device).requires_grad_() for name, value in inputs.items()}
+    y = tree_selective_scan(**leaves, tree=tree.to(device))
+    assert y.dtype == dtype
+    grad_y = torch.randn_like(y)
+    grads = torch.autograd.grad(y, list(leaves.values()), grad_y, create_graph=True)
+    exact = reference.tree_selective_scan(*double(inputs), *tree, EPS, "all")
+    torch.testing.assert_close(y.detach().cpu().double(), exact, **tolerance(dtype))
+    exact_grads = reference.tree_selective_scan_backward(grad_y.cpu().double(), *double(inputs), *tree, EPS, "all")
+    for name, grad, expected in zip(NAMES, grads, exact_grads, strict=True):
+        assert grad.dtype == inputs[name].dtype
+        error = (grad.detach().cpu().double() - expected).norm() / expected.norm()
+        assert error < tolerance(dtype)["rtol"], name
+    second = torch.autograd.grad([grads[0].float().square().sum()], [leaves["x"], leaves["Ds"]])
+    assert [value.dtype for value in second] == [dtype, torch.float32]
+    assert all(value.isfinite().all() for value in second)
+
+
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
 def test_gradients_by_finite_differences(device: torch.device, propagation: str) -> None:
     inputs, tree = sample(2, 2, 3, 4, 2, seed=2)
@@ -139,15 +163,20 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
             assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-def test_autocast_computes_in_float32(device: torch.device) -> None:
+def test_autocast_casts_no_activation(device: torch.device) -> None:
     inputs, tree = sample(1, 4, 4, 16, 2, seed=0, dtype=torch.float32)
     inputs = {name: value.to(device) for name, value in inputs.items()}
-    rounded = inputs | {name: inputs[name].bfloat16() for name in ("x", "dt", "b", "c", "gate")}
+    rounded = inputs | {name: inputs[name].bfloat16() for name in NAMES[:5]}
+    placed = tree.to(device)
+    expected = tree_selective_scan(**rounded, tree=placed)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        y = tree_selective_scan(**rounded, tree=tree.to(device))
-    assert y.dtype == torch.float32
-    expected = tree_selective_scan(**{k: v.float() for k, v in rounded.items()}, tree=tree.to(device))
-    torch.testing.assert_close(y, expected)
+        assert torch.equal(tree_selective_scan(**rounded, tree=placed), expected)
+        # 16-bit parameters, as of a model that was cast, are small enough to be cast again.
+        halved = rounded | {name: inputs[name].bfloat16() for name in NAMES[5:]}
+        assert tree_selective_scan(**halved, tree=placed).dtype == torch.bfloat16
+        # The widest activation decides.
+        assert tree_selective_scan(**rounded | {"gate": inputs["gate"]}, tree=placed).dtype == torch.float32
+    assert expected.dtype == torch.bfloat16
 
 
 def test_empty_batch_and_single_vertex(device: torch.device) -> None:
@@ -170,7 +199,21 @@ INPUTS, TREE = sample(2, 3, 3, 4, 2, seed=0, dtype=torch.float32)
         ({"dt": INPUTS["dt"][..., :1]}, ValueError, r"dt must have shape \(2, 9, 2\).*got \(2, 9, 1\)"),
         ({"b": INPUTS["b"][:1]}, ValueError, r"b must have shape \(2, 9, 1\).*got \(1, 9, 1\)"),
         ({"Ds": INPUTS["Ds"][:3]}, ValueError, r"Ds must have shape \(4,\).*got \(3,\)"),
-        ({"A_log": INPUTS["A_log"].double()}, TypeError, "A_log must have the dtype of x torch.float32"),
+        (
+            {"A_log": INPUTS["A_log"].double()},
+            TypeError,
+            "A_log must be torch.float32 beside x torch.float32, got torch.float64",
+        ),
+        (
+            {"gate": INPUTS["gate"].half()},
+            TypeError,
+            "gate must be torch.float32 beside x torch.float32, got torch.float16",
+        ),
+        (
+            {name: INPUTS[name].half() for name in (*NAMES[:5], "Ds")},
+            TypeError,
+            "Ds must be torch.float32 beside x torch.float16 and dt_weight torch.float32, got torch.float16",
+        ),
         ({"gate": INPUTS["gate"].int()}, TypeError, "gate must be of dtype float32.*got torch.int32"),
         ({"c": INPUTS["c"].to("meta")}, ValueError, "on one device.*c on meta"),
         ({"tree": tuple(TREE)}, TypeError, "must be a grootvl_mm.ops.Tree, got tuple"),

@@ -3,22 +3,31 @@
 import functools
 import json
 import math
-import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 from PIL import Image
 
-from tests.helpers.tool_runs import ROOT, Command
+from tests.helpers.tool_runs import ROOT, load_script
 
 TOOLS = ROOT / "tools" / "analysis_tools"
-OPERATORS = ["grid_edge_weight", "grid_tree", "tree_scan", "tree_scan_backward"]
-ROWS = {
-    *("spanning_tree_4x4", "spanning_tree_8x8", "tree_and_order_4x4", "tree_and_order_8x8"),
-    *("edge_weight", "edge_weight_nhwc", "scan", "scan_backward", "growth", "layer", "layer_training"),
-}
+ROWS = ["grid_edge_weight", "grid_tree", "tree_scan", "tree_scan, forward + backward"]
+ROWS += ["tree_selective_scan", "tree_selective_scan, forward + backward"]
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: object) -> None:
+    """Run a benchmark in this process, with the measurements that it would start processes for."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    module = load_script(f"tools/analysis_tools/{script}")
+    monkeypatch.setattr(module, "run_fresh", lambda function, *args, **_: function(*args))
+    if script == "benchmark_model.py":
+        monkeypatch.setattr(module, "peak_memory", lambda step, device: step() or 2**20)
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    module.main()
 
 
 def read_results(folder: Path, name: str) -> tuple[dict, str]:
@@ -26,7 +35,7 @@ def read_results(folder: Path, name: str) -> tuple[dict, str]:
     assert {path.name for path in folder.iterdir()} == {f"{name}.json", f"{name}.txt", f"{name}.png"}
     with Image.open(folder / f"{name}.png") as picture:
         extrema = picture.convert("L").getextrema()
-        assert min(picture.size) > 200
+        assert min(picture.size) > 100
     assert extrema[0] < 100 < extrema[1]
     return json.loads((folder / f"{name}.json").read_text()), (folder / f"{name}.txt").read_text()
 
@@ -36,128 +45,47 @@ def assert_spread(spread: dict[str, float]) -> None:
     assert spread["p10"] <= spread["p90"]
 
 
-@pytest.fixture
-def hide(tmp_path: Path):
-    """Environment in which packages seem not to be installed."""
-
-    def make(*packages: str) -> dict[str, str]:
-        lines = ["import sys", *(f"sys.modules[{package!r}] = None" for package in packages)]
-        (tmp_path / "sitecustomize.py").write_text("\n".join(lines))
-        return {"PYTHONPATH": str(tmp_path)}
-
-    return make
-
-
-@pytest.mark.slow
-def test_operators(command: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["none", "bfloat16"])
+def test_operators(precision: str, monkeypatch, capsys, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
-    output = command("analysis_tools/benchmark_ops.py", "--quick", "--out", out)
+    options = ("--maps", "2x8x8x32", "--sides", 4, 8, "--rounds", 2, "--autocast", precision, "--out", out)
+    run_here(monkeypatch, "benchmark_ops.py", *options)
     data, text = read_results(out, "benchmark_ops")
-    assert text in output
-    assert data["quick"] is True
-    assert "QUICK" in text
+    assert text in capsys.readouterr().out
     assert {"cpu", "cores", "isa", "torch", "operators"} <= set(data["machine"])
-    (run,) = data["runs"]
-    assert run["threads"] == 1
-    rows = {row["name"]: row for row in run["rows"]}
-    assert set(rows) == ROWS
-    for row in rows.values():
-        assert row["title"] in text
-        assert row["inputs"] == row["measurements"] == 2
-        for spread in (row["ratio"], row["ours"]["seconds"], row["other"]["seconds"]):
+    (shape,) = data["shapes"]
+    assert [row["name"] for row in shape["rows"]] == ROWS
+    for row in shape["rows"]:
+        for spread in (row["ours"], row["other"], row["ratio"]):
             assert_spread(spread)
-        # Tiny sizes are held against nothing.
-        assert (row["goal"]["floor"], row["goal"]["aim"], row["verdict"]) == (None, None, "")
-    assert rows["scan"]["ours"]["gigabytes_per_second"] > 0
-    speedup = rows["edge_weight"]
-    expected = speedup["other"]["seconds"]["median"] / speedup["ours"]["seconds"]["median"]
-    assert speedup["ratio"]["median"] == pytest.approx(expected)
-    assert [curve["vertices"] for curve in run["curves"]] == [64, 256]
-    for curve in run["curves"]:
-        assert list(curve["seconds"]) == [*OPERATORS, "scipy tree + order"]
-        for spread in curve["seconds"].values():
-            assert_spread(spread)
-    assert set(data["memory"]) == {"TreeSSM", "PyTorch operators"}
-    for peaks in data["memory"].values():
-        assert [peak["vertices"] for peak in peaks] == [1024, 9216]
-        assert 0 < peaks[1]["bytes"] < 2**30
+        assert row["ratio"]["median"] == pytest.approx(row["other"]["median"] / row["ours"]["median"])
+    assert {len(seconds) for seconds in data["curves"].values()} == {2}
 
 
-@pytest.mark.slow
-def test_operators_without_scipy(command: Command, tmp_path: Path, hide) -> None:
-    # A folder that is there already, with the results of another run.
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "benchmark_ops.json").write_text("old")
-    only = ("--only", "spanning_tree", "scan", "--threads", 1, "--inputs", 3, "--rounds", 2)
-    output = command("analysis_tools/benchmark_ops.py", "--quick", *only, "--out", out, **hide("scipy"))
-    assert output.count("scipy not installed") == 2
-    assert not (out / "benchmark_ops.png").exists()  # a picture of the curves, which were not asked for
-    (run,) = json.loads((out / "benchmark_ops.json").read_text())["runs"]
-    rows = {row["name"]: row for row in run["rows"]}
-    assert set(rows) == {"spanning_tree_4x4", "spanning_tree_8x8", "scan"}
-    assert rows["spanning_tree_4x4"]["not_measured"] == "scipy not installed"
-    assert (rows["scan"]["inputs"], rows["scan"]["measurements"]) == (3, 6)
+def test_operators_that_differ_are_not_timed(monkeypatch, tmp_path: Path) -> None:
+    module = load_script("tools/analysis_tools/benchmark_ops.py")
+    monkeypatch.setattr(module, "weights_in_pytorch", lambda feature: torch.zeros(1))
+    with pytest.raises(AssertionError, match="grid_edge_weight and cosine_similarity do not compute the same"):
+        run_here(monkeypatch, "benchmark_ops.py", "--maps", "1x4x4x8", "--out", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_models_in_inference(command: Command, tmp_path: Path, hide) -> None:
-    out = tmp_path / "out"
-    arguments = ("--quick", "--rounds", 1, "--steps", "inference", "--shapes", "224", "512", "--out", out)
-    output = command("analysis_tools/benchmark_model.py", *arguments, **hide("mmseg"))
-    data, text = read_results(out, "benchmark_model")
-    assert text in output
-    assert data["memory"] == []
-    (run,) = data["runs"]
-    rows = {(row["shape"], row["model"]): row for row in run["rows"]}
-    assert rows.pop(("512", "Swin-T"))["not_measured"] == "mmsegmentation not installed"
-    assert "mmsegmentation not installed" in text
-    peers = {("224", "Swin-T"), ("224", "ConvNeXt-T")}
-    assert set(rows) == peers | {("224", "GrootV-T"), ("512", "GrootV-T")}
-    for key, row in rows.items():
+def test_models(monkeypatch, capsys, tmp_path: Path) -> None:
+    options = ("--images", "1x64x64", "--rounds", 1, "--autocast", "bfloat16", "--out", tmp_path)
+    run_here(monkeypatch, "benchmark_model.py", *options)
+    data, text = read_results(tmp_path, "benchmark_model")
+    assert text in capsys.readouterr().out
+    assert "bfloat16 autocast" in text
+    (shape,) = data["shapes"]
+    models = ["GrootV-T", "Swin-T", "ConvNeXt-T"]
+    assert [(row["step"], row["model"]) for row in shape["times"]] == [
+        (step, model) for step in ("inference", "training") for model in models
+    ]
+    for row in shape["times"]:
         assert_spread(row["seconds"])
         assert row["images_per_second"] == pytest.approx(1 / row["seconds"]["median"])
-        assert (key in peers) == ("throughput_ratio" in row)
-        if key in peers:
-            assert_spread(row["throughput_ratio"])
-    assert [share["shape"] for share in run["shares"]] == ["224", "512"]
-    for share in run["shares"]:
-        assert list(share["seconds"]) == ["forward", "grid_edge_weight", "grid_tree", "tree_scan"]
-        for spread in share["seconds"].values():
-            assert_spread(spread)
-        parts = sum(share["seconds"][name]["median"] for name in list(share["seconds"])[1:])
-        assert share["share"]["median"] == pytest.approx(parts / share["seconds"]["forward"]["median"])
-
-
-@pytest.mark.slow
-def test_models_in_training(command: Command, tmp_path: Path) -> None:
-    arguments = ("--quick", "--rounds", 1, "--steps", "training", "--shapes", "800x1333", "--amp", "--out", tmp_path)
-    command("analysis_tools/benchmark_model.py", *arguments)
-    data, text = read_results(tmp_path, "benchmark_model")
-    assert "bfloat16 autocast" in text
-    (run,) = data["runs"]
-    assert [row["model"] for row in run["rows"]] == ["GrootV-T", "Swin-T"]
-    assert run["shares"] == []
-    ours, peer = data["memory"]
-    # At least the gradients of the parameters, 28 million of 4 bytes.
-    assert 2**26 < ours["bytes"] < 2**30
-    assert 2**26 < peer["bytes"] < 2**30
-    assert peer["ratio"] == pytest.approx(ours["bytes"] / peer["bytes"])
-
-
-@pytest.fixture
-def refuse(monkeypatch, capsys):
-    """Run a benchmark in this process until it refuses its arguments; return what it wrote."""
-
-    def run(script: str, *arguments: object) -> str:
-        monkeypatch.syspath_prepend(str(TOOLS))
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            runpy.run_path(str(TOOLS / script), run_name="__main__")
-        assert exit_info.value.code == 2
-        return capsys.readouterr().err
-
-    return run
+        assert ("throughput_ratio" in row) == (row["model"] != "GrootV-T")
+    assert shape["memory"] == dict.fromkeys(models, 2**20)
 
 
 @pytest.mark.parametrize("script", ["benchmark_ops.py", "benchmark_model.py"])
@@ -168,63 +96,58 @@ def refuse(monkeypatch, capsys):
         (("--rounds", "many"), "--rounds: invalid integer value: 'many'"),
         (("--out", __file__), "--out must be a folder"),
         (("--device", "tpu"), "invalid choice: 'tpu'"),
+        (("--autocast", "int8"), "invalid choice: 'int8'"),
     ],
 )
-def test_one_clear_error(script: str, arguments: tuple, message: str, refuse) -> None:
-    output = refuse(script, *arguments)
-    assert message in output
-    assert output.count("error:") == 1
+def test_one_clear_error(script: str, arguments: tuple, message: str, monkeypatch, capsys) -> None:
+    assert message in refusal(script, arguments, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("benchmark_ops.py", ("--only", "speed"), "invalid choice: 'speed'"),
-        ("benchmark_model.py", ("--shapes", "7x7"), "invalid choice: '7x7'"),
+        ("benchmark_ops.py", ("--maps", "8x8"), "expected BATCHxHEIGHTxWIDTHxCHANNELS, got '8x8'"),
+        ("benchmark_model.py", ("--images", "1x7x7"), "32 pixels or more, got '1x7x7'"),
+        ("benchmark_ops.py", ("--device", "cuda"), "--device cuda needs a GPU"),
     ],
 )
-def test_unknown_names(script: str, arguments: tuple, message: str, refuse) -> None:
-    assert message in refuse(script, *arguments)
-
-
-def test_cuda_needs_a_gpu(refuse, monkeypatch) -> None:
+def test_sizes_and_devices(script: str, arguments: tuple, message: str, monkeypatch, capsys) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert "--device cuda needs a GPU" in refuse("benchmark_ops.py", "--device", "cuda")
+    assert message in refusal(script, arguments, monkeypatch, capsys)
+
+
+def refusal(script: str, arguments: tuple, monkeypatch, capsys) -> str:
+    """What a benchmark that refuses its arguments writes."""
+    with pytest.raises(SystemExit) as exit_info:
+        run_here(monkeypatch, script, *arguments)
+    assert exit_info.value.code == 2
+    output = capsys.readouterr().err
+    assert output.count("error:") == 1
+    return output
 
 
 @pytest.fixture
-def measuring(monkeypatch) -> Iterator:
+def measuring(monkeypatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(TOOLS))
     import measuring
 
-    yield measuring
-    del sys.modules["measuring"]
+    return measuring
 
 
 def test_every_contender_meets_every_input_and_is_first_in_turn(measuring) -> None:
     calls = []
     contenders = {name: lambda value, name=name: calls.append((name, value)) for name in "ab"}
-    times = measuring.time_in_turn(contenders, iter(range(10)), 3, "cpu", "test", hold=2, rounds=2)
+    times = measuring.time_in_turn(contenders, [0, 1, 2], 4, "cpu", "test")
     warm_up = 2 * measuring.WARM_UPS
-    assert [name for name, _ in calls[warm_up::2]] == ["a", "b"] * 3
-    assert [value for _, value in calls[warm_up::2]] == [0, 1, 0, 1, 2, 2]
-    assert {name: len(values) for name, values in times.items()} == {"a": 6, "b": 6}
+    assert [name for name, _ in calls[warm_up::2]] == ["a", "b"] * 2
+    assert [value for _, value in calls[warm_up::2]] == [0, 1, 2, 0]
+    assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4}
 
 
 def test_ratio_is_that_of_the_medians(measuring) -> None:
-    ratio = measuring.ratio_of([2.0, 4.0, 90.0], [1.0, 2.0, 3.0], factor=10)
+    ratio = measuring.ratio_of([20.0, 40.0, 900.0], [1.0, 2.0, 3.0])
     assert ratio["median"] == pytest.approx(20)
     assert 20 <= ratio["p10"] <= ratio["p90"] <= 300
-
-
-@pytest.mark.parametrize(
-    ("lower_is_better", "ratio", "verdict"),
-    [(False, 3, "reaches aim"), (False, 1.5, "holds floor"), (False, 0.5, "misses floor"), (True, 1.5, "misses floor")],
-)
-def test_verdicts(lower_is_better: bool, ratio: float, verdict: str, measuring) -> None:
-    floor, aim = (1, 0.5) if lower_is_better else (1, 2)
-    assert measuring.Goal(floor, aim, lower_is_better).verdict(ratio) == verdict
-    assert measuring.Goal().verdict(ratio) == ""
 
 
 def test_peak_memory_sees_what_is_freed(measuring) -> None:
@@ -234,6 +157,11 @@ def test_peak_memory_sees_what_is_freed(measuring) -> None:
     environment = measuring.MEMORY_ENVIRONMENT
     peak = measuring.run_fresh(measuring.peak_memory, fill, "cpu", threads=1, environment=environment)
     assert 0.5 * size < peak < 4 * size
+
+
+def test_a_measuring_process_that_dies_is_an_error(measuring) -> None:
+    with pytest.raises(SystemExit, match="the measuring process ended with status 3"):
+        measuring.run_fresh(sys.exit, 3, threads=1)
 
 
 @pytest.mark.parametrize(

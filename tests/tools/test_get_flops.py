@@ -64,7 +64,7 @@ def test_parts_and_operators_add_up(name: str, tool: ModuleType) -> None:
         assert sum(part[key] for part in result["parts"].values()) == result["total"][key] > 0
     assert sum(result["operators"].values()) == result["total"]["flops"]
     grootv = "grootvl" in cfg.model.backbone.type
-    assert ("grootvl.tree_scan" in result["operators"]) == grootv
+    assert ("grootvl.tree_selective_scan" in result["operators"]) == grootv
     for part, figures in result["parts"].items():
         assert figures["parameters"] > 0
         assert (figures["flops"] > 0) == (part != "auxiliary_head")
@@ -97,10 +97,10 @@ def test_tree_scans_are_counted_by_the_stated_formulas(tool: ModuleType) -> None
     cfg.model.neck.update(in_channels=32, out_channels=32)
     cfg.model.head.in_channels = 32
     operators = tool.count(cfg, (112, 112))["operators"]
-    elements = 28 * 28 * 64
+    elements, rank = 28 * 28 * 64, 2
     assert operators["grootvl.grid_edge_weight"] == 6 * elements // 2
     assert operators["grootvl.grid_tree"] == 0
-    assert operators["grootvl.tree_scan"] == 6 * elements // 2
+    assert operators["grootvl.tree_selective_scan"] == (33 + 2 * rank) * elements // 2
 
 
 def test_shows_a_table_and_writes_json(call, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

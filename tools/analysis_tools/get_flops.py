@@ -10,9 +10,9 @@ finds them in one forward pass of the model in its "tensor" mode, in evaluation 
   grid_edge_weight            6 operations for each element of the feature (manhattan: 4)
   grid_tree                   none: it compares, it does not calculate
   tree_scan                   6 operations for each element (up or down only: 2)
-
-The counter watches the modules, so that every module of a layer is called, and the fused scan (tree_selective_scan,
-whose own formula counts norms and gates too) takes no part.
+  tree_selective_scan         33 + 2 R for each element (up or down only: 29 + 2 R), R the rank of dt: the scan,
+                              the projection of dt (2 R), softplus (2), decay (2), input (2), both layer norms (14),
+                              skip connection (3) and gate (4)
 
 Not counted, as usual: activations, norms, additions and resizing outside of these, and what has no fixed size or no
 multiplications to speak of. For a two-stage detector that is the choice of the proposals (NMS) and RoIAlign: its heads

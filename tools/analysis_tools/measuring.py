@@ -2,7 +2,6 @@
 
 import argparse
 import gc
-import itertools
 import json
 import multiprocessing
 import os
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -27,35 +26,10 @@ from grootvl_mm.apis import cli
 from grootvl_mm.ops import extension_error
 from grootvl_mm.version import __version__
 
+AUTOCAST = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WARM_UPS = 2  # of each contender: the first calls load code and fill the allocator
-ISA_FLAGS = (
-    "sse4_2",
-    "avx2",
-    "fma",
-    "f16c",
-    "avx512f",
-    "avx512bw",
-    "avx512vl",
-    "avx512_bf16",
-    "avx512_vnni",
-    "amx_bf16",
-)
+ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "amx_bf16")
 PROC_SELF = Path("/proc/self")
-
-
-class Goal(NamedTuple):
-    """What a ratio has to reach (floor) and should reach (aim); None where nothing is asked."""
-
-    floor: float | None = None
-    aim: float | None = None
-    lower_is_better: bool = False
-
-    def verdict(self, ratio: float) -> str:
-        """How the ratio does, in a word or two; empty where nothing is asked."""
-        for limit, word in ((self.aim, "reaches aim"), (self.floor, "holds floor")):
-            if limit is not None and (ratio <= limit if self.lower_is_better else ratio >= limit):
-                return word
-        return "" if self.floor is None else "misses floor"
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -69,19 +43,22 @@ def at_least(least: int) -> Callable[[str], int]:
     return integer
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, out: str, threads: Sequence[int]) -> None:
+def add_common_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """Add what both benchmarks take."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     parser.add_argument(
-        "--threads",
-        type=at_least(1),
-        nargs="+",
-        default=list(threads),
-        metavar="N",
-        help="CPU threads; all is measured once for each number given (default: %(default)s)",
+        "--autocast",
+        choices=list(AUTOCAST),
+        default="none",
+        help="16-bit inputs of the operators, autocast of the models (default: none, float32)",
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; the ratios mean nothing")
-    parser.add_argument("--out", type=Path, default=Path(out), help="folder for the results (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=at_least(1), default=1, metavar="N", help="CPU threads (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=at_least(1), default=20, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path("work_dirs", name), help="folder for the results (default: %(default)s)"
+    )
 
 
 def check_common_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -90,7 +67,6 @@ def check_common_arguments(parser: argparse.ArgumentParser, args: argparse.Names
         parser.error("--device cuda needs a GPU that torch can use, and torch.cuda.is_available() is False")
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out must be a folder, but {str(args.out)!r} is a file")
-    args.threads = list(dict.fromkeys(args.threads))
 
 
 def natural_features(generator: torch.Generator, *shape: int) -> Tensor:
@@ -123,40 +99,25 @@ def timed(call: Callable[[], object], device: str) -> float:
 
 
 def time_in_turn(
-    contenders: Mapping[str, Callable[[Any], object]],
-    inputs: Iterable[Any],
-    count: int,
-    device: str,
-    label: str,
-    *,
-    hold: int = 1,
-    rounds: int = 1,
+    contenders: Mapping[str, Callable[[Any], object]], inputs: Sequence[Any], rounds: int, device: str, label: str
 ) -> dict[str, list[float]]:
-    """Time every contender on each of ``count`` inputs, one after the other and each first in its turn.
+    """Time every contender ``rounds`` times, the inputs in turn, and each contender first in its turn.
 
-    A disturbance of the machine thus meets all of them. Making the inputs is not timed; ``hold`` of them are made at a
-    time, so that their making does not empty the caches before every single measurement, and gone through for so many
-    rounds, so that no input follows itself.
+    A disturbance of the machine thus meets all of them, and no branch predictor learns one input by heart.
 
     Returns:
         Seconds of each contender, all in the same order of inputs.
     """
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
-    source = itertools.islice(inputs, count)
-    done = 0
-    bar = tqdm(total=count * rounds, desc=label, unit="input", leave=False)
-    with _without_garbage_collection(), bar as progress:
-        while held := list(itertools.islice(source, hold)):
-            if not done:
-                for _, name in itertools.product(range(WARM_UPS), names):
-                    contenders[name](held[0])
-            for value in held * rounds:
-                shift = done % len(names)
-                for name in names[shift:] + names[:shift]:
-                    times[name].append(timed(lambda run=contenders[name], value=value: run(value), device))
-                done += 1
-                progress.update()
+    for name in names * WARM_UPS:
+        contenders[name](inputs[0])
+    with _without_garbage_collection():
+        for done in tqdm(range(rounds), desc=label, leave=False):
+            value = inputs[done % len(inputs)]
+            shift = done % len(names)
+            for name in names[shift:] + names[:shift]:
+                times[name].append(timed(lambda run=contenders[name], value=value: run(value), device))
     return times
 
 
@@ -178,10 +139,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "p10": low, "p90": high}
 
 
-def ratio_of(numerator: Sequence[float], denominator: Sequence[float], factor: float = 1.0) -> dict[str, float]:
-    """The ratio of two medians times a factor, and percentiles of the ratios on the single inputs."""
-    pairs = [factor * a / b for a, b in zip(numerator, denominator, strict=True)]
-    ratio = factor * statistics.median(numerator) / statistics.median(denominator)
+def ratio_of(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
+    """The ratio of two medians, and percentiles of the ratios on the single inputs."""
+    pairs = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    ratio = statistics.median(numerator) / statistics.median(denominator)
     return {**spread(pairs), "median": ratio}
 
 
@@ -342,38 +303,20 @@ def format_seconds(seconds: float) -> str:
     return f"{value:.{decimals}f} {unit}"
 
 
-def format_limit(limit: float | None, goal: Goal, *, percent: bool = False) -> str:
-    """A floor or an aim; a dash where nothing is asked."""
-    if limit is None:
-        return "-"
-    return f"{'<=' if goal.lower_is_better else '>='} " + (f"{100 * limit:.3g} %" if percent else f"{limit:.3g}")
-
-
 def format_ratio(ratio: Mapping[str, float]) -> tuple[str, str]:
     """The ratio of the medians, and its spread."""
     return f"{ratio['median']:.2f}x", f"{ratio['p10']:.2f}..{ratio['p90']:.2f}"
 
 
-def format_threads(threads: int) -> str:
-    """The number, with its noun."""
-    return f"{threads} thread{'s' if threads > 1 else ''}"
-
-
-def write_results(out: Path, name: str, data: Mapping[str, Any], text: str, figure: Figure | None) -> list[Path]:
-    """Write NAME.json, NAME.txt and NAME.png into the folder, each whole or not at all; return what was written."""
+def write_results(out: Path, name: str, data: Mapping[str, Any], text: str, figure: Figure) -> None:
+    """Write NAME.json, NAME.txt and NAME.png into the folder, each whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
 
-    def save(suffix: str, write: Callable[[Path], object]) -> Path:
-        path = out / f"{name}{suffix}"
+    def save(suffix: str, write: Callable[[Path], object]) -> None:
         part = out / f"{name}{suffix}.part"
         write(part)
-        os.replace(part, path)
-        return path
+        os.replace(part, out / f"{name}{suffix}")
 
-    written = [
-        save(".json", lambda part: part.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")),
-        save(".txt", lambda part: part.write_text(text)),
-    ]
-    if figure is not None:
-        written.append(save(".png", lambda part: figure.savefig(part, format="png", dpi=130)))
-    return written
+    save(".json", lambda part: part.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n"))
+    save(".txt", lambda part: part.write_text(text))
+    save(".png", lambda part: figure.savefig(part, format="png", dpi=130))

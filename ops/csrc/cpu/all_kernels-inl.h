@@ -1,7 +1,12 @@
-// All kernels of one instruction set; included inside its namespace.
+// All kernels of one instruction set; included inside its namespace, in the order in which they build on each other.
+// clang-format off
 #include "cpu/elementary-inl.h"
+#include "cpu/vectors-inl.h"
+#include "cpu/layer_norm_kernels-inl.h"
+#include "cpu/depthwise_conv_kernels-inl.h"
 #include "cpu/scan_kernels-inl.h"
 #include "cpu/selective_scan_kernels-inl.h"
 #include "cpu/tree_kernels-inl.h"
+// clang-format on
 
-struct Kernels : TreeKernels, ScanKernels, SelectiveScanKernels {};
+struct Kernels : TreeKernels, ScanKernels, SelectiveScanKernels, DepthwiseConvKernels {};

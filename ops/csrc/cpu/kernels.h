@@ -6,16 +6,19 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #include "cpu/compaction.h"
 #include "cpu/isa.h"
+#include "cpu/rounding.h"
 #include "cpu/types.h"
 #include "scan.h"
 #include "tree.h"
 
 namespace grootvl::cpu::baseline {
 using Compact = Compaction;
+constexpr int kVectorBytes = 16;
 #include "cpu/all_kernels-inl.h"
 }  // namespace grootvl::cpu::baseline
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -23,6 +26,7 @@ using Compact = Compaction;
 #pragma GCC target("avx2,fma")
 namespace grootvl::cpu::avx2 {
 using Compact = Compaction;
+constexpr int kVectorBytes = 32;
 #include "cpu/all_kernels-inl.h"
 }  // namespace grootvl::cpu::avx2
 #pragma GCC pop_options
@@ -30,6 +34,7 @@ using Compact = Compaction;
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 namespace grootvl::cpu::avx512 {
 using Compact = CompactionAvx512;
+constexpr int kVectorBytes = 64;
 #include "cpu/all_kernels-inl.h"
 }  // namespace grootvl::cpu::avx512
 #pragma GCC pop_options

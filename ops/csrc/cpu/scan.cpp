@@ -55,6 +55,10 @@ Rows<scalar_t> rows_of_result(at::Tensor& result, const Task& task) {
 struct Cpu {
   using Scope = NoScope;
 
+  static bool computes(const at::Tensor& x) {
+    return !is_16_bit(x);
+  }
+
   static void forward(
       const at::Tensor& x,
       const at::Tensor& decay,

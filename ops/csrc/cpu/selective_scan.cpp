@@ -318,6 +318,10 @@ SelectiveScanInputs selective_scan_backward(
 struct Cpu {
   using Scope = NoScope;
 
+  static bool computes(const at::Tensor& x) {
+    return !is_16_bit(x);
+  }
+
   static constexpr auto forward = &selective_scan_forward;
   static constexpr auto backward = &selective_scan_backward;
 };

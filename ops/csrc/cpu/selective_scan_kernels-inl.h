@@ -1,7 +1,7 @@
 // What lies around the scan in a tree state space layer: from the projections to decay and input, and from the scanned
 // values through two layer norms and the gate. Rows as in scan_kernels-inl.h; all are `channels` wide.
 
-struct SelectiveScanKernels : Elementary {
+struct SelectiveScanKernels : LayerNormKernels {
   // Channels whose sums over the rank stay in registers.
   static constexpr int kBlock = 64;
 
@@ -63,14 +63,6 @@ struct SelectiveScanKernels : Elementary {
     }
   }
 
-  // Mean and 1 / sqrt(variance + eps) of a row, in two passes.
-  template <typename scalar_t>
-  static Moments<scalar_t> moments(const scalar_t* row, int64_t channels, scalar_t eps) {
-    const scalar_t mean = sum(channels, [&](int64_t c) { return row[c]; }) / channels;
-    const scalar_t square = sum(channels, [&](int64_t c) { return (row[c] - mean) * (row[c] - mean); });
-    return {mean, 1 / std::sqrt(square / channels + eps)};
-  }
-
   // mixed = LayerNorm_h(h) * c + Ds * x
   template <typename scalar_t>
   static void mix(
@@ -113,27 +105,6 @@ struct SelectiveScanKernels : Elementary {
     }
   }
 
-  // Gradient of a row before a layer norm, in place of that behind it; adds to the gradients of weight and bias.
-  template <typename scalar_t>
-  static void norm_backward(
-      const scalar_t* __restrict row,
-      Moments<scalar_t> m,
-      const scalar_t* __restrict weight,
-      int64_t channels,
-      scalar_t* __restrict grad,
-      scalar_t* __restrict grad_weight,
-      scalar_t* __restrict grad_bias) {
-    const auto normal = [&](int64_t c) { return (row[c] - m.mean) * m.scale; };
-    const scalar_t mean = sum(channels, [&](int64_t c) { return grad[c] * weight[c]; }) / channels;
-    const scalar_t product = sum(channels, [&](int64_t c) { return grad[c] * weight[c] * normal(c); }) / channels;
-#pragma GCC ivdep
-    for (int64_t c = 0; c < channels; ++c) {
-      grad_weight[c] += grad[c] * normal(c);
-      grad_bias[c] += grad[c];
-      grad[c] = m.scale * (grad[c] * weight[c] - mean - normal(c) * product);
-    }
-  }
-
   // Backwards through read_out: gradients of h and gate, of c, the share of x by the skip connection, and the sums for
   // the parameters. rows: scratch of 2 * channels.
   template <typename scalar_t>
@@ -146,6 +117,7 @@ struct SelectiveScanKernels : Elementary {
       const Rows<scalar_t>& grad_h,
       const SelectiveGradients<scalar_t>& g,
       scalar_t* __restrict rows) {
+    constexpr scalar_t* kNone = nullptr;
     scalar_t* __restrict mixed = rows;
     scalar_t* __restrict grad = rows + s.channels;
     for (int64_t v = begin; v < end; ++v) {
@@ -165,7 +137,18 @@ struct SelectiveScanKernels : Elementary {
         grad_gate[c] = grad_out[c] * normed * sig * (1 + gate[c] * (1 - sig));
         grad[c] = grad_out[c] * gate[c] * sig;
       }
-      norm_backward(mixed, of_mixed, s.out_norm_weight, s.channels, grad, g.out_norm_weight, g.out_norm_bias);
+      norm_backward(
+          mixed,
+          of_mixed,
+          s.out_norm_weight,
+          s.channels,
+          grad,
+          kNone,
+          scalar_t(1),
+          grad,
+          kNone,
+          g.out_norm_weight,
+          g.out_norm_bias);
       const scalar_t factor = *s.c[v];
       const scalar_t* __restrict x = s.x[v];
       const scalar_t* __restrict skip = s.skip;
@@ -183,7 +166,18 @@ struct SelectiveScanKernels : Elementary {
         grad_skip[c] += grad[c] * x[c];
         to[c] = grad[c] * factor;
       }
-      norm_backward(of_vertex, of_h, s.h_norm_weight, s.channels, to, g.h_norm_weight, g.h_norm_bias);
+      norm_backward(
+          of_vertex,
+          of_h,
+          s.h_norm_weight,
+          s.channels,
+          to,
+          kNone,
+          scalar_t(1),
+          to,
+          kNone,
+          g.h_norm_weight,
+          g.h_norm_bias);
     }
   }
 

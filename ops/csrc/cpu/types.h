@@ -92,6 +92,19 @@ struct Moments {
   scalar_t mean, scale;
 };
 
+// Three rows of a map: a row outside of the image, and a column outside of it, is one position of zeros.
+template <typename scalar_t>
+struct ConvolutionRows {
+  const scalar_t* row[3];
+  const scalar_t* zeros;
+  int64_t stride, width, channels;
+
+  const scalar_t* position(int tap_row, int64_t column) const {
+    const bool inside = 0 <= column && column < width && row[tap_row] != nullptr;
+    return inside ? row[tap_row] + column * stride : zeros;
+  }
+};
+
 // The inputs of a selective scan for one image; see selective_scan.h. rate is -exp(A_log), skip is Ds, dt_weight is
 // transposed: (rank, channels).
 template <typename scalar_t>

@@ -64,4 +64,30 @@ __device__ inline int exclusive_sum(int value, int& total) {
   return before + inclusive - value;
 }
 
+// Calls `visit` with every index below count, spread over the threads of the block.
+template <typename Visit>
+__device__ void for_each_index(int count, const Visit& visit) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    visit(i);
+  }
+}
+
+// Sums `value` over the indices from begin up to end, in order, and tells each the sum before it, which starts with
+// `before`: place(i, value, sum). Returns the sum of all. For all threads of a block at once; ends with a barrier.
+template <typename Value, typename Place>
+__device__ int number(int begin, int end, int before, const Value& value, const Place& place) {
+  for (int first = begin; first < end; first += blockDim.x) {
+    const int i = first + static_cast<int>(threadIdx.x);
+    const int own = i < end ? value(i) : 0;
+    int total = 0;
+    const int sum = before + exclusive_sum(own, total);
+    if (i < end) {
+      place(i, own, sum);
+    }
+    before += total;
+  }
+  __syncthreads();
+  return before;
+}
+
 }  // namespace grootvl::cuda

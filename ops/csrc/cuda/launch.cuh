@@ -7,6 +7,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <limits>
+#include <map>
+#include <mutex>
 #include <utility>
 
 namespace grootvl::cuda {
@@ -38,12 +41,51 @@ constexpr __host__ __device__ T divide_up(T count, T by) {
   return (count + by - 1) / by;
 }
 
-// Bytes of shared memory that a block may have on the current device.
+// The least n with base^n >= count; base >= 2.
+constexpr int log_up(int64_t count, int64_t base = 2) {
+  int n = 0;
+  for (int64_t power = 1; power < count; power *= base) {
+    ++n;
+  }
+  return n;
+}
+
+// A grid of one row of blocks.
+inline dim3 blocks_in_row(int64_t count) {
+  TORCH_CHECK_VALUE(
+      count <= std::numeric_limits<int>::max(), "the inputs are too large for one call: ", count, " blocks of threads");
+  return dim3(static_cast<unsigned>(count));
+}
+
+// Bytes of shared memory that a block may have on the current device, static and dynamic together.
 inline int64_t shared_memory_limit() {
   int device = 0, bytes = 0;
   C10_CUDA_CHECK(cudaGetDevice(&device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   return bytes;
+}
+
+// Bytes of dynamic shared memory that a launch of the kernel may ask for on the current device. The first call for a
+// kernel and device permits all of it: the permission is the kernel's, so that lowering it to what one launch needs
+// would fail the launch of another thread. What is permitted without asking is no fixed number: a kernel's static
+// shared memory is part of it.
+template <typename... Parameters>
+int64_t dynamic_shared_memory_limit(void (*kernel)(Parameters...)) {
+  static std::mutex mutex;
+  static std::map<std::pair<void (*)(Parameters...), int>, int64_t> limits;
+  int device = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = limits.find({kernel, device});
+  if (found != limits.end()) {
+    return found->second;
+  }
+  cudaFuncAttributes attributes;
+  C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  const int64_t limit = shared_memory_limit() - static_cast<int64_t>(attributes.sharedSizeBytes);
+  C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limit)));
+  limits[{kernel, device}] = limit;
+  return limit;
 }
 
 // Warps for a block whose warps share nothing: as many as have room, at most `most` and at least one.
@@ -56,10 +98,14 @@ inline int warps_that_fit(int64_t bytes_a_warp, int most) {
 // Queues a kernel on the current stream of the current device.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, Arguments&&... arguments) {
-  constexpr int64_t kWithoutAsking = 48 << 10;
-  if (shared_bytes > kWithoutAsking) {
-    C10_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  if (shared_bytes > 0) {
+    const int64_t limit = dynamic_shared_memory_limit(kernel);
+    TORCH_CHECK(
+        shared_bytes <= limit,
+        "a block of this operator takes ",
+        shared_bytes,
+        " bytes of shared memory, the device has ",
+        limit);
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;

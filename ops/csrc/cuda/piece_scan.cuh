@@ -2,8 +2,11 @@
 //   summarise  each piece from its members to its top, without what comes from below its bottom
 //   join       the tree of critical vertices, up and down, from these summaries
 //   finish     each piece again, now knowing its bottom's sum and its top's result
-// A lane has one channel, which no other lane touches, so that nothing waits for anything inside a kernel, and every
-// sum has one order.
+//
+// In summarise and finish a block has a tile: the members of some pieces that follow each other, times 8 packs of
+// channels. All of it is first loaded into shared memory, row by row and without regard to the pieces, so that many
+// loads are on their way at once; then groups of 8 lanes take a piece each, and wait for shared memory only. A lane
+// has the same channels everywhere and no other lane touches them, so every sum has one order.
 //
 // One or two streams of values run over the same decays: x alone forwards, x and the gradient of h backwards. In a
 // piece with bottom b and top t let P be the product of the decays on the path from b to t ("through"), s what the
@@ -16,403 +19,506 @@
 
 #include <algorithm>
 
+#include "cuda/join_pieces.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/packs.cuh"
 #include "cuda/pieces.cuh"
 #include "scan.h"
 
 namespace grootvl::cuda {
 
-// Rows that are fetched together, for their latency; more where a single warp has an image to itself.
-constexpr int kBatch = 8, kJoinBatch = 16;
+// Lanes of a row in a tile, threads of a block, and the groups of lanes they make.
+constexpr int kRowLanes = 8, kTileThreads = 256, kTileGroups = kTileThreads / kRowLanes;
 
-// The propagations of the streams.
-template <Propagation kFirst, Propagation... kSecond>
-struct Streams {
-  static constexpr int kCount = 1 + sizeof...(kSecond);
+// Blocks that a multiprocessor shall have room for, so that some load while others walk their pieces.
+template <int kStreams>
+constexpr int kTileBlocks = kStreams == 1 ? 3 : 2;
 
-  static constexpr __host__ __device__ Propagation of(int stream) {
-    if constexpr (kCount == 1) {
-      return kFirst;
-    } else {
-      return stream == 0 ? kFirst : (kSecond, ...);
-    }
-  }
-  static constexpr __host__ __device__ bool up(int stream) {
-    return of(stream) != Propagation::kDown;
-  }
-  static constexpr __host__ __device__ bool down(int stream) {
-    return of(stream) != Propagation::kUp;
-  }
-};
-
-// What passes between the kernels. `sum` (u), `result` (h) and `along` (T) have kStreams * B * most_criticals rows of
-// channels, `through` (P) has B * most_criticals.
+// Rows that a group has on their way at once, and half as many where no more are left.
 template <typename acc_t>
-struct Summaries {
-  acc_t *through, *along, *sum, *result;
-  int64_t rows;
+constexpr int kRowsInFlight = sizeof(acc_t) == 4 ? 4 : 2;
 
-  __device__ acc_t& at(acc_t* of, int stream, int64_t row, int64_t channels, int64_t channel) const {
-    return of[(stream * rows + row) * channels + channel];
-  }
-};
-
-// Which image and channel a lane has: blocks of the x axis are images x groups of channels.
+// Which image and channels a lane has: blocks of the x axis are images x groups of channels. Lanes beyond the last
+// channel read the first ones and write nothing.
+template <int kPack>
 struct LanePlace {
   int64_t image, channel;
+  int lane, group;
+  bool is_active;
 
   __device__ explicit LanePlace(int64_t channels) {
-    const int64_t groups = divide_up<int64_t>(channels, kWarpSize);
-    image = blockIdx.x / groups;
-    channel = blockIdx.x % groups * kWarpSize + lane_index();
+    const int64_t tiles = divide_up<int64_t>(channels, kRowLanes * kPack);
+    lane = static_cast<int>(threadIdx.x) % kRowLanes;
+    group = static_cast<int>(threadIdx.x) / kRowLanes;
+    image = blockIdx.x / tiles;
+    channel = (blockIdx.x % tiles * kRowLanes + lane) * kPack;
+    is_active = channel < channels;
+    channel = is_active ? channel : 0;
   }
 };
 
-// Calls `fetch(i)` for all i of a batch, then `use(i, what came)` one after the other, over all i below count, from the
-// first up or from the last down.
-template <bool kAscending, int kCount, typename Fetch, typename Use>
-__device__ void in_batches(int count, const Fetch& fetch, const Use& use) {
-  using Fetched = decltype(fetch(0));
-  for (int first = 0; first < count; first += kCount) {
-    Fetched fetched[kCount];
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const int i = kAscending ? first + j : count - 1 - first - j;
-      if (first + j < count) {
-        fetched[j] = fetch(i);
-      }
+// How the members of a tree's pieces are shared out: a tile has the pieces that begin in `rows` slots, and thereby at
+// most `capacity` rows, the root of the first tile included.
+struct Tiling {
+  int rows, capacity, tiles;
+};
+
+// The pieces and slots of one tile. Its root, if it has one, comes after the members.
+struct Tile {
+  int first_piece, end_piece, first_slot, members, rows;
+};
+
+// For all threads of a block.
+__device__ inline Tile find_tile(const TreePieces& tree, const Tiling& tiling, int index) {
+  __shared__ int ends[2];
+  // Nobody may still be reading what the tile before has left here.
+  __syncthreads();
+  if (threadIdx.x < 2) {
+    ends[threadIdx.x] = tree.pieces;
+  }
+  __syncthreads();
+  const int from = index * tiling.rows, to = from + tiling.rows;
+  for (int piece = threadIdx.x; piece < tree.pieces; piece += blockDim.x) {
+    const int first = tree.first[piece], before = piece == 0 ? -1 : tree.first[piece - 1];
+    if (before < from && from <= first) {
+      ends[0] = piece;
     }
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const int i = kAscending ? first + j : count - 1 - first - j;
-      if (first + j < count) {
-        use(i, fetched[j]);
-      }
+    if (before < to && to <= first) {
+      ends[1] = piece;
     }
   }
+  __syncthreads();
+  const int first_slot = tree.first[ends[0]], members = tree.first[ends[1]] - first_slot;
+  return {ends[0], ends[1], first_slot, members, members + (index == 0)};
 }
 
-// `Input` tells decay(row, channel) and value(stream, row, channel). `Output` has the rows in which a piece leaves what
-// it adds to its top, at the row of its first member: partial(stream). They are written again by `finish`.
-template <typename S, typename acc_t, typename Input, typename Output>
-__global__ void summarise_kernel(
-    Input input, Output output, Pieces batch, int64_t channels, Summaries<acc_t> summaries) {
-  const LanePlace lane(channels);
-  if (lane.channel >= channels) {
-    return;
+// The shared memory of a tile: for every row the value of each stream, what is kept of the decay, vertex and link.
+template <typename acc_t, int kPack, int kStreams>
+struct Cells {
+  using Values = Pack<acc_t, kPack>;
+
+  Values* own;
+  int *vertex, *link;
+  int capacity;
+
+  static constexpr int64_t kRowBytes = (kStreams + 1) * kRowLanes * sizeof(Values) + 2 * sizeof(int);
+
+  __device__ Cells(int capacity, int lane) : capacity(capacity) {
+    Values* const memory = shared_memory_as<Values>();
+    own = memory + lane;
+    vertex = reinterpret_cast<int*>(memory + (kStreams + 1) * capacity * kRowLanes);
+    link = vertex + capacity;
   }
-  const TreePieces tree = batch[lane.image];
-  const int64_t first_row = lane.image * batch.vertices;
-  acc_t* column = shared_memory_as<acc_t>() + warp_index() * S::kCount * batch.most_members * kWarpSize + lane_index();
-  const auto cell = [&](int stream, int place) -> acc_t& {
-    return column[(stream * batch.most_members + place) * kWarpSize];
-  };
-  const int stride = gridDim.y * warps_in_block();
-  for (int piece = blockIdx.y * warps_in_block() + warp_index(); piece < tree.pieces; piece += stride) {
-    const int begin = tree.first[piece], members = tree.first[piece + 1] - begin;
-    const int bottom_place = tree.bottom_place[piece];
-    const int *vertex = tree.vertex + begin, *link = tree.link + begin;
+  __device__ Values& operator()(int stream, int row) const {
+    return own[(stream * capacity + row) * kRowLanes];
+  }
+  __device__ Values& kept(int row) const {
+    return (*this)(kStreams, row);
+  }
+};
+
+// Loads kCount rows a group, from `first` on. `Input` has kStreams and, for rows and the channels of this lane:
+//   Lane lane(channel)                   what it needs all the time
+//   Raw load(row, channel, lane_in_row)  loads only, so that several can be on their way
+//   use(raws, row_of, lane, channel, take)  take(j, values of the streams, what is kept) for each of several rows,
+//                                           which row_of(j) tells
+template <int kCount, typename acc_t, int kPack, typename Input>
+__device__ void load_rows(
+    const Input& input,
+    const typename Input::Lane& of_lane,
+    const LanePlace<kPack>& place,
+    const TreePieces& tree,
+    const Tile& tile,
+    int first,
+    int64_t first_row,
+    const Cells<acc_t, kPack, Input::kStreams>& cells) {
+  int vertices[kCount], links[kCount];
 #pragma unroll
-    for (int s = 0; s < S::kCount; ++s) {
-      if (S::up(s)) {
-        in_batches<true, kBatch>(
-            members,
-            [&](int i) { return i == bottom_place ? 0 : input.value(s, first_row + vertex[i], lane.channel); },
-            [&](int i, acc_t value) { cell(s, i) = value; });
-      }
-    }
-    acc_t through = 1, along[S::kCount] = {}, partial[S::kCount] = {};
-    int on_path = bottom_place;
-    in_batches<false, kBatch>(
-        members,
-        [&](int i) { return input.decay(first_row + vertex[i], lane.channel); },
-        [&](int i, acc_t decay) {
-          const int above = link[i];
-          if (i == on_path) {
+  for (int j = 0; j < kCount; ++j) {
+    const int row = min(first + j * kTileGroups, tile.rows - 1);
+    const bool is_member = row < tile.members;
+    vertices[j] = __ldg(is_member ? tree.vertex + tile.first_slot + row : tree.critical_vertex);
+    links[j] = is_member ? __ldg(tree.link + tile.first_slot + row) : -1;
+  }
+  typename Input::Raw raws[kCount];
 #pragma unroll
-            for (int s = 0; s < S::kCount; ++s) {
-              if (S::up(s) && S::down(s)) {
-                along[s] += through * (1 - decay) * (1 + decay) * cell(s, i);
-              } else if (S::down(s)) {
-                along[s] += through * input.value(s, first_row + vertex[i], lane.channel);
-              }
-            }
-            through *= decay;
-            on_path = above;
+  for (int j = 0; j < kCount; ++j) {
+    raws[j] = input.load(first_row + vertices[j], place.channel, place.lane);
+  }
+  const auto row_of = [&](int j) { return first_row + vertices[j]; };
+  input.use(
+      raws,
+      row_of,
+      of_lane,
+      place.channel,
+      [&](int j, const Pack<acc_t, kPack>* values, const Pack<acc_t, kPack>& kept) {
+        const int row = first + j * kTileGroups;
+        if (row < tile.rows) {
+#pragma unroll
+          for (int s = 0; s < Input::kStreams; ++s) {
+            cells(s, row) = values[s];
           }
-#pragma unroll
-          for (int s = 0; s < S::kCount; ++s) {
-            if (S::up(s)) {
-              const acc_t sum = decay * cell(s, i);
-              if (above >= 0) {
-                cell(s, above) += sum;
-              } else {
-                partial[s] = sum;
-              }
-            }
-          }
-        });
-#pragma unroll
-    for (int s = 0; s < S::kCount; ++s) {
-      if (S::up(s)) {
-        output.partial(s)[(first_row + vertex[0]) * channels + lane.channel] = partial[s];
-      }
-    }
-    if (bottom_place >= 0) {
-      const int64_t row = lane.image * batch.most_criticals + tree.bottom[piece];
-      summaries.through[row * channels + lane.channel] = through;
-#pragma unroll
-      for (int s = 0; s < S::kCount; ++s) {
-        if (S::down(s)) {
-          summaries.at(summaries.along, s, row, channels, lane.channel) = along[s];
-        }
-      }
-    }
-  }
-}
-
-// One warp for an image and a group of channels. With kShared its sums and results lie in shared memory, else where the
-// results end up.
-template <bool kShared, typename S, typename acc_t, typename Input, typename Output>
-__global__ void join_kernel(Input input, Output output, Pieces batch, int64_t channels, Summaries<acc_t> summaries) {
-  const LanePlace lane(channels);
-  if (lane.channel >= channels) {
-    return;
-  }
-  const TreePieces tree = batch[lane.image];
-  const int64_t first_row = lane.image * batch.vertices, first_critical = lane.image * batch.most_criticals;
-  const int64_t root_row = first_row + tree.critical_vertex[0];
-  struct Step {
-    acc_t value, through;
-    int above;
-  };
-  const auto step = [&](int k, acc_t value) {
-    return Step{value, summaries.through[(first_critical + k) * channels + lane.channel], tree.critical_parent[k]};
-  };
-  acc_t at_root[S::kCount];
-#pragma unroll
-  for (int s = 0; s < S::kCount; ++s) {
-    acc_t* const results = &summaries.at(summaries.result, s, first_critical, channels, lane.channel);
-    acc_t* const column = kShared ? shared_memory_as<acc_t>() + lane_index() : results;
-    const int64_t stride = kShared ? kWarpSize : channels;
-    const auto cell = [&](int k) -> acc_t& { return column[k * stride]; };
-    in_batches<true, kJoinBatch>(
-        tree.criticals,
-        [&](int k) { return input.value(s, first_row + tree.critical_vertex[k], lane.channel); },
-        [&](int k, acc_t value) { cell(k) = value; });
-    if (S::up(s)) {
-      in_batches<true, kJoinBatch>(
-          tree.pieces,
-          [&](int piece) {
-            const int64_t row = first_row + tree.vertex[tree.first[piece]];
-            return Step{output.partial(s)[row * channels + lane.channel], 0, tree.top[piece]};
-          },
-          [&](int, const Step& partial) { cell(partial.above) += partial.value; });
-      in_batches<false, kJoinBatch>(
-          tree.criticals - 1,
-          [&](int i) { return step(i + 1, 0); },
-          [&](int i, const Step& edge) {
-            const acc_t sum = cell(i + 1);
-            summaries.at(summaries.sum, s, first_critical + i + 1, channels, lane.channel) = sum;
-            cell(edge.above) += edge.through * sum;
-          });
-    }
-    if (S::down(s)) {
-      in_batches<true, kJoinBatch>(
-          tree.criticals - 1,
-          [&](int i) {
-            return step(i + 1, summaries.at(summaries.along, s, first_critical + i + 1, channels, lane.channel));
-          },
-          [&](int i, const Step& edge) {
-            const acc_t above = cell(edge.above), sum = cell(i + 1);
-            cell(i + 1) = S::up(s) ? edge.value + sum + edge.through * (above - edge.through * sum)
-                                   : edge.value + edge.through * above;
-          });
-      if (kShared) {
-        for (int k = 0; k < tree.criticals; ++k) {
-          results[k * channels] = cell(k);
-        }
-      }
-    }
-    at_root[s] = cell(0);
-  }
-  output.write_root(root_row * channels + lane.channel, at_root);
-}
-
-template <typename S, typename acc_t, typename Input, typename Output>
-__global__ void finish_kernel(Input input, Output output, Pieces batch, int64_t channels, Summaries<acc_t> summaries) {
-  const LanePlace lane(channels);
-  if (lane.channel >= channels) {
-    return;
-  }
-  const TreePieces tree = batch[lane.image];
-  const int64_t first_row = lane.image * batch.vertices, first_critical = lane.image * batch.most_criticals;
-  acc_t* column = shared_memory_as<acc_t>() + warp_index() * S::kCount * batch.most_members * kWarpSize + lane_index();
-  const auto cell = [&](int stream, int place) -> acc_t& {
-    return column[(stream * batch.most_members + place) * kWarpSize];
-  };
-  const int stride = gridDim.y * warps_in_block();
-  for (int piece = blockIdx.y * warps_in_block() + warp_index(); piece < tree.pieces; piece += stride) {
-    const int begin = tree.first[piece], members = tree.first[piece + 1] - begin;
-    const int bottom_place = tree.bottom_place[piece];
-    const int *vertex = tree.vertex + begin, *link = tree.link + begin;
-    const auto decay_of = [&](int i) { return input.decay(first_row + vertex[i], lane.channel); };
-    acc_t at_top[S::kCount] = {};
-    bool any_up = false;
-#pragma unroll
-    for (int s = 0; s < S::kCount; ++s) {
-      in_batches<true, kBatch>(
-          members,
-          [&](int i) { return input.value(s, first_row + vertex[i], lane.channel); },
-          [&](int i, acc_t value) { cell(s, i) = value; });
-      if (S::up(s) && bottom_place >= 0) {
-        cell(s, bottom_place) =
-            summaries.at(summaries.sum, s, first_critical + tree.bottom[piece], channels, lane.channel);
-      }
-      if (S::down(s)) {
-        at_top[s] = summaries.at(summaries.result, s, first_critical + tree.top[piece], channels, lane.channel);
-      }
-      any_up |= S::up(s);
-    }
-    if (any_up) {
-      in_batches<false, kBatch>(members, decay_of, [&](int i, acc_t decay) {
-        const int above = link[i];
-#pragma unroll
-        for (int s = 0; s < S::kCount; ++s) {
-          if (S::up(s) && above >= 0) {
-            cell(s, above) += decay * cell(s, i);
+          cells.kept(row) = kept;
+          if (place.lane == 0) {
+            cells.vertex[row] = vertices[j];
+            cells.link[row] = links[j];
           }
         }
       });
+}
+
+template <typename acc_t, int kPack, typename Input>
+__device__ void load_tile(
+    const Input& input,
+    const typename Input::Lane& of_lane,
+    const LanePlace<kPack>& place,
+    const TreePieces& tree,
+    const Tile& tile,
+    int64_t first_row,
+    const Cells<acc_t, kPack, Input::kStreams>& cells) {
+  constexpr int kMany = kRowsInFlight<acc_t>, kFew = kMany / 2, kWarpGroups = kWarpSize / kRowLanes;
+  // All lanes of a warp do the same, since they exchange what they have loaded.
+  const int in_warp = place.group % kWarpGroups;
+  int first = place.group - in_warp;
+  while (first < tile.rows) {
+    if (first + kFew * kTileGroups < tile.rows) {
+      load_rows<kMany>(input, of_lane, place, tree, tile, first + in_warp, first_row, cells);
+      first += kMany * kTileGroups;
+    } else {
+      load_rows<kFew>(input, of_lane, place, tree, tile, first + in_warp, first_row, cells);
+      first += kFew * kTileGroups;
     }
-    in_batches<true, kBatch>(members, decay_of, [&](int i, acc_t decay) {
-      const int above = link[i];
-      acc_t sum[S::kCount], above_result[S::kCount], result[S::kCount];
+  }
+  __syncthreads();
+}
+
+// Calls visit(row, link, decay) for the members of a piece, from the last up or from the first down. What comes next
+// is read before, so that only the sums wait for each other.
+template <bool kAscending, typename acc_t, int kPack, typename Input, typename Visit>
+__device__ void for_each_member(
+    const Input& input,
+    const typename Input::Lane& of_lane,
+    const Cells<acc_t, kPack, Input::kStreams>& cells,
+    int begin,
+    int members,
+    const Visit& visit) {
+  int i = kAscending ? 0 : members - 1, link = cells.link[begin + i];
+  Pack<acc_t, kPack> kept = cells.kept(begin + i);
+  for (int done = 0; done < members; ++done) {
+    const int next = kAscending ? min(i + 1, members - 1) : max(i - 1, 0);
+    const int next_link = cells.link[begin + next];
+    const Pack<acc_t, kPack> next_kept = cells.kept(begin + next);
+    visit(i, link, input.decay(kept, of_lane));
+    i = next;
+    link = next_link;
+    kept = next_kept;
+  }
+}
+
+// `partials` has a row for each piece of each image, for what it adds to its top.
+template <typename S, typename acc_t, int kPack, typename Input>
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<S::kCount>) summarise_kernel(
+    Input input,
+    Partials<acc_t, S::kCount> partials,
+    Pieces batch,
+    int64_t channels,
+    Tiling tiling,
+    Summaries<acc_t> summaries) {
+  using Values = Pack<acc_t, kPack>;
+  const LanePlace<kPack> place(channels);
+  const TreePieces tree = batch[place.image];
+  const int64_t first_row = place.image * batch.vertices, first_critical = place.image * batch.most_criticals;
+  const Cells<acc_t, kPack, S::kCount> cells(tiling.capacity, place.lane);
+  const typename Input::Lane of_lane = input.lane(place.channel);
+  const auto write = [&](acc_t* of, int stream, int64_t row, const Values& values) {
+    if (place.is_active) {
+      store_pack(&summaries.at(of, stream, row, channels, place.channel), values);
+    }
+  };
+  for (int index = blockIdx.y; index < tiling.tiles; index += gridDim.y) {
+    const Tile tile = find_tile(tree, tiling, index);
+    load_tile(input, of_lane, place, tree, tile, first_row, cells);
+    if (index == 0 && place.group == kTileGroups - 1) {
 #pragma unroll
       for (int s = 0; s < S::kCount; ++s) {
-        sum[s] = cell(s, i);
-        above_result[s] = above >= 0 ? cell(s, above) : at_top[s];
-        if (S::up(s) && S::down(s)) {
-          result[s] = sum[s] + decay * (above_result[s] - decay * sum[s]);
-        } else {
-          result[s] = S::down(s) ? sum[s] + decay * above_result[s] : sum[s];
-        }
-        cell(s, i) = result[s];
+        write(summaries.value, s, first_critical, cells(s, tile.members));
       }
-      output.write((first_row + vertex[i]) * channels + lane.channel, decay, sum, above_result, result);
-    });
+    }
+    for (int piece = tile.first_piece + place.group; piece < tile.end_piece; piece += kTileGroups) {
+      const int slot = tree.first[piece], begin = slot - tile.first_slot, members = tree.first[piece + 1] - slot;
+      const int bottom_place = tree.bottom_place[piece], bottom = tree.bottom[piece];
+      Values through = make_pack<acc_t, kPack>([](int) { return 1; });
+      Values along[S::kCount] = {}, partial[S::kCount] = {};
+      if (bottom_place >= 0) {
+#pragma unroll
+        for (int s = 0; s < S::kCount; ++s) {
+          write(summaries.value, s, first_critical + bottom, cells(s, begin + bottom_place));
+          if (S::up(s)) {
+            cells(s, begin + bottom_place) = {};
+          }
+        }
+      }
+      int on_path = bottom_place;
+      const auto visit = [&](int i, int above, const Values& decay) {
+        Values value[S::kCount];
+#pragma unroll
+        for (int s = 0; s < S::kCount; ++s) {
+          value[s] = cells(s, begin + i);
+        }
+        if (i == on_path) {
+#pragma unroll
+          for (int p = 0; p < kPack; ++p) {
+#pragma unroll
+            for (int s = 0; s < S::kCount; ++s) {
+              if (S::down(s)) {
+                along[s][p] += through[p] * (S::up(s) ? (1 - decay[p]) * (1 + decay[p]) : 1) * value[s][p];
+              }
+            }
+            through[p] *= decay[p];
+          }
+          on_path = above;
+        }
+#pragma unroll
+        for (int s = 0; s < S::kCount; ++s) {
+          if (S::up(s)) {
+            if (above >= 0) {
+              Values& sum = cells(s, begin + above);
+              sum = make_pack<acc_t, kPack>([&](int p) { return sum[p] + decay[p] * value[s][p]; });
+            } else {
+              partial[s] = make_pack<acc_t, kPack>([&](int p) { return decay[p] * value[s][p]; });
+            }
+          }
+        }
+      };
+      for_each_member<false>(input, of_lane, cells, begin, members, visit);
+#pragma unroll
+      for (int s = 0; s < S::kCount; ++s) {
+        if (S::up(s) && place.is_active) {
+          store_pack(partials.rows[s] + (first_row + piece) * channels + place.channel, partial[s]);
+        }
+      }
+      if (bottom_place >= 0) {
+        write(summaries.through, 0, first_critical + bottom, through);
+#pragma unroll
+        for (int s = 0; s < S::kCount; ++s) {
+          if (S::down(s)) {
+            write(summaries.along, s, first_critical + bottom, along[s]);
+          }
+        }
+      }
+    }
   }
+}
+
+// `Output` takes what is known of a row: write(at, row, decay, sums, results of the parent, results), and of the root
+// write_root(at, results), `at` being the place of this lane's channels.
+template <typename S, typename acc_t, int kPack, typename Input, typename Output>
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<S::kCount>) finish_kernel(
+    Input input, Output output, Pieces batch, int64_t channels, Tiling tiling, Summaries<acc_t> summaries) {
+  using Values = Pack<acc_t, kPack>;
+  constexpr bool kAnyUp = S::up(0) || S::up(S::kCount - 1);
+  const LanePlace<kPack> place(channels);
+  const TreePieces tree = batch[place.image];
+  const int64_t first_row = place.image * batch.vertices, first_critical = place.image * batch.most_criticals;
+  const Cells<acc_t, kPack, S::kCount> cells(tiling.capacity, place.lane);
+  const typename Input::Lane of_lane = input.lane(place.channel);
+  const auto read = [&](acc_t* of, int stream, int64_t row) {
+    return load_pack<kPack>(&summaries.at(of, stream, row, channels, place.channel));
+  };
+  for (int index = blockIdx.y; index < tiling.tiles; index += gridDim.y) {
+    const Tile tile = find_tile(tree, tiling, index);
+    load_tile(input, of_lane, place, tree, tile, first_row, cells);
+    if (index == 0 && place.group == kTileGroups - 1 && place.is_active) {
+      Values at_root[S::kCount];
+#pragma unroll
+      for (int s = 0; s < S::kCount; ++s) {
+        at_root[s] = read(summaries.result, s, first_critical);
+      }
+      output.write_root((first_row + cells.vertex[tile.members]) * channels + place.channel, at_root);
+    }
+    for (int piece = tile.first_piece + place.group; piece < tile.end_piece; piece += kTileGroups) {
+      const int slot = tree.first[piece], begin = slot - tile.first_slot, members = tree.first[piece + 1] - slot;
+      const int bottom_place = tree.bottom_place[piece];
+      Values at_top[S::kCount] = {};
+#pragma unroll
+      for (int s = 0; s < S::kCount; ++s) {
+        if (S::up(s) && bottom_place >= 0) {
+          cells(s, begin + bottom_place) = read(summaries.sum, s, first_critical + tree.bottom[piece]);
+        }
+        if (S::down(s)) {
+          at_top[s] = read(summaries.result, s, first_critical + tree.top[piece]);
+        }
+      }
+      if (kAnyUp) {
+        for_each_member<false>(input, of_lane, cells, begin, members, [&](int i, int above, const Values& decay) {
+#pragma unroll
+          for (int s = 0; s < S::kCount; ++s) {
+            if (S::up(s) && above >= 0) {
+              const Values value = cells(s, begin + i);
+              Values& sum = cells(s, begin + above);
+              sum = make_pack<acc_t, kPack>([&](int p) { return sum[p] + decay[p] * value[p]; });
+            }
+          }
+        });
+      }
+      for_each_member<true>(input, of_lane, cells, begin, members, [&](int i, int above, const Values& decay) {
+        Values sum[S::kCount], above_result[S::kCount], result[S::kCount];
+#pragma unroll
+        for (int s = 0; s < S::kCount; ++s) {
+          sum[s] = cells(s, begin + i);
+          above_result[s] = above >= 0 ? cells(s, begin + above) : at_top[s];
+          result[s] = make_pack<acc_t, kPack>([&](int p) {
+            if (S::up(s) && S::down(s)) {
+              return sum[s][p] + decay[p] * (above_result[s][p] - decay[p] * sum[s][p]);
+            }
+            return S::down(s) ? sum[s][p] + decay[p] * above_result[s][p] : sum[s][p];
+          });
+          cells(s, begin + i) = result[s];
+        }
+        if (place.is_active) {
+          const int64_t row = first_row + cells.vertex[begin + i];
+          output.write(row * channels + place.channel, decay, sum, above_result, result);
+        }
+      });
+    }
+  }
+}
+
+// Tiles as large as the blocks of a multiprocessor have room for, since walking takes as long as the longest piece
+// whatever a tile has beside it, but twice the longest piece; all tiles of a tree have about the same number of rows.
+inline Tiling choose_tiling(const Pieces& pieces, int64_t bytes_a_row, int blocks) {
+  // What the device keeps for itself of each block's shared memory.
+  constexpr int64_t kReserved = 1 << 10;
+  const int64_t room = shared_memory_limit() - kReserved, members = std::max(pieces.vertices - 1, 1);
+  const int64_t wished = std::max<int64_t>((room / blocks - kReserved) / bytes_a_row, 2 * int64_t{pieces.most_members});
+  const int64_t most_rows = std::max<int64_t>(std::min(wished, room / bytes_a_row) - pieces.most_members, 1);
+  const int64_t tiles = divide_up(members, most_rows), rows = divide_up(members, tiles);
+  const int64_t capacity = std::min<int64_t>(rows + pieces.most_members, pieces.vertices);
+  return {static_cast<int>(rows), static_cast<int>(capacity), static_cast<int>(tiles)};
 }
 
 // Runs the three kernels. `input` and `output` are for rows (B * L, channels); at least one row and one channel.
-template <typename S, typename acc_t, typename Input, typename Output>
+// `partials` are B * L rows a stream that are free until `output` is written.
+template <typename S, typename acc_t, int kPack, typename Input, typename Output>
 void scan_pieces(
     const Input& input,
     const Output& output,
+    const Partials<acc_t, S::kCount>& partials,
     const Pieces& pieces,
     int64_t batch,
-    const at::TensorOptions& options,
-    int64_t channels) {
+    int64_t channels,
+    const at::TensorOptions& options) {
+  static_assert(Input::kStreams == S::kCount);
   const int64_t rows = batch * pieces.most_criticals;
-  const at::Tensor memory = at::empty({(3 * S::kCount + 1) * rows * channels}, options);
-  acc_t* const values = memory.mutable_data_ptr<acc_t>();
-  const int64_t of_stream = S::kCount * rows * channels;
-  const Summaries<acc_t> summaries{
-      values,
-      values + rows * channels,
-      values + rows * channels + of_stream,
-      values + rows * channels + 2 * of_stream,
-      rows};
+  const at::Tensor memory = at::empty({4 * S::kCount + 1, rows, channels}, options);
+  const Summaries<acc_t> summaries(memory.mutable_data_ptr<acc_t>(), S::kCount, rows, channels);
 
-  constexpr int kWarps = 4;
-  // Most images have about three pieces for two critical vertices; where there are more, warps take several.
-  const int64_t usual_pieces = 3 * divide_up<int64_t>(pieces.most_criticals, 2) + 1;
-  const int64_t bytes_a_warp = S::kCount * pieces.most_members * kWarpSize * static_cast<int64_t>(sizeof(acc_t));
-  const int warps = warps_that_fit(bytes_a_warp, kWarps);
-  const unsigned lanes = static_cast<unsigned>(batch * divide_up<int64_t>(channels, kWarpSize));
-  const dim3 grid(lanes, static_cast<unsigned>(std::min<int64_t>(divide_up<int64_t>(usual_pieces, warps), 65535)));
-  const int64_t join_bytes = pieces.most_criticals * kWarpSize * static_cast<int64_t>(sizeof(acc_t));
-  const bool join_in_shared_memory = join_bytes <= shared_memory_limit();
-
+  constexpr int64_t kRowBytes = Cells<acc_t, kPack, S::kCount>::kRowBytes;
+  const Tiling tiling = choose_tiling(pieces, kRowBytes, kTileBlocks<S::kCount>);
+  const int64_t bytes = tiling.capacity * kRowBytes;
+  TORCH_CHECK(
+      bytes <= shared_memory_limit(),
+      "a piece of a tree takes ",
+      bytes,
+      " bytes, more than the device's shared memory");
+  const int64_t blocks = batch * divide_up<int64_t>(channels, kRowLanes * kPack);
+  TORCH_CHECK_VALUE(
+      blocks < int64_t{1} << 31,
+      "the batch times the channels is too large for one launch, got ",
+      batch,
+      " images of ",
+      channels,
+      " channels");
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(std::min(tiling.tiles, 65535)));
   launch(
-      summarise_kernel<S, acc_t, Input, Output>,
+      summarise_kernel<S, acc_t, kPack, Input>,
       grid,
-      warps * kWarpSize,
-      warps * bytes_a_warp,
+      kTileThreads,
+      bytes,
       input,
-      output,
+      partials,
       pieces,
       channels,
+      tiling,
       summaries);
+  join_pieces<S>(partials, pieces, batch, channels, summaries);
   launch(
-      join_in_shared_memory ? join_kernel<true, S, acc_t, Input, Output> : join_kernel<false, S, acc_t, Input, Output>,
-      dim3(lanes),
-      kWarpSize,
-      join_in_shared_memory ? join_bytes : 0,
-      input,
-      output,
-      pieces,
-      channels,
-      summaries);
-  launch(
-      finish_kernel<S, acc_t, Input, Output>,
+      finish_kernel<S, acc_t, kPack, Input, Output>,
       grid,
-      warps * kWarpSize,
-      warps * bytes_a_warp,
+      kTileThreads,
+      bytes,
       input,
       output,
       pieces,
       channels,
+      tiling,
       summaries);
 }
 
-// Where a forward scan goes.
+// Rows for what pieces add to their tops: those of a result, where it has the type, else new ones.
 template <typename acc_t>
-struct ForwardOutput {
-  acc_t* h;
+acc_t* partial_rows(const at::Tensor& result, at::Tensor& memory) {
+  memory = result.scalar_type() == c10::CppTypeToScalarType<acc_t>::value
+               ? result
+               : at::empty(result.sizes(), result.options().dtype(c10::CppTypeToScalarType<acc_t>::value));
+  return memory.mutable_data_ptr<acc_t>();
+}
 
-  __device__ acc_t* partial(int) const {
-    return h;
+// Where a forward scan goes.
+template <typename T>
+struct ForwardOutput {
+  T* h;
+
+  template <typename Values>
+  __device__ void write(int64_t at, const Values&, const Values*, const Values*, const Values* result) const {
+    store_pack(h + at, result[0]);
   }
-  __device__ void write(int64_t at, acc_t, const acc_t*, const acc_t*, const acc_t* result) const {
-    h[at] = result[0];
-  }
-  __device__ void write_root(int64_t at, const acc_t* result) const {
-    h[at] = result[0];
+  template <typename Values>
+  __device__ void write_root(int64_t at, const Values* result) const {
+    store_pack(h + at, result[0]);
   }
 };
 
 // Where a backward scan goes; stream 0 is x, stream 1 the gradient of h, propagated the other way.
-template <Propagation kForward, typename acc_t>
+template <Propagation kForward, typename T>
 struct BackwardOutput {
-  acc_t *grad_x, *grad_decay;
+  T *grad_x, *grad_decay;
 
-  __device__ acc_t* partial(int stream) const {
-    return stream == 0 ? grad_decay : grad_x;
-  }
+  template <typename acc_t, int kPack>
   __device__ void write(
-      int64_t at, acc_t decay, const acc_t* sum, const acc_t* above_result, const acc_t* result) const {
-    grad_x[at] = result[1];
-    if constexpr (kForward == Propagation::kAll) {
-      grad_decay[at] = sum[1] * (above_result[0] - decay * sum[0]) + sum[0] * (above_result[1] - decay * sum[1]);
-    } else if constexpr (kForward == Propagation::kUp) {
-      grad_decay[at] = sum[0] * above_result[1];
-    } else {
-      grad_decay[at] = sum[1] * above_result[0];
-    }
+      int64_t at,
+      const Pack<acc_t, kPack>& decay,
+      const Pack<acc_t, kPack>* sum,
+      const Pack<acc_t, kPack>* above_result,
+      const Pack<acc_t, kPack>* result) const {
+    store_pack(grad_x + at, result[1]);
+    store_pack(grad_decay + at, make_pack<acc_t, kPack>([&](int p) {
+                 if constexpr (kForward == Propagation::kAll) {
+                   return sum[1][p] * (above_result[0][p] - decay[p] * sum[0][p]) +
+                          sum[0][p] * (above_result[1][p] - decay[p] * sum[1][p]);
+                 } else if constexpr (kForward == Propagation::kUp) {
+                   return sum[0][p] * above_result[1][p];
+                 } else {
+                   return sum[1][p] * above_result[0][p];
+                 }
+               }));
   }
-  __device__ void write_root(int64_t at, const acc_t* result) const {
-    grad_x[at] = result[1];
-    grad_decay[at] = 0;
+  template <typename acc_t, int kPack>
+  __device__ void write_root(int64_t at, const Pack<acc_t, kPack>* result) const {
+    store_pack(grad_x + at, result[1]);
+    store_pack(grad_decay + at, Pack<acc_t, kPack>{});
   }
 };
 
-// Forward scan of `input`, whose one stream are the values, to h (B, L, D).
-template <typename acc_t, typename Input>
+// Forward scan of `input`, whose one stream are the values, to h (B, L, D), contiguous, of type T.
+template <typename T, typename acc_t, int kPack, typename Input>
 void scan_forward(const Input& input, Propagation propagation, const Pieces& pieces, at::Tensor& h) {
-  const ForwardOutput<acc_t> output{h.mutable_data_ptr<acc_t>()};
+  at::Tensor memory;
+  const Partials<acc_t, 1> partials{{partial_rows<acc_t>(h, memory)}};
+  const ForwardOutput<T> output{h.mutable_data_ptr<T>()};
   const auto scan = [&](auto streams) {
-    scan_pieces<decltype(streams), acc_t>(input, output, pieces, h.size(0), h.options(), h.size(2));
+    scan_pieces<decltype(streams), acc_t, kPack>(
+        input, output, partials, pieces, h.size(0), h.size(2), memory.options());
   };
   switch (propagation) {
     case Propagation::kAll:
@@ -424,19 +530,23 @@ void scan_forward(const Input& input, Propagation propagation, const Pieces& pie
   }
 }
 
-// Backward scan of `input`, whose streams are the values and the gradient of h, to two tensors (B, L, D).
-template <typename acc_t, typename Input>
+// Backward scan of `input`, whose streams are the values and the gradient of h, to two tensors (B, L, D), contiguous,
+// of type T.
+template <typename T, typename acc_t, int kPack, typename Input>
 void scan_backward(
     const Input& input,
     Propagation propagation,
     const Pieces& pieces,
     at::Tensor& grad_values,
     at::Tensor& grad_decay) {
+  at::Tensor memory[2];
+  const Partials<acc_t, 2> partials{
+      {partial_rows<acc_t>(grad_decay, memory[0]), partial_rows<acc_t>(grad_values, memory[1])}};
   const auto scan = [&](auto streams) {
     using S = decltype(streams);
-    const BackwardOutput<S::of(0), acc_t> output{
-        grad_values.mutable_data_ptr<acc_t>(), grad_decay.mutable_data_ptr<acc_t>()};
-    scan_pieces<S, acc_t>(input, output, pieces, grad_values.size(0), grad_values.options(), grad_values.size(2));
+    const BackwardOutput<S::of(0), T> output{grad_values.mutable_data_ptr<T>(), grad_decay.mutable_data_ptr<T>()};
+    scan_pieces<S, acc_t, kPack>(
+        input, output, partials, pieces, grad_values.size(0), grad_values.size(2), memory[0].options());
   };
   switch (propagation) {
     case Propagation::kAll:

@@ -1,224 +1,431 @@
-// Cuts trees into pieces, a block each. Inside, vertices go by their position in the order, so that the root is 0 and
-// every parent is lower than its children.
+// Cuts trees into pieces, in steps (steps.cuh): a block for a tree that fits into its shared memory, many blocks for
+// larger ones. Inside, vertices go by their position in the order, so that the root is 0 and every parent is lower than
+// its children.
 #include "cuda/pieces.cuh"
 
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <utility>
+#include <limits>
 
+#include "cuda/atomics.cuh"
 #include "cuda/collectives.cuh"
+#include "cuda/steps.cuh"
 
 namespace grootvl::cuda {
 
 namespace {
 
 constexpr int kThreads = 1024;
-// Arrays of an entry a vertex that a block works on, in shared memory where that has room.
-constexpr int kWorkArrays = 6;
-
-// Calls `visit` with every index below count, spread over the threads of the block.
-template <typename Visit>
-__device__ void for_each_index(int count, const Visit& visit) {
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    visit(i);
-  }
-}
-
-// Gives every index below count for which `value` is not zero the sum of the values before it: place(i, value, sum).
-// Returns the sum of all.
-template <typename Value, typename Place>
-__device__ int number(int count, const Value& value, const Place& place) {
-  int before = 0;
-  for (int first = 0; first < count; first += blockDim.x) {
-    const int i = first + static_cast<int>(threadIdx.x);
-    const int own = i < count ? value(i) : 0;
-    int total = 0;
-    const int sum = before + exclusive_sum(own, total);
-    if (own != 0) {
-      place(i, own, sum);
-    }
-    before += total;
-  }
-  __syncthreads();
-  return before;
-}
+// A piece has at most this many members, so that a warp holds them in its registers.
+constexpr int kMostMembers = 129;
+constexpr int kMembersOfLane = divide_up(kMostMembers, kWarpSize);
+// Jumps of one step towards the head of a piece. A step gets at least as many times as far, and one more.
+constexpr int kHeadJumps = 15, kHeadSteps = log_up(kMostMembers, kHeadJumps + 1);
 
 __device__ int clamp_index(int index, int count) {
   return min(max(index, 0), count - 1);
 }
 
-// Number of vertices of every subtree, in `size`: after round k those at most 2^k - 1 edges below. The others are
-// scratch memory.
-__device__ void count_subtrees(
-    int vertices, const int* parent, int*& size, int*& next_size, int*& ancestor, int*& next_ancestor) {
-  for_each_index(vertices, [&](int i) {
-    size[i] = 1;
-    ancestor[i] = parent[i];
+// One tree, what the steps work on, and the results.
+struct Cut {
+  // Arrays of an entry a vertex to work on.
+  static constexpr int kArrays = 6;
+
+  Pieces pieces;
+  int64_t image;
+  int size_limit;
+  const int *order, *parent_vertex;
+  int* memory;
+  // Of the doublings that count subtrees: which arrays are sizes and ancestors before it.
+  int round;
+
+  __device__ int vertices() const {
+    return pieces.vertices;
+  }
+  __device__ int vertex_at(int i) const {
+    return clamp_index(order[i], vertices());
+  }
+  __device__ int multiples(int i) const {
+    return divide_up(size()[i], size_limit);
+  }
+  __device__ int* array(int number) const {
+    return memory + static_cast<int64_t>(number) * vertices();
+  }
+
+  // -1 for the root.
+  __device__ int* parent() const {
+    return array(0);
+  }
+  __device__ int* size() const {
+    return array(1 + round % 3);
+  }
+  __device__ int* next_size() const {
+    return array(1 + (round + 1) % 3);
+  }
+  __device__ int* last_size() const {
+    return array(1 + (round + 2) % 3);
+  }
+  __device__ int* ancestor() const {
+    return array(4 + round % 2);
+  }
+  __device__ int* next_ancestor() const {
+    return array(4 + (round + 1) % 2);
+  }
+  // The same arrays, used for something else before and after the doublings.
+  __device__ int* position() const {
+    return last_size();
+  }
+  // Multiples of the limit below the largest child, 0 for leaves.
+  __device__ int* multiple() const {
+    return next_size();
+  }
+  // Index among the critical vertices, -1 for others.
+  __device__ int* critical() const {
+    return last_size();
+  }
+  // The uppermost member of a vertex's piece.
+  __device__ int* head() const {
+    return ancestor();
+  }
+  // Of heads: the members of the piece, then the piece.
+  __device__ int* members() const {
+    return next_ancestor();
+  }
+  __device__ int* piece() const {
+    return next_ancestor();
+  }
+  // The heads of the pieces; afterwards, of every vertex, its place in its piece.
+  __device__ int* heads() const {
+    return next_size();
+  }
+  __device__ int* place() const {
+    return next_size();
+  }
+  // Of pieces: where the next member goes.
+  __device__ int* slot() const {
+    return size();
+  }
+
+  __device__ int* out_vertex() const {
+    return pieces.vertex_array(image, 0);
+  }
+  __device__ int* out_link() const {
+    return pieces.vertex_array(image, 1);
+  }
+  __device__ int* out_first() const {
+    return pieces.vertex_array(image, 2);
+  }
+  __device__ int* out_top() const {
+    return pieces.vertex_array(image, 3);
+  }
+  __device__ int* out_bottom() const {
+    return pieces.vertex_array(image, 4);
+  }
+  __device__ int* out_bottom_place() const {
+    return pieces.vertex_array(image, 5);
+  }
+  __device__ int* out_critical_vertex() const {
+    return pieces.critical_array(image, 0);
+  }
+  __device__ int* out_critical_parent() const {
+    return pieces.critical_array(image, 1);
+  }
+  __device__ int& out_pieces() const {
+    return pieces.counts[2 * image];
+  }
+  __device__ int& out_criticals() const {
+    return pieces.counts[2 * image + 1];
+  }
+};
+
+struct Cuts {
+  Pieces pieces;
+  int size_limit;
+  const int *orders, *parents;
+  // (B, Cut::kArrays, L), if not in shared memory.
+  int* workspace;
+  int round;
+
+  __device__ Cut of(int64_t image, int* memory) const {
+    const int64_t first = image * pieces.vertices;
+    return {pieces, image, size_limit, orders + first, parents + first, memory, round};
+  }
+  __device__ Cut operator[](int64_t image) const {
+    return of(image, workspace + image * Cut::kArrays * pieces.vertices);
+  }
+};
+
+// ---- steps ----
+
+struct FindPositions {
+  static __device__ void run(const Cut& cut, int i) {
+    store_relaxed(cut.position() + cut.vertex_at(i), i);
+  }
+};
+
+// Whatever is given, the root's parent is -1, that of others is lower.
+struct FindParents {
+  static __device__ void run(const Cut& cut, int i) {
+    const int above = cut.position()[clamp_index(cut.parent_vertex[cut.vertex_at(i)], cut.vertices())];
+    cut.parent()[i] = i == 0 ? -1 : max(min(above, i - 1), 0);
+    cut.ancestor()[i] = cut.parent()[i];
+    cut.size()[i] = 1;
+    cut.next_size()[i] = 0;
+  }
+};
+
+// After round k the vertices at most 2^k - 1 edges below are counted. Nobody reads the next sizes, to which all add,
+// and those of the round before become zero for the round after.
+struct CountSubtrees {
+  static __device__ void run(const Cut& cut, int i) {
+    const int size = cut.size()[i], above = cut.ancestor()[i];
+    atomicAdd(cut.next_size() + i, size);
+    if (above >= 0) {
+      atomicAdd(cut.next_size() + above, size);
+    }
+    cut.next_ancestor()[i] = above >= 0 ? cut.ancestor()[above] : -1;
+    cut.last_size()[i] = 0;
+  }
+};
+
+struct CompareChildren {
+  static __device__ void run(const Cut& cut, int i) {
+    if (i > 0) {
+      atomicMax(cut.multiple() + cut.parent()[i], cut.multiples(i));
+    }
+  }
+};
+
+struct NumberCriticals {
+  static __device__ int value(const Cut& cut, int i) {
+    const int below = cut.multiple()[i];
+    return i == 0 || (below > 0 && cut.multiples(i) > below);
+  }
+  static __device__ void place(const Cut& cut, int i, int is_critical, int index) {
+    cut.critical()[i] = is_critical ? index : -1;
+    if (is_critical) {
+      cut.out_critical_vertex()[index] = cut.vertex_at(i);
+    }
+  }
+  static __device__ void total(const Cut& cut, int criticals) {
+    cut.out_criticals() = criticals;
+  }
+};
+
+struct StartHeads {
+  static __device__ void run(const Cut& cut, int i) {
+    const int above = cut.parent()[i];
+    cut.head()[i] = i == 0 || cut.critical()[above] >= 0 ? i : above;
+    cut.members()[i] = 0;
+  }
+};
+
+// Others may move meanwhile: every entry leads to the same head.
+struct FindHeads {
+  static __device__ int run(const Cut& cut, int i) {
+    int head = load_relaxed(cut.head() + i);
+    for (int jump = 0; jump < kHeadJumps; ++jump) {
+      const int further = load_relaxed(cut.head() + head);
+      if (further == head) {
+        break;
+      }
+      head = further;
+    }
+    store_relaxed(cut.head() + i, head);
+    return head;
+  }
+};
+
+// The last of these steps, which finds the heads themselves.
+struct CountMembers {
+  static __device__ void run(const Cut& cut, int i) {
+    const int head = FindHeads::run(cut, i);
+    if (i > 0) {
+      atomicAdd(cut.members() + head, 1);
+    }
+  }
+};
+
+struct ListHeads {
+  static __device__ int value(const Cut& cut, int i) {
+    return i > 0 && cut.head()[i] == i;
+  }
+  static __device__ void place(const Cut& cut, int i, int is_head, int index) {
+    if (is_head) {
+      cut.heads()[index] = i;
+    }
+  }
+  static __device__ void total(const Cut& cut, int count) {
+    cut.out_pieces() = count;
+  }
+};
+
+// Numbers the pieces, the longest first, those of one length in the order of their heads: warps side by side have alike
+// long to do, and no long piece is left to the end. By one block.
+__device__ void arrange_pieces(const Cut& cut) {
+  const int count = cut.out_pieces(), most = cut.pieces.most_members;
+  int *from = cut.heads(), *to = cut.slot();
+  // A radix sort by single bits. Twice at a time, so that the result is where it started.
+  for (int bit = 0; most >> bit != 0 || bit % 2 != 0; ++bit) {
+    const auto is_zero = [&](int k) { return ~((most - cut.members()[from[k]]) >> bit) & 1; };
+    int own = 0, zeros = 0;
+    for_each_index(count, [&](int k) { own += is_zero(k); });
+    exclusive_sum(own, zeros);
+    number(
+        0, count, 0, is_zero, [&](int k, int zero, int before) { to[zero ? before : zeros + k - before] = from[k]; });
+    int* const sorted = to;
+    to = from;
+    from = sorted;
+  }
+  number(
+      0,
+      count,
+      0,
+      [&](int k) { return cut.members()[cut.heads()[k]]; },
+      [&](int k, int, int before) {
+        const int head = cut.heads()[k];
+        cut.out_first()[k] = before;
+        cut.out_top()[k] = cut.critical()[cut.parent()[head]];
+        cut.out_bottom()[k] = -1;
+        cut.out_bottom_place()[k] = -1;
+        cut.slot()[k] = before;
+        cut.piece()[head] = k;
+      });
+  if (threadIdx.x == 0) {
+    cut.out_first()[count] = cut.vertices() - 1;
+    cut.out_critical_parent()[0] = -1;
+  }
+  __syncthreads();
+}
+
+// Members in any order, as positions.
+struct CollectMembers {
+  static __device__ void run(const Cut& cut, int i) {
+    if (i > 0) {
+      cut.out_vertex()[atomicAdd(cut.slot() + cut.piece()[cut.head()[i]], 1)] = i;
+    }
+  }
+};
+
+// The members of a piece in the order of their positions, parents first. By one warp.
+__device__ void order_members(const Cut& cut, int piece) {
+  const int begin = cut.out_first()[piece], members = cut.out_first()[piece + 1] - begin;
+  int own[kMembersOfLane], rank[kMembersOfLane] = {};
+#pragma unroll
+  for (int j = 0; j < kMembersOfLane; ++j) {
+    const int k = j * kWarpSize + lane_index();
+    own[j] = k < members ? cut.out_vertex()[begin + k] : std::numeric_limits<int>::max();
+  }
+#pragma unroll
+  for (int j = 0; j < kMembersOfLane; ++j) {
+    for (int k = 0; k < min(kWarpSize, members - j * kWarpSize); ++k) {
+      const int other = __shfl_sync(kAllLanes, own[j], k);
+#pragma unroll
+      for (int r = 0; r < kMembersOfLane; ++r) {
+        rank[r] += other < own[r];
+      }
+    }
+  }
+  const auto for_each_own = [&](const auto& visit) {
+#pragma unroll
+    for (int j = 0; j < kMembersOfLane; ++j) {
+      if (j * kWarpSize + lane_index() < members) {
+        visit(own[j], rank[j]);
+      }
+    }
+  };
+  for_each_own([&](int i, int place) { cut.place()[i] = place; });
+  __syncwarp();
+  for_each_own([&](int i, int place) {
+    cut.out_vertex()[begin + place] = cut.vertex_at(i);
+    cut.out_link()[begin + place] = cut.head()[i] == i ? -1 : cut.place()[cut.parent()[i]];
+    const int critical = cut.critical()[i];
+    if (critical >= 0) {
+      cut.out_bottom()[piece] = critical;
+      cut.out_bottom_place()[piece] = place;
+      cut.out_critical_parent()[critical] = cut.out_top()[piece];
+    }
   });
+}
+
+// ---- one block a tree ----
+
+__global__ void __launch_bounds__(kThreads) cut_kernel(Cuts cuts) {
+  Cut cut = cuts.of(blockIdx.x, shared_memory_as<int>());
+  const int vertices = cut.vertices();
+  step_in_block<FindPositions>(cut, vertices);
+  step_in_block<FindParents>(cut, vertices);
   bool any = vertices > 1;
   while (__syncthreads_or(any)) {
     any = false;
-    for_each_index(vertices, [&](int i) { next_size[i] = size[i]; });
-    __syncthreads();
     for_each_index(vertices, [&](int i) {
-      const int above = ancestor[i];
-      int further = -1;
-      if (above >= 0) {
-        atomicAdd(next_size + above, size[i]);
-        further = ancestor[above];
-      }
-      next_ancestor[i] = further;
-      any |= further >= 0;
+      CountSubtrees::run(cut, i);
+      any |= cut.next_ancestor()[i] >= 0;
     });
-    int* const old_size = size;
-    size = next_size;
-    next_size = old_size;
-    int* const old_ancestor = ancestor;
-    ancestor = next_ancestor;
-    next_ancestor = old_ancestor;
+    ++cut.round;
+  }
+  step_in_block<CompareChildren>(cut, vertices);
+  number_in_block<NumberCriticals>(cut, vertices);
+  step_in_block<StartHeads>(cut, vertices);
+  for (int step = 1; step < kHeadSteps; ++step) {
+    step_in_block<FindHeads>(cut, vertices);
+  }
+  step_in_block<CountMembers>(cut, vertices);
+  number_in_block<ListHeads>(cut, vertices);
+  arrange_pieces(cut);
+  step_in_block<CollectMembers>(cut, vertices);
+  for (int piece = warp_index(); piece < cut.out_pieces(); piece += warps_in_block()) {
+    order_members(cut, piece);
   }
 }
 
-// Follows every entry to the end of its chain.
-__device__ void follow(int count, int*& pointer, int*& next) {
-  bool moved = true;
-  while (__syncthreads_or(moved)) {
-    moved = false;
-    for_each_index(count, [&](int i) {
-      const int target = pointer[i], further = pointer[target];
-      next[i] = further;
-      moved |= further != target;
-    });
-    int* const old = pointer;
-    pointer = next;
-    next = old;
+// ---- many blocks a tree ----
+
+__global__ void __launch_bounds__(kThreads) arrange_kernel(Cuts cuts) {
+  arrange_pieces(cuts[blockIdx.x]);
+}
+
+__global__ void __launch_bounds__(kThreadsOfMany) order_kernel(Cuts cuts) {
+  const Cut cut = cuts[blockIdx.x];
+  const int count = cut.out_pieces(), stride = gridDim.y * warps_in_block();
+  for (int piece = blockIdx.y * warps_in_block() + warp_index(); piece < count; piece += stride) {
+    order_members(cut, piece);
   }
 }
 
-template <bool kShared>
-__global__ void __launch_bounds__(kThreads) cut_kernel(
-    const int* __restrict__ parents, const int* __restrict__ orders, int size_limit, int* workspace, Pieces pieces) {
-  const int64_t image = blockIdx.x;
-  const int vertices = pieces.vertices;
-  const int* order = orders + image * vertices;
-  const int* parent_vertex = parents + image * vertices;
-  int* memory = kShared ? shared_memory_as<int>() : workspace + image * kWorkArrays * vertices;
-  int *parent = memory, *a = memory + vertices, *b = a + vertices, *c = b + vertices, *d = c + vertices;
-  int* critical = d + vertices;
-  int *out_vertex = pieces.vertex_array(image, 0), *out_link = pieces.vertex_array(image, 1);
-  int *out_first = pieces.vertex_array(image, 2), *out_top = pieces.vertex_array(image, 3);
-  int *out_bottom = pieces.vertex_array(image, 4), *out_bottom_place = pieces.vertex_array(image, 5);
-  int *out_critical_vertex = pieces.critical_array(image, 0), *out_critical_parent = pieces.critical_array(image, 1);
-
-  const auto vertex_at = [&](int i) { return clamp_index(order[i], vertices); };
-  for_each_index(vertices, [&](int i) { a[i] = i; });
-  __syncthreads();
-  for_each_index(vertices, [&](int i) { a[vertex_at(i)] = i; });
-  __syncthreads();
-  for_each_index(vertices, [&](int i) {
-    const int above = a[clamp_index(parent_vertex[vertex_at(i)], vertices)];
-    parent[i] = i == 0 ? -1 : min(above, i - 1);
-  });
-  __syncthreads();
-
-  int *size = c, *free_size = d, *ancestor = a, *free_ancestor = b;
-  count_subtrees(vertices, parent, size, free_size, ancestor, free_ancestor);
-
-  // Multiples of the limit below the largest child, 0 for leaves; then the index of critical vertices, -1 for others.
-  for_each_index(vertices, [&](int i) { critical[i] = 0; });
-  __syncthreads();
-  for_each_index(vertices, [&](int i) {
-    if (i > 0) {
-      atomicMax(critical + parent[i], divide_up(size[i], size_limit));
-    }
-  });
-  __syncthreads();
-  const int criticals = number(
-      vertices,
-      [&](int i) {
-        const bool is_critical = i == 0 || (critical[i] > 0 && divide_up(size[i], size_limit) > critical[i]);
-        critical[i] = -1;
-        return static_cast<int>(is_critical);
-      },
-      [&](int i, int, int index) {
-        critical[i] = index;
-        out_critical_vertex[index] = vertex_at(i);
-      });
-
-  // The uppermost member of every vertex's piece.
-  int *head = ancestor, *free_head = free_ancestor;
-  for_each_index(vertices, [&](int i) { head[i] = i == 0 || critical[parent[i]] >= 0 ? i : parent[i]; });
-  follow(vertices, head, free_head);
-
-  int *piece_of_head = free_head, *members = size, *place = free_size;
-  const int count = number(
-      vertices,
-      [&](int i) { return static_cast<int>(i > 0 && head[i] == i); },
-      [&](int i, int, int piece) {
-        piece_of_head[i] = piece;
-        out_top[piece] = critical[parent[i]];
-        out_bottom[piece] = -1;
-        out_bottom_place[piece] = -1;
-        members[piece] = 0;
-      });
-  for_each_index(vertices, [&](int i) {
-    if (i > 0) {
-      atomicAdd(members + piece_of_head[head[i]], 1);
-    }
-  });
-  __syncthreads();
-  number(
-      count,
-      [&](int piece) { return members[piece]; },
-      [&](int piece, int, int before) {
-        out_first[piece] = before;
-        members[piece] = before;
-      });
-  if (threadIdx.x == 0) {
-    out_first[count] = vertices - 1;
-    out_critical_parent[0] = -1;
-    pieces.counts[2 * image] = count;
-    pieces.counts[2 * image + 1] = criticals;
+void cut_large_trees(Cuts cuts, int64_t batch, const at::TensorOptions& options) {
+  const int64_t vertices = cuts.pieces.vertices;
+  const at::Tensor workspace = at::empty({batch * Cut::kArrays * vertices}, options);
+  const at::Tensor sums = at::empty({batch * Parts::of(vertices).parts}, options);
+  int* const of_parts = sums.mutable_data_ptr<int>();
+  cuts.workspace = workspace.mutable_data_ptr<int>();
+  launch_step<FindPositions>(cuts, batch, vertices);
+  launch_step<FindParents>(cuts, batch, vertices);
+  for (const int rounds = log_up(vertices); cuts.round != rounds; ++cuts.round) {
+    launch_step<CountSubtrees>(cuts, batch, vertices);
   }
-  // Members in any order first (in `out_vertex`, as positions), then by rank, so that parents come first.
-  for_each_index(vertices, [&](int i) {
-    if (i > 0) {
-      out_vertex[atomicAdd(members + piece_of_head[head[i]], 1)] = i;
-    }
-  });
-  __syncthreads();
-  for_each_index(vertices, [&](int i) {
-    if (i > 0) {
-      const int piece = piece_of_head[head[i]];
-      int rank = 0;
-      for (int other = out_first[piece]; other < out_first[piece + 1]; ++other) {
-        rank += out_vertex[other] < i;
-      }
-      place[i] = rank;
-    }
-  });
-  __syncthreads();
-  for_each_index(vertices, [&](int i) {
-    if (i > 0) {
-      const int piece = piece_of_head[head[i]];
-      const int slot = out_first[piece] + place[i];
-      out_vertex[slot] = vertex_at(i);
-      out_link[slot] = head[i] == i ? -1 : place[parent[i]];
-      if (critical[i] >= 0) {
-        out_bottom[piece] = critical[i];
-        out_bottom_place[piece] = place[i];
-        out_critical_parent[critical[i]] = out_top[piece];
-      }
-    }
-  });
+  launch_step<CompareChildren>(cuts, batch, vertices);
+  launch_number<NumberCriticals>(cuts, batch, vertices, of_parts);
+  launch_step<StartHeads>(cuts, batch, vertices);
+  for (int step = 1; step < kHeadSteps; ++step) {
+    launch_step<FindHeads>(cuts, batch, vertices);
+  }
+  launch_step<CountMembers>(cuts, batch, vertices);
+  launch_number<ListHeads>(cuts, batch, vertices, of_parts);
+  const dim3 images = blocks_in_row(batch);
+  launch(arrange_kernel, images, kThreads, 0, cuts);
+  launch_step<CollectMembers>(cuts, batch, vertices);
+  const int64_t warps = kThreadsOfMany / kWarpSize;
+  const int64_t blocks = std::min<int64_t>(divide_up(cuts.pieces.usual_pieces(), warps), 65535);
+  launch(order_kernel, dim3(images.x, static_cast<unsigned>(blocks)), kThreadsOfMany, 0, cuts);
 }
 
 // About the square root of the number of vertices, so that the pieces and the tree of critical vertices take alike
 // long.
 int choose_size(int64_t vertices) {
   int size = 16;
-  while (size < 128 && static_cast<int64_t>(size) * size * 2 < vertices) {
+  while (size < kMostMembers - 1 && static_cast<int64_t>(size) * size * 2 < vertices) {
     size *= 2;
   }
   return size;
@@ -244,21 +451,18 @@ PieceTensors cut_trees(const at::Tensor& parent, const at::Tensor& order) {
       result.of_vertices.mutable_data_ptr<int>(),
       result.of_criticals.mutable_data_ptr<int>(),
       result.counts.mutable_data_ptr<int>()};
-  const int64_t bytes = kWorkArrays * vertices * static_cast<int64_t>(sizeof(int));
-  // A little is left for the shared variables of the kernel itself.
-  const bool in_shared_memory = bytes + 1024 <= shared_memory_limit();
-  const at::Tensor workspace = at::empty({in_shared_memory ? 0 : batch * kWorkArrays * vertices}, options);
-  const int64_t threads = std::min<int64_t>(kThreads, divide_up<int64_t>(vertices, kWarpSize) * kWarpSize);
+  const Cuts cuts{result.pieces, size, order.const_data_ptr<int>(), parent.const_data_ptr<int>(), nullptr, 0};
+  const int64_t bytes = Cut::kArrays * vertices * static_cast<int64_t>(sizeof(int));
+  if (bytes > dynamic_shared_memory_limit(cut_kernel)) {
+    cut_large_trees(cuts, batch, options);
+    return result;
+  }
   launch(
-      in_shared_memory ? cut_kernel<true> : cut_kernel<false>,
-      dim3(static_cast<unsigned>(batch)),
-      static_cast<int>(threads),
-      in_shared_memory ? bytes : 0,
-      parent.const_data_ptr<int>(),
-      order.const_data_ptr<int>(),
-      size,
-      workspace.mutable_data_ptr<int>(),
-      result.pieces);
+      cut_kernel,
+      blocks_in_row(batch),
+      static_cast<int>(std::min<int64_t>(kThreads, divide_up<int64_t>(vertices, kWarpSize) * kWarpSize)),
+      bytes,
+      cuts);
   return result;
 }
 

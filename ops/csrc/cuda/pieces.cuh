@@ -14,7 +14,7 @@
 
 namespace grootvl::cuda {
 
-// The pieces of one tree. Indices of critical vertices ascend from the root (0) down.
+// The pieces of one tree, the longest first. Indices of critical vertices ascend from the root (0) down.
 struct TreePieces {
   int pieces, criticals;
   // Of the members of the pieces, one piece after another, every parent before its children: the vertex, and the place
@@ -37,6 +37,10 @@ struct Pieces {
 
   static constexpr int kVertexArrays = 6, kCriticalArrays = 2;
 
+  // Most images have about three pieces for two critical vertices; there may be more.
+  int64_t usual_pieces() const {
+    return 3 * divide_up<int64_t>(most_criticals, 2) + 1;
+  }
   __device__ int* vertex_array(int64_t image, int array) const {
     return of_vertices + (image * kVertexArrays + array) * vertices;
   }

@@ -2,6 +2,7 @@
 // a launch returns when the grid is done.
 #pragma once
 
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <tuple>
@@ -41,7 +42,14 @@ struct cudaLaunchConfig_t {
 
 namespace emulation {
 
-constexpr size_t kSharedBytes = 48 * 1024, kSharedBytesOnDemand = 232448;
+// Static and dynamic shared memory of a block, without asking for more.
+constexpr size_t kSharedBytes = 48 * 1024;
+
+// What a kernel may ask for: that of compute capability 9.0, if the environment variable does not name another card's.
+inline size_t shared_bytes_of_card() {
+  const char* text = std::getenv("GROOTVL_EMULATION_SHARED_BYTES");
+  return text == nullptr ? 232448 : std::strtoull(text, nullptr, 10);
+}
 
 inline cudaError_t last_error = cudaSuccess;
 
@@ -58,6 +66,12 @@ inline std::map<const void*, size_t>& shared_limits() {
   return limits;
 }
 
+// The same for a launch of the kernel; until it has been allowed to use more, with its static shared memory.
+inline size_t shared_limit(const void* kernel) {
+  const auto found = shared_limits().find(kernel);
+  return found == shared_limits().end() ? kSharedBytes : found->second;
+}
+
 // What a GPU of compute capability 9.0 refuses.
 inline cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
   const dim3 grid = config.gridDim, block = config.blockDim;
@@ -66,9 +80,7 @@ inline cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* ke
       block.y > kMaxThreads || block.z > 64 || uint64_t{block.x} * block.y * block.z > kMaxThreads) {
     return cudaErrorInvalidConfiguration;
   }
-  const auto found = shared_limits().find(kernel);
-  const size_t limit = found == shared_limits().end() ? kSharedBytes : found->second;
-  return config.dynamicSmemBytes > limit ? cudaErrorInvalidValue : cudaSuccess;
+  return config.dynamicSmemBytes > shared_limit(kernel) ? cudaErrorInvalidValue : cudaSuccess;
 }
 
 }  // namespace emulation
@@ -105,18 +117,32 @@ cudaError_t cudaLaunchKernelEx(
     const Call& call = *static_cast<const Call*>(of);
     std::apply(call.first, call.second);
   };
-  emulation::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, body, &call);
+  const auto* const address = reinterpret_cast<const void*>(kernel);
+  const bool asked = emulation::shared_limits().count(address) != 0;
+  const size_t limit = asked ? emulation::shared_bytes_of_card() : emulation::kSharedBytes;
+  emulation::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, limit, body, &call);
   return cudaSuccess;
 }
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    if (value < 0 || static_cast<size_t>(value) > emulation::kSharedBytesOnDemand) {
+    if (value < 0 || static_cast<size_t>(value) > emulation::shared_bytes_of_card()) {
       return emulation::report(cudaErrorInvalidValue);
     }
     emulation::shared_limits()[reinterpret_cast<const void*>(kernel)] = value;
   }
+  return cudaSuccess;
+}
+
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
+
+// Which shared variables a kernel uses shows when it runs: these are all that there are.
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  attributes->sharedSizeBytes = emulation::bytes_of_shared_variables();
   return cudaSuccess;
 }
 
@@ -126,7 +152,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : static_cast<int>(emulation::kSharedBytesOnDemand);
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : static_cast<int>(emulation::shared_bytes_of_card());
   return cudaSuccess;
 }
 

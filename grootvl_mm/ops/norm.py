@@ -1,0 +1,98 @@
+"""Layer norm, alone or with the residual connection in front of it, in one pass over memory."""
+
+import torch
+from torch import Tensor
+
+from grootvl_mm.ops import _neighbours  # noqa: F401  defines torch.ops.grootvl
+from grootvl_mm.ops._checks import FLOATING, check_parameter_dtype, check_same_device, check_tensor
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None) -> Tensor:
+    """Layer norm over the last axis, written in the dtype that the next layer reads.
+
+    16-bit inputs are computed in float32. Differentiable twice.
+
+    Args:
+        x: (..., C) float32, float64, float16 or bfloat16.
+        weight: (C), dtype of ``x``, or float32 where ``x`` has 16 bits.
+        bias: (C), likewise.
+        eps: added to the variance.
+        dtype: of the result: that of ``x``, or 16 bits for a float32 ``x``. By default that of ``x``; under autocast a
+            float32 ``x`` is normed into the dtype of autocast.
+
+    Returns:
+        (..., C), contiguous.
+
+    Raises:
+        TypeError: an argument is no tensor, or dtypes do not fit together.
+        ValueError: shapes or devices do not fit together.
+    """
+    _check_norm(x, weight, bias, dtype)
+    return torch.ops.grootvl.layer_norm(x, weight, bias, eps, dtype)
+
+
+def residual_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    factor: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``x + factor * branch`` and the layer norm of the sum.
+
+    A float32 residual stream takes branches of 16 bits as they are. Differentiable twice, but for ``factor``.
+
+    Args:
+        x: (B, ..., C) float32, float64, float16 or bfloat16.
+        branch: (B, ..., C), dtype of ``x``, or 16 bits for a float32 ``x``.
+        weight: (C), dtype of ``x``, or float32 where ``x`` has 16 bits.
+        bias: (C), likewise.
+        eps: added to the variance.
+        factor: (B), for each sample, as stochastic depth draws it; floating.
+        dtype: of the norm, as in :func:`layer_norm`.
+
+    Returns:
+        The sum in the dtype of ``x``, and its layer norm; both (B, ..., C), contiguous.
+
+    Raises:
+        TypeError: an argument is no tensor, or dtypes do not fit together.
+        ValueError: shapes or devices do not fit together, or ``factor`` requires a gradient.
+    """
+    _check_norm(x, weight, bias, dtype)
+    check_tensor("branch", branch, "(B, ..., C)", x.dim())
+    if branch.shape != x.shape:
+        raise ValueError(f"branch must have the shape of x {tuple(x.shape)}, got {tuple(branch.shape)}")
+    _check_dtype("branch", branch.dtype, x)
+    check_same_device(x=x, branch=branch)
+    if factor is not None:
+        check_tensor("factor", factor, "(B)", 1)
+        if x.dim() < 2 or factor.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"factor must have shape (B) for x (B, ..., C) {tuple(x.shape)}, got {tuple(factor.shape)}"
+            )
+        check_same_device(x=x, factor=factor)
+        if factor.requires_grad:
+            raise ValueError("factor has no gradient here; multiply branch by it instead")
+    return torch.ops.grootvl.residual_layer_norm(x, branch, factor, weight, bias, eps, dtype)
+
+
+def _check_norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype | None) -> None:
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        raise TypeError(f"x must be a tensor (..., C), got {type(x).__name__}")
+    check_tensor("x", x, "(..., C)", x.dim())
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        check_tensor(name, parameter, "(C)", 1)
+        if parameter.shape != x.shape[-1:]:
+            raise ValueError(f"{name} must have shape {tuple(x.shape[-1:])}, got {tuple(parameter.shape)}")
+        check_parameter_dtype(name, parameter, x)
+    check_same_device(x=x, weight=weight, bias=bias)
+    if dtype is not None:
+        _check_dtype("dtype", dtype, x)
+
+
+def _check_dtype(name: str, dtype: torch.dtype, x: Tensor) -> None:
+    if dtype != x.dtype and not (x.dtype == torch.float32 and dtype in FLOATING[2:]):
+        raise TypeError(f"{name} must be {x.dtype} as x is, or have 16 bits where x is float32, got {dtype}")

@@ -1,0 +1,164 @@
+// Neighbouring channels of a row, moved as one: stored in any floating type, computed in float32 or float64.
+#pragma once
+
+#include <ATen/Dispatch.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/launch.cuh"
+
+namespace grootvl::cuda {
+
+// What values are computed in.
+template <typename storage_t>
+using Computed = std::conditional_t<std::is_same_v<storage_t, double>, double, float>;
+
+// What results are stored in that only other kernels read. They may be larger than float16 goes.
+template <typename storage_t>
+using Between = std::conditional_t<std::is_same_v<storage_t, c10::Half>, float, storage_t>;
+
+// Channels that a lane moves at once, where rows allow it.
+constexpr int kMostPacked = 4;
+
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Pack {
+  T value[kWidth];
+
+  __device__ T& operator[](int i) {
+    return value[i];
+  }
+  __device__ const T& operator[](int i) const {
+    return value[i];
+  }
+};
+
+template <int kWidth, typename T>
+__device__ Pack<T, kWidth> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, kWidth>*>(from);
+}
+
+template <typename To, typename From, int kWidth>
+__device__ Pack<To, kWidth> convert(const Pack<From, kWidth>& from) {
+  Pack<To, kWidth> to;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    to[i] = static_cast<To>(from[i]);
+  }
+  return to;
+}
+
+template <typename T, typename acc_t, int kWidth>
+__device__ void store_pack(T* to, const Pack<acc_t, kWidth>& values) {
+  *reinterpret_cast<Pack<T, kWidth>*>(to) = convert<T>(values);
+}
+
+// One value for each channel: of(i) for the i-th.
+template <typename acc_t, int kWidth, typename Of>
+__device__ Pack<acc_t, kWidth> make_pack(const Of& of) {
+  Pack<acc_t, kWidth> values;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    values[i] = of(i);
+  }
+  return values;
+}
+
+// Whether kernels take the rows as they are stored: those of 16 bits only in whole packs.
+inline bool computes_rows(const at::Tensor& rows) {
+  return rows.element_size() > 2 || rows.size(2) % kMostPacked == 0;
+}
+
+// Calls run(a value of the stored type, the number of channels of a pack), both as types, for rows (B, L, C) that
+// kernels take as they are.
+template <typename Run>
+void for_rows(const at::Tensor& rows, const Run& run) {
+  using One = std::integral_constant<int, 1>;
+  using Packed = std::integral_constant<int, kMostPacked>;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(), "rows of channels", [&] {
+    if constexpr (sizeof(scalar_t) < sizeof(float)) {
+      run(scalar_t(), Packed());
+    } else if constexpr (sizeof(scalar_t) > sizeof(float)) {
+      run(scalar_t(), One());
+    } else if (rows.size(2) % kMostPacked == 0) {
+      run(scalar_t(), Packed());
+    } else {
+      run(scalar_t(), One());
+    }
+  });
+}
+
+// Rows of channels that lie evenly in memory, as they do in a slice of a projection's result.
+template <typename T>
+struct Rows {
+  T* first;
+  int64_t stride;
+
+  __device__ T* operator[](int64_t row) const {
+    return first + row * stride;
+  }
+};
+
+// Whether all rows (B, L, C) of a tensor are one distance apart, and their channels neighbours.
+inline bool has_even_rows(const at::Tensor& tensor) {
+  return (tensor.size(2) == 1 || tensor.stride(2) == 1) &&
+         (tensor.size(0) == 1 || tensor.stride(0) == tensor.size(1) * tensor.stride(1));
+}
+
+// The tensor, or a copy of it, with rows (B, L, C) that can be read `width` channels at a time.
+inline at::Tensor readable_rows(const at::Tensor& tensor, int64_t width) {
+  const auto is_readable = [width](const at::Tensor& rows) {
+    return has_even_rows(rows) && rows.stride(1) % width == 0 &&
+           reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % (width * rows.element_size()) == 0;
+  };
+  if (is_readable(tensor)) {
+    return tensor;
+  }
+  const at::Tensor dense = tensor.contiguous();
+  return is_readable(dense) ? dense : dense.clone();
+}
+
+template <typename T>
+Rows<const T> rows_of(const at::Tensor& tensor) {
+  return {tensor.const_data_ptr<T>(), tensor.stride(1)};
+}
+
+template <int kWidth, typename scalar_t, typename acc_t>
+__device__ void store_pack(const acc_t (&values)[kWidth], scalar_t* to) {
+  Pack<scalar_t, kWidth> pack;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    pack.value[i] = static_cast<scalar_t>(values[i]);
+  }
+  *reinterpret_cast<Pack<scalar_t, kWidth>*>(to) = pack;
+}
+
+// A result whose dtype is known when the kernel runs; all threads take the same branch.
+struct AnyOutput {
+  void* data;
+  c10::ScalarType dtype;
+
+  template <int kWidth, typename acc_t>
+  __device__ void store(int64_t at, const acc_t (&values)[kWidth]) const {
+    switch (dtype) {
+      case c10::ScalarType::Half:
+        return store_pack(values, static_cast<c10::Half*>(data) + at);
+      case c10::ScalarType::BFloat16:
+        return store_pack(values, static_cast<c10::BFloat16*>(data) + at);
+      default:
+        return store_pack(values, static_cast<acc_t*>(data) + at);
+    }
+  }
+};
+
+// Whether packs of `width` values may be loaded from rows that lie `stride` values apart.
+template <typename scalar_t>
+bool is_packed(const scalar_t* data, int64_t stride, int width) {
+  return stride % width == 0 && reinterpret_cast<uintptr_t>(data) % (width * sizeof(scalar_t)) == 0;
+}
+
+}  // namespace grootvl::cuda
