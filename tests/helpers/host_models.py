@@ -16,7 +16,7 @@ BACKBONE = ConfigDict(type="grootvl_mm.GrootV", arch="pico")
 IMAGE_SIZE = 128
 # Deformable convolutions take no map that is smaller than their kernel, and the last of a pyramid has 1/128 of it.
 LARGE_IMAGE_SIZE = 384
-DEFORMABLE = ("ddod", "tood", "vfnet")
+DEFORMABLE = ("ddod", "vfnet")
 CLASSES = 5  # of the ground truth; every config has more
 
 DETECTORS = (
@@ -62,7 +62,6 @@ DETECTORS = (
     "solo/solo_r50_fpn_1x_coco",
     "solov2/solov2_r50_fpn_1x_coco",
     "sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco",
-    "tood/tood_r50_fpn_1x_coco",
     "vfnet/vfnet_r50_fpn_1x_coco",
     "yolact/yolact_r50_1xb8-55e_coco",
     "yolof/yolof_r50-c5_8xb8-1x_coco",
@@ -242,8 +241,6 @@ def _image() -> Tensor:
 def train_step(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
     """One step of SGD; the losses."""
     wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1e-4))
-    if hasattr(model, "set_epoch"):  # as mmdet's SetEpochInfoHook does
-        model.set_epoch(0)
     return model.train().train_step(batch, wrapper)
 
 
