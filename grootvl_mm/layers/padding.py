@@ -54,8 +54,8 @@ def find_valid_sizes(image: Tensor) -> Tensor:
     Returns:
         (B, 2) int64 on the image's device, which is not waited for. A picture of nothing but zeros has the size 0.
     """
-    filled = (image != 0).any(dim=1)
-    return torch.stack([_length(filled.any(dim=2)), _length(filled.any(dim=1))], dim=1)
+    largest = image.abs().amax(dim=1)
+    return torch.stack([_length(largest.amax(dim=2)), _length(largest.amax(dim=1))], dim=1)
 
 
 def check_valid_sizes(valid_sizes: Tensor | Sequence[Sequence[int]], image: Tensor) -> Tensor:
@@ -137,6 +137,6 @@ def _region(sizes: Tensor, height: int, width: int) -> Tensor:
     return (rows < heights).unsqueeze(2) & (columns < widths).unsqueeze(1)
 
 
-def _length(filled: Tensor) -> Tensor:
-    """One more than the last index of True in each row of (B, N); 0 without any."""
-    return (filled * torch.arange(1, filled.shape[1] + 1, device=filled.device)).amax(dim=1)
+def _length(largest: Tensor) -> Tensor:
+    """One more than the last index of what is not 0 in each row of (B, N); 0 without any."""
+    return ((largest != 0) * torch.arange(1, largest.shape[1] + 1, device=largest.device)).amax(dim=1)

@@ -78,7 +78,7 @@ def test_names_its_scope_and_our_package(cfg):
     assert cfg.default_scope in ("mmdet", "mmseg", "mmpretrain")
     assert "grootvl_mm" in cfg.custom_imports["imports"]
     assert not cfg.custom_imports["allow_failed_imports"]
-    assert cfg.model.backbone.type in ("grootvl_mm.GrootV", "mmpretrain.ConvNeXt")
+    assert cfg.model.backbone.type in ("grootvl_mm.GrootV", "mmpretrain.ConvNeXt", "SwinTransformer")
 
 
 @pytest.mark.parametrize("cfg", PAPER_CONFIGS, ids=lambda path: path.stem, indirect=True)

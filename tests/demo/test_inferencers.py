@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.registry import init_default_scope
 
 from grootvl_mm.apis.zoo import config_file
 from grootvl_mm.models import GrootV
@@ -66,6 +67,7 @@ def test_greyscale_arrays(checkpoints: dict, grey: np.ndarray, form: str) -> Non
     np.testing.assert_allclose(found["scores"], expected["scores"], rtol=1e-4)
     segmenter = MMSegInferencer(config_file(NAMES["seg"]), checkpoints["seg"], device="cpu")
     np.testing.assert_array_equal(*(segmenter([image])["predictions"] for image in (colour, array)))
+    init_default_scope("mmpretrain")
     classifier = ImageClassificationInferencer(config_file(NAMES["cls"]), checkpoints["cls"], device="cpu")
     expected, found = (classifier(image)[0]["pred_scores"] for image in (colour, array))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
@@ -74,7 +76,7 @@ def test_greyscale_arrays(checkpoints: dict, grey: np.ndarray, form: str) -> Non
 def test_other_channels_are_an_error_before_the_model(checkpoints: dict, picture: np.ndarray) -> None:
     apis = pytest.importorskip("mmdet.apis")
     inferencer = apis.DetInferencer(config_file(NAMES["det"]), checkpoints["det"], device="cpu", show_progress=False)
-    with pytest.raises(ValueError, match=r"an image must be an array .* got shape \(128, \d+, 4\)"):
+    with pytest.raises(ValueError, match=r"an image must be an array .* got shape \(\d+, \d+, 4\)"):
         inferencer([np.concatenate([picture, picture[..., :1]], axis=2)])
 
 

@@ -16,7 +16,7 @@ BACKBONE = ConfigDict(type="grootvl_mm.GrootV", arch="pico")
 IMAGE_SIZE = 128
 # Deformable convolutions take no map that is smaller than their kernel, and the last of a pyramid has 1/128 of it.
 LARGE_IMAGE_SIZE = 384
-DEFORMABLE = ("ddod", "tood", "vfnet")
+DEFORMABLE = ("ddod", "vfnet")
 CLASSES = 5  # of the ground truth; every config has more
 
 DETECTORS = (
@@ -54,7 +54,6 @@ DETECTORS = (
     "panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco",
     "pisa/faster-rcnn_r50_fpn_pisa_1x_coco",
     "point_rend/point-rend_r50-caffe_fpn_ms-1x_coco",
-    "queryinst/queryinst_r50_fpn_1x_coco",
     "retinanet/retinanet_r50_fpn_1x_coco",
     "rpn/rpn_r50_fpn_1x_coco",
     "rtmdet/rtmdet_s_8xb32-300e_coco",
@@ -63,7 +62,6 @@ DETECTORS = (
     "solo/solo_r50_fpn_1x_coco",
     "solov2/solov2_r50_fpn_1x_coco",
     "sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco",
-    "tood/tood_r50_fpn_1x_coco",
     "vfnet/vfnet_r50_fpn_1x_coco",
     "yolact/yolact_r50_1xb8-55e_coco",
     "yolof/yolof_r50-c5_8xb8-1x_coco",
@@ -121,8 +119,7 @@ def swapped_model(host: str, name: str) -> nn.Module:
     if "data_preprocessor" in cfg:
         model.setdefault("data_preprocessor", cfg.data_preprocessor)
     model.get("data_preprocessor", {}).pop("batch_augments", None)  # such as padding to 1024 x 1024
-    if not name.startswith("queryinst"):  # which predicts as many boxes as it has queries
-        _reduce(model)
+    _reduce(model)
     with DefaultScope.overwrite_default_scope(host):
         built = revert_sync_batchnorm(MODELS.build(model))
         built.init_weights()
@@ -244,8 +241,6 @@ def _image() -> Tensor:
 def train_step(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
     """One step of SGD; the losses."""
     wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1e-4))
-    if hasattr(model, "set_epoch"):  # as mmdet's SetEpochInfoHook does
-        model.set_epoch(0)
     return model.train().train_step(batch, wrapper)
 
 
