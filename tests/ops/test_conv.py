@@ -115,6 +115,25 @@ def test_extreme_values(device: torch.device) -> None:
     torch.testing.assert_close(exact(grads[0]), expected[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_reaches_its_neighbours_only(device: torch.device, value: float) -> None:
+    x, weight, grad_y = sample(1, 5, 40, 24, dtype=torch.float32)
+    x[0, 2, 20, 3] = value
+    y = depthwise_conv_silu(x.to(device), weight.to(device)).cpu()
+    expected = by_pytorch(x, weight)
+    # PyTorch makes SiLU(-inf) a NaN, where the limit is 0.
+    has_value = ~expected.isnan()
+    torch.testing.assert_close(y[has_value], expected[has_value], rtol=1e-5, atol=1e-5)
+    is_near = torch.zeros_like(x, dtype=torch.bool)
+    is_near[0, 1:4, 19:22, 3] = True
+    grad_x = BACKWARD(*(value.to(device) for value in (grad_y, x, weight)))[0].cpu()
+    wider = F.max_pool2d(is_near.float().permute(0, 3, 1, 2), 3, 1, 1).permute(0, 2, 3, 1).bool()
+    assert grad_x[~wider].isfinite().all()
+    if value != value:
+        assert torch.equal(y.isnan(), is_near)
+        assert grad_x[is_near].isnan().all()
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4, 8), (2, 0, 4, 8), (2, 3, 0, 8), (2, 3, 4, 0)])
 def test_empty(device: torch.device, shape: tuple) -> None:
     x = torch.randn(shape, device=device, requires_grad=True)

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from grootvl_mm.ops import grid_edge_weight, grid_tree, tree_scan
+from grootvl_mm.ops import (
+    depthwise_conv_silu,
+    grid_edge_weight,
+    grid_tree,
+    layer_norm,
+    residual_layer_norm,
+    tree_scan,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,10 +32,14 @@ def sync_debug_mode() -> Iterator[None]:
 
 
 def layer(feature: Tensor, decay: Tensor) -> Tensor:
-    """All operators, one after the other."""
+    """Trees, a scan and its neighbours, one after the other."""
     height, width = feature.shape[2:]
     tree = grid_tree(grid_edge_weight(feature), height, width)
-    return tree_scan(feature.flatten(2).transpose(1, 2), decay, tree)
+    ones = torch.ones(feature.shape[1], device=feature.device)
+    x = layer_norm(feature.permute(0, 2, 3, 1), ones, ones)
+    x = depthwise_conv_silu(x, ones.view(-1, 1, 1, 1).expand(-1, 1, 3, 3)).flatten(1, 2)
+    total, normed = residual_layer_norm(x, tree_scan(x, decay, tree), ones, ones)
+    return total + normed
 
 
 @pytest.mark.usefixtures("sync_debug_mode")

@@ -244,3 +244,16 @@ INPUTS = sample((2, 3, 4), 0, torch.float32, torch.bfloat16)
 def test_bad_input_is_explained(change: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         residual_layer_norm(**(INPUTS | change))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_row(device: torch.device, value: float) -> None:
+    x, weight = torch.randn(7, 40), torch.ones(40)
+    x[3, 5] = value
+    leaf = x.to(device).requires_grad_()
+    y = layer_norm(leaf, weight.to(device), weight.to(device))
+    y.sum().backward()
+    for rows in (y, leaf.grad):
+        finite = rows.isfinite()
+        assert finite[[0, 1, 2, 4, 5, 6]].all()
+        assert not finite[3].any()
