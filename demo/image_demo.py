@@ -6,6 +6,7 @@ Pictures keep their names, a video becomes an MP4 file. The config's default_sco
 """
 
 import argparse
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,6 +125,7 @@ def check_device(device: str) -> str:
 
 def check_complete(model: nn.Module, checkpoint: str) -> None:
     """Fail if some weights of an inferencer's model are not in its checkpoint, which it does not tell."""
+    model = copy.deepcopy(model)  # the inferencer's own stays as it is
     with all_weights_loaded(model):
         load_checkpoint(model, checkpoint, map_location="cpu", logger="silent")
 
