@@ -170,7 +170,7 @@ void join_pieces(
   const bool in_shared_memory = bytes <= shared_memory_limit();
   launch(
       in_shared_memory ? join_kernel<true, S, acc_t> : join_kernel<false, S, acc_t>,
-      dim3(static_cast<unsigned>(batch * divide_up<int64_t>(channels, kWarpSize))),
+      blocks_in_row(batch * divide_up<int64_t>(channels, kWarpSize)),
       kWarpSize,
       in_shared_memory ? bytes : 0,
       partials,

@@ -3,7 +3,7 @@
 
 #include "cuda/collectives.cuh"
 #include "cuda/packs.cuh"
-#include "cuda/piece_scan.cuh"
+#include "cuda/tiles.cuh"
 
 namespace grootvl::cuda {
 

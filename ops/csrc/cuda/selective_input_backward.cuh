@@ -8,8 +8,11 @@ namespace grootvl::cuda {
 
 enum InputSum : int { kBias, kRate, kInputSums };
 
-// Rows that a group has on their way at once.
-constexpr int kInputRows = 4;
+// Rows that a group has on their way at once, and the blocks that a multiprocessor shall have room for.
+constexpr int kInputRows = 3;
+
+template <typename acc_t>
+constexpr int kInputBlocks = sizeof(acc_t) == 4 ? 2 : 1;
 
 template <typename T, typename between_t, typename acc_t>
 struct InputGradients {
@@ -28,7 +31,7 @@ struct InputGradients {
 
 // Lanes as in a tile of the scan; blocks of the x axis are tiles of channels, those of the y axis share the rows.
 template <typename T, typename between_t, typename acc_t, int kPack>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kInputBlocks<acc_t>)
     input_backward_kernel(SelectiveInput<T, between_t, acc_t, kPack, 1> in, InputGradients<T, between_t, acc_t> grads) {
   using Values = Pack<acc_t, kPack>;
   using Stored = Pack<between_t, kPack>;

@@ -8,8 +8,9 @@
 
 namespace grootvl::cuda {
 
-// Packs of a lane, and the fewest threads of a block.
-constexpr int kLanePacks = 3, kRowThreads = 128, kMostRowLanes = 1024;
+// Packs of a lane. Kernels come for three sizes of blocks, since the most threads decide how many registers each may
+// have: rows that share warps, rows of a block each, and the few as long as only the last size has room for.
+constexpr int kLanePacks = 3, kRowThreads = 128, kWideRowThreads = 256, kMostRowLanes = 1024;
 
 // How a row's packs are spread: pack i of lane l is the (i * lanes + l)-th of the row. Rows of up to 32 lanes share
 // warps, longer ones have a block each.
@@ -135,8 +136,10 @@ __device__ void for_each_row(const RowLanes<kPack>& place, int64_t rows, const V
   }
 }
 
-template <bool kWide, typename T, typename between_t, typename acc_t, int kPack>
-__global__ void output_kernel(RowInputs<T, between_t, acc_t> in, T* __restrict__ y, int lanes) {
+template <int kMostThreads, typename T, typename between_t, typename acc_t, int kPack>
+__global__ void __launch_bounds__(kMostThreads)
+    output_kernel(RowInputs<T, between_t, acc_t> in, T* __restrict__ y, int lanes) {
+  constexpr bool kWide = kMostThreads > kRowThreads;
   using Values = Pack<acc_t, kPack>;
   const RowLanes<kPack> place(lanes, in.channels);
   Values skip[kLanePacks], h_weight[kLanePacks], h_bias[kLanePacks], out_weight[kLanePacks], out_bias[kLanePacks];
@@ -190,42 +193,79 @@ struct OutputGradients {
   acc_t* sums;
 };
 
-// Adds up what the rows of a block have summed in `values`, through shared memory for one number a thread, and writes
-// it to a row of channels.
-template <int kPack, typename acc_t>
-__device__ void store_block_sum(
-    const Pack<acc_t, kPack> (&values)[kLanePacks], const RowLanes<kPack>& place, acc_t* to) {
-  acc_t* const memory = shared_memory_as<acc_t>();
-  const int rows_in_block = static_cast<int>(blockDim.x) / place.lanes;
-#pragma unroll
-  for (int i = 0; i < kLanePacks; ++i) {
-    Pack<acc_t, kPack> sum = values[i];
-    if (rows_in_block > 1) {
-#pragma unroll
-      for (int p = 0; p < kPack; ++p) {
-        memory[threadIdx.x] = values[i][p];
-        __syncthreads();
-        sum[p] = 0;
-        for (int row = 0; row < rows_in_block; ++row) {
-          sum[p] += memory[row * place.lanes + place.lane];
-        }
-        __syncthreads();
-      }
-    }
-    if (place.row_in_block == 0 && place.has(i)) {
-      store_pack(to + place.channel(i), sum);
+// What a lane has summed for each of its channels over its rows. Rows that share warps are many to a block and wait for
+// memory, so their sums lie in shared memory and leave registers to more blocks; a row of a whole block keeps them.
+template <bool kWide, typename acc_t, int kPack>
+class ChannelSums {
+  using Values = Pack<acc_t, kPack>;
+
+  Values kept[kWide ? kOutputSums : 1][kLanePacks] = {};
+
+  __device__ Values& at(int which, int i) {
+    if constexpr (kWide) {
+      return kept[which][i];
+    } else {
+      return shared_memory_as<Values>()[(which * kLanePacks + i) * kRowThreads + static_cast<int>(threadIdx.x)];
     }
   }
-}
+
+ public:
+  static constexpr int64_t kSharedBytes = kWide ? 0 : kOutputSums * kLanePacks * kRowThreads * sizeof(Values);
+
+  __device__ ChannelSums() {
+    if constexpr (!kWide) {
+#pragma unroll
+      for (int k = 0; k < kOutputSums * kLanePacks; ++k) {
+        at(k / kLanePacks, k % kLanePacks) = {};
+      }
+    }
+  }
+
+  __device__ void add(OutputSum which, int i, const Values& values) {
+    Values& sum = at(which, i);
+    sum = make_pack<acc_t, kPack>([&](int p) { return sum[p] + values[p]; });
+  }
+
+  // Adds up the rows of the block, one after the other, and writes the sums to rows of channels. For all its threads.
+  __device__ void store(const RowLanes<kPack>& place, acc_t* to) {
+    if constexpr (!kWide) {
+      __syncthreads();
+    }
+    if (place.row_in_block > 0) {
+      return;
+    }
+#pragma unroll
+    for (int which = 0; which < kOutputSums; ++which) {
+#pragma unroll
+      for (int i = 0; i < kLanePacks; ++i) {
+        Values sum = at(which, i);
+        if constexpr (!kWide) {
+          for (int other = place.lane + place.lanes; other < kRowThreads; other += place.lanes) {
+            const Values of_row = shared_memory_as<Values>()[(which * kLanePacks + i) * kRowThreads + other];
+            sum = make_pack<acc_t, kPack>([&](int p) { return sum[p] + of_row[p]; });
+          }
+        }
+        if (place.has(i)) {
+          store_pack(to + which * place.channels + place.channel(i), sum);
+        }
+      }
+    }
+  }
+};
+
+// Blocks that a multiprocessor shall have room for: 16 warps, where the rows are in float32 and share warps.
+template <int kMostThreads, typename acc_t>
+constexpr int kOutputBlocks = kMostThreads == kRowThreads && sizeof(acc_t) == 4 ? 4 : 1;
 
 // Backward of output_kernel; `mixed` is what its second layer norm gets. A block's sums are those of its rows, which
 // depend on the number of rows only.
-template <bool kWide, typename T, typename between_t, typename acc_t, int kPack>
-__global__ void output_backward_kernel(
+template <int kMostThreads, typename T, typename between_t, typename acc_t, int kPack>
+__global__ void __launch_bounds__(kMostThreads, kOutputBlocks<kMostThreads, acc_t>) output_backward_kernel(
     RowInputs<T, between_t, acc_t> in, Rows<const T> grad_y, OutputGradients<T, between_t, acc_t> grads, int lanes) {
+  constexpr bool kWide = kMostThreads > kRowThreads;
   using Values = Pack<acc_t, kPack>;
   const RowLanes<kPack> place(lanes, in.channels);
-  Values sums[kOutputSums][kLanePacks] = {};
+  ChannelSums<kWide, acc_t, kPack> sums;
   for_each_row(place, in.rows, [&](int64_t row, bool is_own) {
     const acc_t* const weights[] = {
         in.weights.skip, in.weights.h_weight, in.weights.h_bias, in.weights.out_weight, in.weights.out_bias};
@@ -267,18 +307,21 @@ __global__ void output_backward_kernel(
 #pragma unroll
     for (int i = 0; i < kLanePacks; ++i) {
       const Values out_weight = weight(kOutNormWeight, i), out_bias = weight(kOutNormBias, i);
+      Values of_weight, of_bias;
       write(grads.gate[row], i, make_pack<acc_t, kPack>([&](int p) {
               const acc_t of_gate = static_cast<acc_t>(gate[i][p]), sigma = sigmoid(of_gate);
               const acc_t out = static_cast<acc_t>(of_y[i][p]) * sigma;
               const acc_t normed = mixed[i][p] * out_weight[p] + out_bias[p];
               const acc_t of_normed = out * of_gate;
-              sums[kOutNormWeight][i][p] += own * of_normed * mixed[i][p];
-              sums[kOutNormBias][i][p] += own * of_normed;
+              of_weight[p] = own * of_normed * mixed[i][p];
+              of_bias[p] = own * of_normed;
               grad[i][p] = of_normed * out_weight[p];
               means[0] += grad[i][p];
               means[1] += grad[i][p] * mixed[i][p];
               return out * normed * (1 + of_gate * (1 - sigma));
             }));
+      sums.add(kOutNormWeight, i, of_weight);
+      sums.add(kOutNormBias, i, of_bias);
     }
     row_sums<kWide>(means, place.lanes);
     means[0] /= in.channels;
@@ -292,17 +335,21 @@ __global__ void output_backward_kernel(
         return place.has(i) ? standardise_backward(grad[i][p], mixed[i][p], means[0], means[1], mixed_scale) : 0;
       });
       write(grads.mixed + row * in.channels, i, of_mixed);
+      Values of_skip, of_weight, of_bias;
 #pragma unroll
       for (int p = 0; p < kPack; ++p) {
         const acc_t of_normed = own * of_mixed[p] * c;
-        sums[kSkip][i][p] += own * of_mixed[p] * static_cast<acc_t>(x[i][p]);
-        sums[kHNormWeight][i][p] += of_normed * h[i][p];
-        sums[kHNormBias][i][p] += of_normed;
+        of_skip[p] = own * of_mixed[p] * static_cast<acc_t>(x[i][p]);
+        of_weight[p] = of_normed * h[i][p];
+        of_bias[p] = of_normed;
         grad[i][p] = of_mixed[p] * c * h_weight[p];
         h_means[0] += grad[i][p];
         h_means[1] += grad[i][p] * h[i][p];
         h_means[2] += of_mixed[p] * (h[i][p] * h_weight[p] + h_bias[p]);
       }
+      sums.add(kSkip, i, of_skip);
+      sums.add(kHNormWeight, i, of_weight);
+      sums.add(kHNormBias, i, of_bias);
     }
     row_sums<kWide>(h_means, place.lanes);
     if (is_own && place.lane == 0) {
@@ -317,10 +364,7 @@ __global__ void output_backward_kernel(
             }));
     }
   });
-#pragma unroll
-  for (int s = 0; s < kOutputSums; ++s) {
-    store_block_sum(sums[s], place, grads.sums + (static_cast<int64_t>(blockIdx.x) * kOutputSums + s) * in.channels);
-  }
+  sums.store(place, grads.sums + static_cast<int64_t>(blockIdx.x) * kOutputSums * in.channels);
 }
 
 }  // namespace grootvl::cuda

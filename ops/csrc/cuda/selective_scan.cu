@@ -6,6 +6,7 @@
 // over the blocks, so they do not change from run to run.
 #include "selective_scan.h"
 
+#include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/matmul.h>
@@ -14,6 +15,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "cuda/piece_scan.cuh"
@@ -57,6 +59,17 @@ struct RowLaunch {
   }
   bool is_wide() const {
     return lanes > kWarpSize;
+  }
+  // Calls run(the most threads of the kernel's blocks), as a type.
+  template <typename Run>
+  void with_most_threads(const Run& run) const {
+    if (threads <= kRowThreads && !is_wide()) {
+      run(std::integral_constant<int, kRowThreads>());
+    } else if (threads <= kWideRowThreads) {
+      run(std::integral_constant<int, kWideRowThreads>());
+    } else {
+      run(std::integral_constant<int, kMostRowLanes>());
+    }
   }
 };
 
@@ -148,15 +161,16 @@ void run_forward(const Prepared<T, kPack>& prepared, at::Tensor& y) {
   using between_t = Between<T>;
   const at::Tensor h = prepared.scan();
   const RowLaunch over(prepared.rows(), y.size(2), kPack);
-  launch(
-      over.is_wide() ? output_kernel<true, T, between_t, acc_t, kPack>
-                     : output_kernel<false, T, between_t, acc_t, kPack>,
-      dim3(static_cast<unsigned>(over.blocks)),
-      over.threads,
-      0,
-      prepared.row_inputs(h),
-      y.mutable_data_ptr<T>(),
-      over.lanes);
+  over.with_most_threads([&](auto most_threads) {
+    launch(
+        output_kernel<decltype(most_threads)::value, T, between_t, acc_t, kPack>,
+        blocks_in_row(over.blocks),
+        over.threads,
+        0,
+        prepared.row_inputs(h),
+        y.mutable_data_ptr<T>(),
+        over.lanes);
+  });
 }
 
 template <typename T, int kPack>
@@ -170,21 +184,23 @@ void run_backward(const Prepared<T, kPack>& prepared, const at::Tensor& grad_y, 
   at::Tensor h = prepared.scan(), grad_mixed = prepared.between(), grad_h = prepared.between();
   const RowLaunch over(rows, channels, kPack);
   const at::Tensor output_sums = at::empty({over.blocks, kOutputSums, channels}, options);
-  launch(
-      over.is_wide() ? output_backward_kernel<true, T, between_t, acc_t, kPack>
-                     : output_backward_kernel<false, T, between_t, acc_t, kPack>,
-      dim3(static_cast<unsigned>(over.blocks)),
-      over.threads,
-      over.threads * static_cast<int64_t>(sizeof(acc_t)),
-      prepared.row_inputs(h),
-      rows_of<T>(grad_rows),
-      OutputGradients<T, between_t, acc_t>{
-          {grads.gate.mutable_data_ptr<T>(), channels},
-          grads.c.mutable_data_ptr<T>(),
-          grad_mixed.mutable_data_ptr<between_t>(),
-          grad_h.mutable_data_ptr<between_t>(),
-          output_sums.mutable_data_ptr<acc_t>()},
-      over.lanes);
+  over.with_most_threads([&](auto most_threads) {
+    constexpr int kMostThreads = decltype(most_threads)::value;
+    launch(
+        output_backward_kernel<kMostThreads, T, between_t, acc_t, kPack>,
+        blocks_in_row(over.blocks),
+        over.threads,
+        ChannelSums<(kMostThreads > kRowThreads), acc_t, kPack>::kSharedBytes,
+        prepared.row_inputs(h),
+        rows_of<T>(grad_rows),
+        OutputGradients<T, between_t, acc_t>{
+            {grads.gate.mutable_data_ptr<T>(), channels},
+            grads.c.mutable_data_ptr<T>(),
+            grad_mixed.mutable_data_ptr<between_t>(),
+            grad_h.mutable_data_ptr<between_t>(),
+            output_sums.mutable_data_ptr<acc_t>()},
+        over.lanes);
+  });
 
   // h is not needed any more.
   at::Tensor grad_value = h, grad_decay = prepared.between();
@@ -228,6 +244,8 @@ void run_backward(const Prepared<T, kPack>& prepared, const at::Tensor& grad_y, 
   grads.out_norm_bias = as(of_output[kOutNormBias], grads.out_norm_bias);
   grads.dt_bias = as(of_input[kBias], grads.dt_bias);
   grads.A_log = of_input[kRate].mul(prepared.in.A_log.exp().neg()).to(grads.A_log.scalar_type());
+  // The products are as exact as the kernels, whatever precision the caller allows for matrix products of their own.
+  const at::NoTF32Guard full_precision;
   const auto between = grad_step.scalar_type();
   const at::Tensor step_rows = grad_step.flatten(0, 1), dt_rows = prepared.in.dt.to(between).flatten(0, 1);
   grads.dt = at::matmul(grad_step, prepared.in.dt_weight.to(between)).to(grads.dt.scalar_type());
