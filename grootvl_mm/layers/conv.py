@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from grootvl_mm.layers.untouched import has_own_kernels, untouched
 from grootvl_mm.ops import depthwise_conv_silu
+from grootvl_mm.ops._checks import unwatched
 from grootvl_mm.ops._compat import is_autocast_enabled, is_eager
 
 
@@ -15,6 +16,7 @@ def conv_silu(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return F.silu(conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
 
+@unwatched
 def _is_depthwise(conv: nn.Module) -> bool:
     return (
         untouched(conv, kinds=(nn.Conv2d,), bias=False)
@@ -24,6 +26,7 @@ def _is_depthwise(conv: nn.Module) -> bool:
     )
 
 
+@unwatched
 def _is_for_own(x: Tensor, weight: Tensor) -> bool:
     """Where PyTorch takes x and weight, too."""
     return (

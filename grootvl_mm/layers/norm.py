@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from grootvl_mm.layers.untouched import has_own_kernels, untouched
 from grootvl_mm.ops import layer_norm as own_layer_norm
 from grootvl_mm.ops import residual_layer_norm
+from grootvl_mm.ops._checks import unwatched
 from grootvl_mm.ops._compat import autocast_dtype, is_autocast_enabled, is_eager
 
 
@@ -54,14 +55,7 @@ def add_norm(x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor
 
     On the CPU that is under autocast, where both are written in 16 bits at once; in float32 PyTorch's are as fast.
     """
-    if (
-        is_eager(x)
-        and untouched(norm, kinds=(nn.LayerNorm,))
-        and _is_for_own(x, norm.normalized_shape, norm.weight, norm.bias)
-        and has_own_kernels(x, branch)
-        and branch.shape == x.shape
-        and torch.promote_types(branch.dtype, x.dtype) == x.dtype
-    ):
+    if is_eager(x) and untouched(norm, kinds=(nn.LayerNorm,)) and _takes_branch(x, branch, norm):
         dtype = _narrow_dtype(x)
         if dtype is not None or (x.device.type == "cuda" and not is_autocast_enabled("cuda")):
             return residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, dtype=dtype)
@@ -69,6 +63,17 @@ def add_norm(x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor
     return x, norm(x)
 
 
+@unwatched
+def _takes_branch(x: Tensor, branch: Tensor, norm: nn.LayerNorm) -> bool:
+    return (
+        _is_for_own(x, norm.normalized_shape, norm.weight, norm.bias)
+        and has_own_kernels(x, branch)
+        and branch.shape == x.shape
+        and torch.promote_types(branch.dtype, x.dtype) == x.dtype
+    )
+
+
+@unwatched
 def _narrow_dtype(x: Tensor) -> torch.dtype | None:
     """That of autocast, unless the cast is not all that lies between a norm of ``x`` and linear layers."""
     device_type = x.device.type
@@ -77,6 +82,7 @@ def _narrow_dtype(x: Tensor) -> torch.dtype | None:
     return autocast_dtype(device_type)
 
 
+@unwatched
 def _is_for_own(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> bool:
     """The norm over the channels, with weight and bias of the dtypes that PyTorch's takes, too."""
     return (

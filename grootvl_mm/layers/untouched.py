@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules import module as global_hooks
 
+from grootvl_mm.ops._checks import unwatched
 from grootvl_mm.ops._library import has_kernels
 
 try:
@@ -31,6 +32,7 @@ def untouched(*modules: nn.Module, kinds: tuple[type[nn.Module], ...], bias: boo
     return not _has_global_hook() and all(_is_untouched(module, kinds, bias) for module in modules)
 
 
+@unwatched
 def has_own_kernels(*tensors: Tensor | None) -> bool:
     """Whether plain tensors are where our operators have kernels, and nobody counts or traces PyTorch's operators."""
     return (

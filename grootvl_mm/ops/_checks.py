@@ -1,11 +1,34 @@
 """Checks of what users pass to the operators: each error says what came, what was expected and what to do."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from grootvl_mm.ops._compat import is_compiling
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
+def unwatched(look: Callable) -> Callable:
+    """A decorator for functions that only look at tensors.
+
+    A torch function mode, such as that of :mod:`grootvl_mm.layers.recompute`, would be called for every dtype, shape
+    and device that is asked for; that takes longer than to launch a kernel.
+    """
+
+    @functools.wraps(look)
+    def look_unwatched(*args: object, **kwargs: object) -> object:
+        if is_compiling():
+            return look(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            return look(*args, **kwargs)
+
+    return look_unwatched
+
+
+@unwatched
 def check_tensor(
     name: str, value: Tensor, shape: str | tuple[int, ...], dim: int, dtypes: tuple[torch.dtype, ...] = FLOATING
 ) -> None:
@@ -34,6 +57,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+@unwatched
 def check_same_device(**tensors: Tensor) -> None:
     """All tensors on one device.
 
@@ -45,6 +69,7 @@ def check_same_device(**tensors: Tensor) -> None:
         raise ValueError(f"all inputs must be on one device, got {found}")
 
 
+@unwatched
 def check_parameter_dtype(name: str, parameter: Tensor, x: Tensor) -> None:
     """A parameter in the dtype of ``x``, or in float32 where ``x`` has 16 bits.
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from grootvl_mm.ops import _neighbours  # noqa: F401  defines torch.ops.grootvl
-from grootvl_mm.ops._checks import check_parameter_dtype, check_same_device, check_tensor
+from grootvl_mm.ops._checks import check_parameter_dtype, check_same_device, check_tensor, unwatched
 
 
 def depthwise_conv_silu(x: Tensor, weight: Tensor) -> Tensor:
@@ -26,6 +26,12 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor) -> Tensor:
         TypeError: an argument is no tensor, or dtypes do not fit together.
         ValueError: shapes or devices do not fit together.
     """
+    _check(x, weight)
+    return torch.ops.grootvl.depthwise_conv_silu(x, weight)
+
+
+@unwatched
+def _check(x: Tensor, weight: Tensor) -> None:
     check_tensor("x", x, "(B, H, W, D)", 4)
     shape = (x.shape[3], 1, 3, 3)
     check_tensor("weight", weight, shape, 4)
@@ -33,4 +39,3 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(f"weight must have shape {shape} for x {tuple(x.shape)}, got {tuple(weight.shape)}")
     check_parameter_dtype("weight", weight, x)
     check_same_device(x=x, weight=weight)
-    return torch.ops.grootvl.depthwise_conv_silu(x, weight)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from grootvl_mm.ops import _neighbours  # noqa: F401  defines torch.ops.grootvl
-from grootvl_mm.ops._checks import FLOATING, check_parameter_dtype, check_same_device, check_tensor
+from grootvl_mm.ops._checks import FLOATING, check_parameter_dtype, check_same_device, check_tensor, unwatched
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None) -> Tensor:
@@ -62,6 +62,12 @@ def residual_layer_norm(
         ValueError: shapes or devices do not fit together, or ``factor`` requires a gradient.
     """
     _check_norm(x, weight, bias, dtype)
+    _check_branch(x, branch, factor)
+    return torch.ops.grootvl.residual_layer_norm(x, branch, factor, weight, bias, eps, dtype)
+
+
+@unwatched
+def _check_branch(x: Tensor, branch: Tensor, factor: Tensor | None) -> None:
     check_tensor("branch", branch, "(B, ..., C)", x.dim())
     if branch.shape != x.shape:
         raise ValueError(f"branch must have the shape of x {tuple(x.shape)}, got {tuple(branch.shape)}")
@@ -76,9 +82,9 @@ def residual_layer_norm(
         check_same_device(x=x, factor=factor)
         if factor.requires_grad:
             raise ValueError("factor has no gradient here; multiply branch by it instead")
-    return torch.ops.grootvl.residual_layer_norm(x, branch, factor, weight, bias, eps, dtype)
 
 
+@unwatched
 def _check_norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype | None) -> None:
     if not isinstance(x, Tensor) or x.dim() == 0:
         raise TypeError(f"x must be a tensor (..., C), got {type(x).__name__}")

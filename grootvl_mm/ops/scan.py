@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grootvl_mm.ops import _library  # noqa: F401  defines torch.ops.grootvl
-from grootvl_mm.ops._checks import FLOATING, check_choice, check_same_device, check_tensor
+from grootvl_mm.ops._checks import FLOATING, check_choice, check_same_device, check_tensor, unwatched
 from grootvl_mm.ops._compat import is_autocast_enabled, is_forward_ad
 from grootvl_mm.ops.reference import SelectiveScanInputs, selective_scan
 from grootvl_mm.ops.tree import Tree
@@ -39,16 +39,7 @@ def tree_scan(x: Tensor, decay: Tensor, tree: Tree, propagation: str = "all") ->
         ValueError: shapes, dtypes or devices that do not fit together, or an unknown propagation.
         ValueError, RuntimeError: ``tree`` is no tree in topological order (not checked on CUDA).
     """
-    check_tensor("x", x, "(B, L, D)", 3)
-    check_tensor("decay", decay, "(B, L, D)", 3, FLOATING)
-    check_choice("propagation", propagation, PROPAGATIONS)
-    if decay.shape != x.shape:
-        raise ValueError(f"decay must have the shape of x {tuple(x.shape)}, got {tuple(decay.shape)}")
-    _check_tree(tree, x)
-    if decay.dtype != x.dtype and not is_autocast_enabled(x.device.type):
-        raise TypeError(f"decay must have the dtype of x {x.dtype}, got {decay.dtype}")
-    check_same_device(x=x, decay=decay, parent=tree.parent, order=tree.order)
-    _refuse_tangents("tree_scan", (x, decay))
+    _check_scan(x, decay, tree, propagation)
     return torch.ops.grootvl.tree_scan(x, decay, tree.parent, tree.order, propagation)
 
 
@@ -112,7 +103,28 @@ def tree_selective_scan(
         *(x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds),
         *(h_norm_weight, h_norm_bias, out_norm_weight, out_norm_bias),
     )
+    _check_selective_scan(inputs, tree, propagation)
+    return torch.ops.grootvl.tree_selective_scan(*inputs, *tree, eps, propagation)
+
+
+@unwatched
+def _check_scan(x: Tensor, decay: Tensor, tree: Tree, propagation: str) -> None:
+    check_tensor("x", x, "(B, L, D)", 3)
+    check_tensor("decay", decay, "(B, L, D)", 3, FLOATING)
     check_choice("propagation", propagation, PROPAGATIONS)
+    if decay.shape != x.shape:
+        raise ValueError(f"decay must have the shape of x {tuple(x.shape)}, got {tuple(decay.shape)}")
+    _check_tree(tree, x)
+    if decay.dtype != x.dtype and not is_autocast_enabled(x.device.type):
+        raise TypeError(f"decay must have the dtype of x {x.dtype}, got {decay.dtype}")
+    check_same_device(x=x, decay=decay, parent=tree.parent, order=tree.order)
+    _refuse_tangents("tree_scan", (x, decay))
+
+
+@unwatched
+def _check_selective_scan(inputs: SelectiveScanInputs, tree: Tree, propagation: str) -> None:
+    check_choice("propagation", propagation, PROPAGATIONS)
+    x, dt_weight = inputs.x, inputs.dt_weight
     check_tensor("x", x, "(B, L, D)", 3)
     check_tensor("dt_weight", dt_weight, "(D, R)", 2)
     batch, vertices, channels = x.shape
@@ -138,7 +150,6 @@ def tree_selective_scan(
     _check_tree(tree, x)
     check_same_device(**inputs._asdict(), parent=tree.parent, order=tree.order)
     _refuse_tangents("tree_selective_scan", inputs)
-    return torch.ops.grootvl.tree_selective_scan(*inputs, *tree, eps, propagation)
 
 
 def _refuse_tangents(name: str, inputs: Sequence[Tensor]) -> None:
