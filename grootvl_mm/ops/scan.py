@@ -8,6 +8,7 @@ from torch import Tensor
 from grootvl_mm.ops import _library  # noqa: F401  defines torch.ops.grootvl
 from grootvl_mm.ops._checks import FLOATING, check_choice, check_same_device, check_tensor
 from grootvl_mm.ops._compat import is_autocast_enabled, is_forward_ad
+from grootvl_mm.ops._cuts import cut_of
 from grootvl_mm.ops.reference import SelectiveScanInputs, selective_scan
 from grootvl_mm.ops.tree import Tree
 
@@ -49,7 +50,7 @@ def tree_scan(x: Tensor, decay: Tensor, tree: Tree, propagation: str = "all") ->
         raise TypeError(f"decay must have the dtype of x {x.dtype}, got {decay.dtype}")
     check_same_device(x=x, decay=decay, parent=tree.parent, order=tree.order)
     _refuse_tangents("tree_scan", (x, decay))
-    return torch.ops.grootvl.tree_scan(x, decay, tree.parent, tree.order, propagation)
+    return torch.ops.grootvl.tree_scan(x, decay, tree.parent, tree.order, propagation, cut_of(tree))
 
 
 def tree_selective_scan(
@@ -138,7 +139,7 @@ def tree_selective_scan(
     _check_tree(tree, x)
     check_same_device(**inputs._asdict(), parent=tree.parent, order=tree.order)
     _refuse_tangents("tree_selective_scan", inputs)
-    return torch.ops.grootvl.tree_selective_scan(*inputs, *tree, eps, propagation)
+    return torch.ops.grootvl.tree_selective_scan(*inputs, *tree, eps, propagation, cut_of(tree))
 
 
 def _refuse_tangents(name: str, inputs: Sequence[Tensor]) -> None:
