@@ -135,6 +135,9 @@ if hasattr(torch.compiler, "is_compiling"):
 else:
     from torch._utils import is_compiling
 
+# Where PyTorch does not tell them apart, every compiler counts as an export.
+is_exporting = getattr(torch.compiler, "is_exporting", is_compiling)
+
 if hasattr(torch.amp, "is_autocast_available"):
 
     def is_autocast_enabled(device_type: str) -> bool:
@@ -201,6 +204,7 @@ __all__ = [
     "is_autocast_enabled",
     "is_compiling",
     "is_eager",
+    "is_exporting",
     "is_forward_ad",
     "onednn_linear",
     "register_autocast",

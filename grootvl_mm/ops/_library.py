@@ -75,6 +75,8 @@ def _install_references(library: torch.library.Library) -> None:
             library.impl(name, function, "CompositeExplicitAutograd")
         elif not has_kernels("cuda"):
             library.impl(name, function, "CUDA")
+    if _EXTENSION_ERROR is not None:
+        library.define("tree_cut(Tensor parent, Tensor order) -> Tensor")
 
 
 def _find_kernels() -> frozenset[str]:
@@ -114,15 +116,26 @@ def _(edge_weight: Tensor, height: int, width: int, root: int) -> tuple[Tensor, 
     return parent, torch.empty_like(parent)
 
 
+# The kinds of devices whose scans want to know the cuts of their trees, the result of the operator tree_cut.
+CUTTING_DEVICES = frozenset(
+    key.lower()
+    for key in ("CPU", "CUDA")
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::tree_cut", key)
+)
+
+
+@register_fake(f"{NAMESPACE}::tree_cut")
+def _(parent: Tensor, order: Tensor) -> Tensor:
+    return parent.new_empty((parent.shape[0], 7 * parent.shape[1] + 8))
+
+
 @register_fake(f"{NAMESPACE}::tree_scan")
-def _(x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagation: str) -> Tensor:
+def _(x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagation: str, cut: Tensor | None = None) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @register_fake(f"{NAMESPACE}::tree_scan_backward")
-def _(
-    grad_h: Tensor, x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagation: str
-) -> tuple[Tensor, Tensor]:
+def _(grad_h: Tensor, x: Tensor, decay: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         torch.empty_like(decay, memory_format=torch.contiguous_format),
@@ -155,29 +168,31 @@ def _no_gradient(name: str) -> None:
 
 _no_gradient("grid_edge_weight")
 _no_gradient("grid_tree")
+_no_gradient("tree_cut")
 
 
 def _save_scan(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.propagation = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.propagation, cut = reference.with_cut(inputs)
+    ctx.save_for_backward(*tensors, cut)
 
 
 def _scan_backward(ctx: Any, grad_h: Tensor) -> tuple:
-    grads = _operator("tree_scan_backward")(grad_h, *ctx.saved_tensors, ctx.propagation)
-    return (*grads, None, None, None)
+    *tensors, cut = ctx.saved_tensors
+    grads = _operator("tree_scan_backward")(grad_h, *tensors, ctx.propagation, cut)
+    return (*grads, None, None, None, None)
 
 
 def _scan_double_backward(ctx: Any, *grad_grads: Tensor) -> tuple:
     """Differentiates the formula of the backward, written with differentiable scans."""
-    *differentiable, parent, order = ctx.saved_tensors
+    *differentiable, parent, order, cut = ctx.saved_tensors
 
     def backward(grad_h: Tensor, x: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
         def scan(value: Tensor, direction: str) -> Tensor:
-            return _operator("tree_scan")(value, decay, parent, order, direction)
+            return _operator("tree_scan")(value, decay, parent, order, direction, cut)
 
         return reference.scan_backward(scan, grad_h, x, decay, parent, ctx.propagation)
 
-    return (*reference.vjp(backward, differentiable, grad_grads), None, None, None)
+    return (*reference.vjp(backward, differentiable, grad_grads), None, None, None, None)
 
 
 register_autograd(f"{NAMESPACE}::tree_scan", _scan_backward, setup_context=_save_scan)
@@ -185,26 +200,27 @@ register_autograd(f"{NAMESPACE}::tree_scan_backward", _scan_double_backward, set
 
 
 def _save_selective_scan(ctx: Any, inputs: tuple, output: Any) -> None:
-    *tensors, ctx.eps, ctx.propagation = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.eps, ctx.propagation, cut = reference.with_cut(inputs)
+    ctx.save_for_backward(*tensors, cut)
 
 
 def _selective_scan_backward(ctx: Any, grad_y: Tensor) -> tuple:
-    grads = _operator("tree_selective_scan_backward")(grad_y, *ctx.saved_tensors, ctx.eps, ctx.propagation)
-    return (*grads, None, None, None, None)
+    *tensors, cut = ctx.saved_tensors
+    grads = _operator("tree_selective_scan_backward")(grad_y, *tensors, ctx.eps, ctx.propagation, cut)
+    return (*grads, None, None, None, None, None)
 
 
 def _selective_scan_double_backward(ctx: Any, *grad_grads: Tensor) -> tuple:
     """Differentiates the backward of the same computation in PyTorch operators around ``tree_scan``."""
-    *differentiable, parent, order = ctx.saved_tensors
+    *differentiable, parent, order, cut = ctx.saved_tensors
 
     def backward(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         wide = [reference.accumulated(value) for value in inputs]
         grad_y = reference.accumulated(grad_y)
-        grads = reference.selective_scan_backward(grad_y, wide, parent, order, ctx.eps, ctx.propagation)
+        grads = reference.selective_scan_backward(grad_y, wide, parent, order, ctx.eps, ctx.propagation, cut)
         return tuple(grad.to(value.dtype) for grad, value in zip(grads, inputs, strict=True))
 
-    return (*reference.vjp(backward, differentiable, grad_grads), None, None, None, None)
+    return (*reference.vjp(backward, differentiable, grad_grads), None, None, None, None, None)
 
 
 register_autograd(f"{NAMESPACE}::tree_selective_scan", _selective_scan_backward, setup_context=_save_selective_scan)
@@ -239,24 +255,30 @@ _SCAN_BACKWARD_FLOPS = {"up": 5, "down": 5, "all": 15}
 _WEIGHT_FLOPS = {"cosine": 6, "euclidean": 6, "manhattan": 4}
 
 
+def _propagation(args: tuple) -> str:
+    """The argument of a scan that is text; a cut may come after it."""
+    return next(value for value in args if isinstance(value, str))
+
+
 @register_flop_formula(torch.ops.grootvl.grid_edge_weight)
 def _(feature_shape: torch.Size, metric: str, log: bool, **kwargs: Any) -> int:
     return _WEIGHT_FLOPS[metric] * feature_shape.numel()
 
 
 @register_flop_formula(torch.ops.grootvl.grid_tree)
+@register_flop_formula(torch.ops.grootvl.tree_cut)
 def _(*args: Any, **kwargs: Any) -> int:
     return 0
 
 
 @register_flop_formula(torch.ops.grootvl.tree_scan)
 def _(x_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
-    return _SCAN_FLOPS[args[-1]] * x_shape.numel()
+    return _SCAN_FLOPS[_propagation(args)] * x_shape.numel()
 
 
 @register_flop_formula(torch.ops.grootvl.tree_scan_backward)
 def _(x_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
-    return _SCAN_BACKWARD_FLOPS[args[-1]] * x_shape.numel()
+    return _SCAN_BACKWARD_FLOPS[_propagation(args)] * x_shape.numel()
 
 
 # Beside the scan and the projection of dt: softplus 2, decay 2, input 2, layer norms 7 each, skip connection 3, gate 4.
@@ -265,9 +287,9 @@ _SELECTIVE_FLOPS = 27
 
 @register_flop_formula(torch.ops.grootvl.tree_selective_scan)
 def _(x_shape: torch.Size, dt_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
-    return (_SCAN_FLOPS[args[-1]] + 2 * dt_shape[-1] + _SELECTIVE_FLOPS) * x_shape.numel()
+    return (_SCAN_FLOPS[_propagation(args)] + 2 * dt_shape[-1] + _SELECTIVE_FLOPS) * x_shape.numel()
 
 
 @register_flop_formula(torch.ops.grootvl.tree_selective_scan_backward)
 def _(grad_y_shape: torch.Size, x_shape: torch.Size, dt_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
-    return (_SCAN_BACKWARD_FLOPS[args[-1]] + 6 * dt_shape[-1] + 2 * _SELECTIVE_FLOPS) * x_shape.numel()
+    return (_SCAN_BACKWARD_FLOPS[_propagation(args)] + 6 * dt_shape[-1] + 2 * _SELECTIVE_FLOPS) * x_shape.numel()

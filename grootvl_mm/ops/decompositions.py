@@ -42,7 +42,9 @@ def grid_tree(edge_weight: Tensor, height: int, width: int, root: int) -> tuple[
     return parent, reference.vertices_like(parent).to(torch.int32)
 
 
-def tree_scan(x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagation: str) -> Tensor:
+def tree_scan(
+    x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagation: str, cut: Tensor | None = None
+) -> Tensor:
     """(B, L, D) to (B, L, D)."""
     ancestor = parent.long()
     is_root = (ancestor == reference.vertices_like(ancestor)).unsqueeze(-1)
@@ -68,7 +70,7 @@ def tree_scan(x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagati
 
 def tree_selective_scan(x: Tensor, *args: Tensor | float | str) -> Tensor:
     """(B, L, D) to (B, L, D)."""
-    *values, parent, order, eps, propagation = args
+    *values, parent, order, eps, propagation, _ = reference.with_cut(args)
 
     def scan(value: Tensor, decay: Tensor) -> Tensor:
         return tree_scan(value, decay, parent, order, propagation)

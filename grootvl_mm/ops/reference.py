@@ -223,10 +223,12 @@ class _Levels:
         return h
 
 
-def tree_scan(x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagation: str) -> Tensor:
+def tree_scan(
+    x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagation: str, cut: Tensor | None = None
+) -> Tensor:
     """``h_i = sum_j S(i, j) x_j``, with S(i, j) the product of the decays on the path: (B, L, D) to (B, L, D).
 
-    16-bit inputs are accumulated in float32 and rounded once at the end.
+    16-bit inputs are accumulated in float32 and rounded once at the end. The ``cut`` is not needed.
     """
     levels = _Levels(parent, accumulated(decay))
     rows = accumulated(x).flatten(0, 1)
@@ -240,7 +242,13 @@ def tree_scan(x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagati
 
 
 def tree_scan_backward(
-    grad_h: Tensor, x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, propagation: str
+    grad_h: Tensor,
+    x: Tensor,
+    decay: Tensor,
+    parent: Tensor,
+    order: Tensor,
+    propagation: str,
+    cut: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``x`` and ``decay``, each (B, L, D); that of the root's decay is 0."""
 
@@ -343,6 +351,11 @@ def vjp(
         return torch.autograd.grad(function(*leaves), leaves, grads, create_graph=again, allow_unused=True)
 
 
+def with_cut(args: Sequence[Tensor | float | str | None]) -> tuple[Tensor | float | str | None, ...]:
+    """The arguments of a scan with its last one, the cut, which the dispatcher leaves out where it is None."""
+    return (*args, None) if isinstance(args[-1], str) else tuple(args)
+
+
 def _spelled(leading: Sequence[str] = ()) -> Callable[[Callable], Callable]:
     """Gives a function of ``*args`` the signature that the operator's schema is made of."""
 
@@ -351,6 +364,7 @@ def _spelled(leading: Sequence[str] = ()) -> Callable[[Callable], Callable]:
         types |= {"eps": float, "propagation": str}
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [inspect.Parameter(name, kind, annotation=annotation) for name, annotation in types.items()]
+        parameters.append(inspect.Parameter("cut", kind, annotation=Tensor | None, default=None))
         result = inspect.signature(function).return_annotation
         function.__signature__ = inspect.Signature(parameters, return_annotation=result)
         return function
@@ -361,7 +375,7 @@ def _spelled(leading: Sequence[str] = ()) -> Callable[[Callable], Callable]:
 @_spelled()
 def tree_selective_scan(*args: Tensor | float | str) -> Tensor:
     """Everything between the projections of the layer, see :func:`grootvl_mm.ops.tree_selective_scan`: (B, L, D)."""
-    *inputs, parent, order, eps, propagation = args
+    *inputs, parent, order, eps, propagation, _ = with_cut(args)
 
     def scan(value: Tensor, decay: Tensor) -> Tensor:
         return tree_scan(value, decay, parent, order, propagation)
@@ -375,7 +389,7 @@ def tree_selective_scan_backward(
     *args: Tensor | float | str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the 13 floating inputs of :func:`tree_selective_scan`, in their order and dtype."""
-    *tensors, parent, order, eps, propagation = args
+    *tensors, parent, order, eps, propagation, _ = with_cut(args)
     grad_y, *inputs = map(accumulated, tensors)
     with enable_autograd():
         grads = selective_scan_backward(grad_y, inputs, parent, order, eps, propagation)
@@ -383,12 +397,18 @@ def tree_selective_scan_backward(
 
 
 def selective_scan_backward(
-    grad_y: Tensor, inputs: Sequence[Tensor], parent: Tensor, order: Tensor, eps: float, propagation: str
+    grad_y: Tensor,
+    inputs: Sequence[Tensor],
+    parent: Tensor,
+    order: Tensor,
+    eps: float,
+    propagation: str,
+    cut: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The gradients around the operator ``tree_scan``, differentiable again where grad mode is on."""
 
     def scan(value: Tensor, decay: Tensor) -> Tensor:
-        return torch.ops.grootvl.tree_scan(value, decay, parent, order, propagation)
+        return torch.ops.grootvl.tree_scan(value, decay, parent, order, propagation, cut)
 
     return vjp(lambda *values: plain_selective_scan(scan, SelectiveScanInputs(*values), eps), inputs, grad_y)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from grootvl_mm.ops import _library  # noqa: F401  defines torch.ops.grootvl
 from grootvl_mm.ops._checks import FLOATING, check_choice, check_same_device, check_tensor, unwatched
 from grootvl_mm.ops._compat import is_autocast_enabled, is_forward_ad
+from grootvl_mm.ops._cuts import cut_of
 from grootvl_mm.ops.reference import SelectiveScanInputs, selective_scan
 from grootvl_mm.ops.tree import Tree
 
@@ -40,7 +41,7 @@ def tree_scan(x: Tensor, decay: Tensor, tree: Tree, propagation: str = "all") ->
         ValueError, RuntimeError: ``tree`` is no tree in topological order (not checked on CUDA).
     """
     _check_scan(x, decay, tree, propagation)
-    return torch.ops.grootvl.tree_scan(x, decay, tree.parent, tree.order, propagation)
+    return torch.ops.grootvl.tree_scan(x, decay, tree.parent, tree.order, propagation, cut_of(tree))
 
 
 def tree_selective_scan(
@@ -104,7 +105,7 @@ def tree_selective_scan(
         *(h_norm_weight, h_norm_bias, out_norm_weight, out_norm_bias),
     )
     _check_selective_scan(inputs, tree, propagation)
-    return torch.ops.grootvl.tree_selective_scan(*inputs, *tree, eps, propagation)
+    return torch.ops.grootvl.tree_selective_scan(*inputs, *tree, eps, propagation, cut_of(tree))
 
 
 @unwatched

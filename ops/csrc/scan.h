@@ -1,23 +1,29 @@
 // Scans along rooted trees: what the operators promise on every device, and the checks they share.
 //
-// tree_scan(x, decay, parent, order, propagation) -> h
+// tree_scan(x, decay, parent, order, propagation, cut) -> h
 //   x, decay (B, L, D), one floating dtype; parent, order (B, L) int32 as grid_tree returns them; any strides. h (B, L,
 //   D) contiguous:
 //     up    u_v = x_v + sum over children c of decay_c * u_c;  h = u
 //     down  h_root = x_root;  h_v = x_v + decay_v * h_parent(v)
 //     all   h_root = u_root;  h_v = u_v + decay_v * (h_parent(v) - decay_v * u_v)
 //   16-bit values are accumulated in float32.
-// tree_scan_backward(grad_h, x, decay, parent, order, propagation) -> (grad_x, grad_decay)
+// tree_scan_backward(grad_h, x, decay, parent, order, propagation, cut) -> (grad_x, grad_decay)
 //   for the gradient of h; each (B, L, D) contiguous; that of the root's decay is 0.
+// tree_cut(parent, order) -> cut
+//   what a device can know of trees before it scans along them, (B, N) int32, only for its scans along the same trees,
+//   which otherwise find it out themselves. Devices without this operator ignore what they are given.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <c10/util/Optional.h>
 #include <c10/util/string_view.h>
 
 #include <tuple>
 
 namespace grootvl {
+
+using OptionalTensor = c10::optional<at::Tensor>;
 
 enum class Propagation { kAll, kUp, kDown };
 
@@ -86,8 +92,8 @@ struct NoScope {
 };
 
 // Both operators for any input, from what a device computes for inputs that are not empty:
-//   Device::forward(x, decay, parent, order, propagation, h) and
-//   Device::backward(grad_h, x, decay, parent, order, propagation, grad_x, grad_decay), results last;
+//   Device::forward(x, decay, parent, order, cut, propagation, h) and
+//   Device::backward(grad_h, x, decay, parent, order, cut, propagation, grad_x, grad_decay), results last;
 //   Device::computes(x) tells whether it takes these; 16-bit inputs that it does not are cast to float32;
 //   Device::Scope, made from the inputs' device, lives meanwhile.
 template <typename Device>
@@ -97,16 +103,17 @@ struct ScanOperators {
       const at::Tensor& decay,
       const at::Tensor& parent,
       const at::Tensor& order,
-      c10::string_view propagation_name) {
+      c10::string_view propagation_name,
+      const OptionalTensor& cut) {
     const Propagation propagation = parse_propagation(propagation_name);
     check_scan_inputs(x, decay, parent, order);
     const typename Device::Scope scope(x.device());
     if (!Device::computes(x)) {
-      return forward(x.to(at::kFloat), decay.to(at::kFloat), parent, order, propagation_name).to(x.scalar_type());
+      return forward(x.to(at::kFloat), decay.to(at::kFloat), parent, order, propagation_name, cut).to(x.scalar_type());
     }
     at::Tensor h = at::empty(x.sizes(), x.options());
     if (h.numel() > 0) {
-      Device::forward(x, decay, parent, order, propagation, h);
+      Device::forward(x, decay, parent, order, cut, propagation, h);
     }
     return h;
   }
@@ -117,20 +124,21 @@ struct ScanOperators {
       const at::Tensor& decay,
       const at::Tensor& parent,
       const at::Tensor& order,
-      c10::string_view propagation_name) {
+      c10::string_view propagation_name,
+      const OptionalTensor& cut) {
     const Propagation propagation = parse_propagation(propagation_name);
     check_scan_inputs(x, decay, parent, order);
     check_scan_gradient(grad_h, x);
     const typename Device::Scope scope(x.device());
     if (!Device::computes(x)) {
       const auto [grad_x, grad_decay] =
-          backward(grad_h.to(at::kFloat), x.to(at::kFloat), decay.to(at::kFloat), parent, order, propagation_name);
+          backward(grad_h.to(at::kFloat), x.to(at::kFloat), decay.to(at::kFloat), parent, order, propagation_name, cut);
       return {grad_x.to(x.scalar_type()), grad_decay.to(x.scalar_type())};
     }
     at::Tensor grad_x = at::empty(x.sizes(), x.options());
     at::Tensor grad_decay = at::empty(x.sizes(), x.options());
     if (x.numel() > 0) {
-      Device::backward(grad_h, x, decay, parent, order, propagation, grad_x, grad_decay);
+      Device::backward(grad_h, x, decay, parent, order, cut, propagation, grad_x, grad_decay);
     }
     return {grad_x, grad_decay};
   }

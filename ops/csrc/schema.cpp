@@ -5,19 +5,21 @@
 TORCH_LIBRARY(grootvl, m) {
   m.def("grid_edge_weight(Tensor feature, str metric, bool log) -> Tensor");
   m.def("grid_tree(Tensor edge_weight, SymInt height, SymInt width, SymInt root) -> (Tensor, Tensor)");
-  m.def("tree_scan(Tensor x, Tensor decay, Tensor parent, Tensor order, str propagation) -> Tensor");
+  m.def("tree_cut(Tensor parent, Tensor order) -> Tensor");
+  m.def("tree_scan(Tensor x, Tensor decay, Tensor parent, Tensor order, str propagation, Tensor? cut=None) -> Tensor");
   m.def(
-      "tree_scan_backward(Tensor grad_h, Tensor x, Tensor decay, Tensor parent, Tensor order, str propagation)"
-      " -> (Tensor, Tensor)");
+      "tree_scan_backward(Tensor grad_h, Tensor x, Tensor decay, Tensor parent, Tensor order, str propagation, "
+      "Tensor? cut=None) -> (Tensor, Tensor)");
   m.def(
       "tree_selective_scan(Tensor x, Tensor dt, Tensor b, Tensor c, Tensor gate, Tensor dt_weight, Tensor dt_bias, "
       "Tensor A_log, Tensor Ds, Tensor h_norm_weight, Tensor h_norm_bias, Tensor out_norm_weight, "
-      "Tensor out_norm_bias, Tensor parent, Tensor order, float eps, str propagation) -> Tensor");
+      "Tensor out_norm_bias, Tensor parent, Tensor order, float eps, str propagation, Tensor? cut=None) -> Tensor");
   m.def(
       "tree_selective_scan_backward(Tensor grad_y, Tensor x, Tensor dt, Tensor b, Tensor c, Tensor gate, "
       "Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor Ds, Tensor h_norm_weight, Tensor h_norm_bias, "
-      "Tensor out_norm_weight, Tensor out_norm_bias, Tensor parent, Tensor order, float eps, str propagation) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor out_norm_weight, Tensor out_norm_bias, Tensor parent, Tensor order, float eps, str propagation, "
+      "Tensor? cut=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType? dtype) -> Tensor");
   m.def(
       "residual_layer_norm(Tensor x, Tensor branch, Tensor? factor, Tensor weight, Tensor bias, float eps, "

@@ -2,14 +2,14 @@
 // every device, and the checks they share.
 //
 // tree_selective_scan(x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds, h_norm_weight, h_norm_bias, out_norm_weight,
-//                     out_norm_bias, parent, order, eps, propagation) -> y
+//                     out_norm_bias, parent, order, eps, propagation, cut) -> y
 //   x, gate (B, L, D), dt (B, L, R), b, c (B, L, 1), the activations, of one floating dtype; dt_weight (D, R) and the
 //   other parameters (D) of the same, or of float32 beside 16-bit activations; parent, order (B, L) int32 as grid_tree
 //   returns them; any strides. y (B, L, D) contiguous, of the dtype of x:
 //     delta = softplus(dt dt_weight^T + dt_bias);  decay = exp(-exp(A_log) delta)
 //     h     = tree_scan(delta b x, decay, parent, order, propagation)
 //     y     = LayerNorm_out(LayerNorm_h(h) c + Ds x) SiLU(gate)
-//   16-bit values are computed in float32; decays never have 16 bits.
+//   16-bit values are computed in float32; decays never have 16 bits. The cut is that of scan.h.
 // tree_selective_scan_backward(grad_y, ... the same ...) -> the gradients of the 13 floating inputs, in their order and
 //   dtypes
 //   Nothing but the inputs is needed: decay, input and h are computed again.
@@ -105,8 +105,8 @@ inline at::Tensor to_float(const at::Tensor& tensor) {
 }
 
 // Both operators for any input, from what a device computes:
-//   Device::forward(inputs, parent, order, eps, propagation) -> y and
-//   Device::backward(grad_y, inputs, parent, order, eps, propagation) -> gradients;
+//   Device::forward(inputs, parent, order, cut, eps, propagation) -> y and
+//   Device::backward(grad_y, inputs, parent, order, cut, eps, propagation) -> gradients;
 //   Device::computes(x) tells whether it takes these; 16-bit inputs that it does not are cast to float32;
 //   Device::Scope, made from the inputs' device, lives meanwhile.
 template <typename Device>
@@ -131,16 +131,17 @@ struct SelectiveScanOperators {
       const at::Tensor& parent,
       const at::Tensor& order,
       double eps,
-      c10::string_view propagation_name) {
+      c10::string_view propagation_name,
+      const OptionalTensor& cut) {
     const Propagation propagation = parse_propagation(propagation_name);
     const SelectiveScanInputs inputs{
         x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds, h_norm_weight, h_norm_bias, out_norm_weight, out_norm_bias};
     check_selective_scan_inputs(inputs, parent, order);
     const typename Device::Scope scope(x.device());
     if (!Device::computes(x)) {
-      return Device::forward(inputs.map(to_float), parent, order, eps, propagation).to(x.scalar_type());
+      return Device::forward(inputs.map(to_float), parent, order, cut, eps, propagation).to(x.scalar_type());
     }
-    return Device::forward(inputs, parent, order, eps, propagation);
+    return Device::forward(inputs, parent, order, cut, eps, propagation);
   }
 
   static Gradients backward(
@@ -161,7 +162,8 @@ struct SelectiveScanOperators {
       const at::Tensor& parent,
       const at::Tensor& order,
       double eps,
-      c10::string_view propagation_name) {
+      c10::string_view propagation_name,
+      const OptionalTensor& cut) {
     const Propagation propagation = parse_propagation(propagation_name);
     const SelectiveScanInputs inputs{
         x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds, h_norm_weight, h_norm_bias, out_norm_weight, out_norm_bias};
@@ -170,12 +172,12 @@ struct SelectiveScanOperators {
     const typename Device::Scope scope(x.device());
     SelectiveScanInputs g;
     if (!Device::computes(x)) {
-      g = Device::backward(to_float(grad_y), inputs.map(to_float), parent, order, eps, propagation)
+      g = Device::backward(to_float(grad_y), inputs.map(to_float), parent, order, cut, eps, propagation)
               .map_parts(
                   [&](const at::Tensor& grad) { return grad.to(x.scalar_type()); },
                   [&](const at::Tensor& grad) { return grad.to(dt_weight.scalar_type()); });
     } else {
-      g = Device::backward(grad_y, inputs, parent, order, eps, propagation);
+      g = Device::backward(grad_y, inputs, parent, order, cut, eps, propagation);
     }
     return {
         g.x,

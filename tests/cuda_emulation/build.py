@@ -129,8 +129,12 @@ def compile_library(
     return library
 
 
-def operator_library(sanitize: bool = False) -> Path:
+def operator_library(sanitize: bool = False, only: Sequence[str] = ()) -> Path:
     """The operators of ``ops/csrc/cuda``, registered for CPU tensors; for ``GROOTVL_LIBRARY``.
+
+    Args:
+        sanitize: see :func:`compile_library`.
+        only: names of ``.cu`` files, without which the library has all of them and takes minutes to compile.
 
     Raises:
         FileNotFoundError: there are no CUDA sources.
@@ -139,7 +143,7 @@ def operator_library(sanitize: bool = False) -> Path:
     import torch
     from torch.utils import cpp_extension
 
-    kernels = sorted((CSRC / "cuda").glob("*.cu"))
+    kernels = [path for path in sorted((CSRC / "cuda").glob("*.cu")) if not only or path.stem in only]
     if not kernels:
         raise FileNotFoundError(f"no CUDA sources in {CSRC / 'cuda'}")
     headers = [*sorted(CSRC.glob("*.h")), *sorted((CSRC / "cuda").glob("*.cuh")), *sorted((CSRC / "cuda").glob("*.h"))]

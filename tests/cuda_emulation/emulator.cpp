@@ -1,9 +1,11 @@
 #include "emulator.h"
 
+#include <algorithm>
 #include <csetjmp>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <fstream>
 #include <mutex>
 #include <new>
 #include <numeric>
@@ -155,6 +157,8 @@ std::exception_ptr error;
 void (*kernel)(const void*);
 const void* kernel_arguments;
 size_t dynamic_bytes, static_bytes, most_shared_bytes;
+// Of the block that runs: parts of its work that only a barrier lets begin.
+uint64_t steps;
 
 std::ostream& operator<<(std::ostream& out, const uint3& index) {
   return out << '(' << index.x << ", " << index.y << ", " << index.z << ')';
@@ -299,6 +303,7 @@ void open_barrier() {
   last_votes = votes;
   votes = {0, 0};
   at_barrier = 0;
+  ++steps;
   uint16_t order[kMaxThreads];
   unsigned count = 0;
   for (unsigned i = 0; i < num_threads; ++i) {
@@ -432,6 +437,7 @@ uint64_t wait_for_warp(
 void run_block(dim3 shape) {
   ++block_serial;
   static_bytes = 0;
+  steps = 1;
   alive = num_threads;
   at_barrier = 0;
   votes = {0, 0};
@@ -479,7 +485,13 @@ uint64_t seed() {
 }  // namespace
 
 void run(
-    dim3 grid, dim3 block, size_t shared_bytes, size_t shared_limit, void (*body)(const void*), const void* arguments) {
+    dim3 grid,
+    dim3 block,
+    size_t shared_bytes,
+    size_t shared_limit,
+    const char* signature,
+    void (*body)(const void*),
+    const void* arguments) {
   const std::lock_guard<std::mutex> lock(one_grid_at_a_time);
   dynamic_bytes = shared_bytes;
   most_shared_bytes = shared_limit;
@@ -506,10 +518,16 @@ void run(
       std::free(dynamic_shared_memory);
     }
   } memory(shared_bytes);
+  uint64_t most_steps = 0;
   for (const uint32_t i : order) {
     blockIdx = {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)};
     fill_with_garbage(dynamic_shared_memory, shared_bytes);
     run_block(block);
+    most_steps = std::max(most_steps, steps);
+  }
+  if (const char* file = std::getenv("GROOTVL_EMULATION_LOG")) {
+    std::ofstream(file, std::ios::app) << "{\"signature\": \"" << signature << "\", \"blocks\": " << order.size()
+                                       << ", \"threads\": " << num_threads << ", \"steps\": " << most_steps << "}\n";
   }
 }
 

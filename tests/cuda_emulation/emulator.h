@@ -29,9 +29,17 @@ struct Site {
 };
 
 // Runs body(arguments) once for each thread of the grid. A block has `shared_bytes` of dynamic shared memory; with its
-// shared variables that must not be more than `shared_limit`.
+// shared variables that must not be more than `shared_limit`. If the environment variable GROOTVL_EMULATION_LOG names a
+// file, a line of JSON is added to it: what the launch was, and the steps of the block that took most, which are one
+// more than its barriers.
 void run(
-    dim3 grid, dim3 block, size_t shared_bytes, size_t shared_limit, void (*body)(const void*), const void* arguments);
+    dim3 grid,
+    dim3 block,
+    size_t shared_bytes,
+    size_t shared_limit,
+    const char* signature,
+    void (*body)(const void*),
+    const void* arguments);
 
 // What the votes of a block come to, once all its threads that have not ended are here.
 struct Votes {

@@ -78,6 +78,35 @@ def test_runs_on_the_current_stream() -> None:
     assert torch.equal(actual, expected)
 
 
+def test_a_replay_that_changes_the_tree_changes_later_scans() -> None:
+    weight = torch.rand(1, 2 * 600 - 50, device="cuda")
+    x = torch.randn(1, 600, 16, device="cuda")
+    decay = torch.rand_like(x)
+    tree_scan(x, decay, grid_tree(weight, 20, 30))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tree = grid_tree(weight, 20, 30)
+    graph.replay()
+    assert torch.equal(tree_scan(x, decay, tree), tree_scan(x, decay, grid_tree(weight, 20, 30)))
+    weight.copy_(1 - weight)
+    graph.replay()
+    assert torch.equal(tree_scan(x, decay, tree), tree_scan(x, decay, grid_tree(weight, 20, 30)))
+
+
+def test_a_replayed_scan_follows_its_tree() -> None:
+    x = torch.randn(1, 600, 16, device="cuda")
+    decay = torch.rand_like(x)
+    tree, other = (grid_tree(torch.rand(1, 2 * 600 - 50, device="cuda"), 20, 30) for _ in range(2))
+    tree_scan(x, decay, tree)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = tree_scan(x, decay, tree)
+    for part, value in zip(tree, other, strict=True):
+        part.copy_(value)
+    graph.replay()
+    assert torch.equal(captured, tree_scan(x, decay, other))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_runs_on_a_device_that_is_not_the_current_one() -> None:
     feature = torch.randn(2, 16, 20, 30)

@@ -69,6 +69,18 @@ def test_opcheck(device: torch.device, name: str) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("name", [name for name in sorted(_library.REFERENCES) if "scan" in name])
+def test_opcheck_of_scans_that_are_given_the_cut(device: torch.device, name: str) -> None:
+    if device.type not in _library.CUTTING_DEVICES:
+        pytest.skip("scans on this device know no cuts")
+    arguments = samples(device)[name]
+    trees = [value for value in arguments if isinstance(value, torch.Tensor) and value.dtype == torch.int32]
+    cut = torch.ops.grootvl.tree_cut(*trees)
+    torch.library.opcheck(torch.ops.grootvl.tree_cut.default, tuple(trees))
+    torch.library.opcheck(getattr(torch.ops.grootvl, name).default, (*arguments, cut))
+
+
+@needs_compiler
 def test_compiles_as_one_graph(device: torch.device) -> None:
     def block(feature: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
         tree = grid_tree(grid_edge_weight(feature), *feature.shape[2:])

@@ -64,6 +64,7 @@ struct Cpu {
       const at::Tensor& decay,
       const at::Tensor& parent,
       const at::Tensor& order,
+      const OptionalTensor&,
       Propagation propagation,
       at::Tensor& h) {
     const Trees trees(parent, order);
@@ -90,6 +91,7 @@ struct Cpu {
       const at::Tensor& decay,
       const at::Tensor& parent,
       const at::Tensor& order,
+      const OptionalTensor&,
       Propagation propagation,
       at::Tensor& grad_x,
       at::Tensor& grad_decay) {

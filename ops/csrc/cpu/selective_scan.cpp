@@ -148,6 +148,7 @@ at::Tensor selective_scan_forward(
     const SelectiveScanInputs& inputs,
     const at::Tensor& parent,
     const at::Tensor& order,
+    const OptionalTensor&,
     double eps,
     Propagation propagation) {
   at::Tensor y = at::empty(inputs.x.sizes(), inputs.x.options());
@@ -233,6 +234,7 @@ SelectiveScanInputs selective_scan_backward(
     const SelectiveScanInputs& inputs,
     const at::Tensor& parent,
     const at::Tensor& order,
+    const OptionalTensor&,
     double eps,
     Propagation propagation) {
   SelectiveScanInputs grads =

@@ -4,8 +4,11 @@
 #include "cuda/pieces.cuh"
 
 #include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 
 #include "cuda/atomics.cuh"
@@ -132,10 +135,10 @@ struct Cut {
     return pieces.critical_array(image, 1);
   }
   __device__ int& out_pieces() const {
-    return pieces.counts[2 * image];
+    return pieces.counts(image)[0];
   }
   __device__ int& out_criticals() const {
-    return pieces.counts[2 * image + 1];
+    return pieces.counts(image)[1];
   }
 };
 
@@ -433,28 +436,36 @@ int choose_size(int64_t vertices) {
 
 }  // namespace
 
-PieceTensors cut_trees(const at::Tensor& parent, const at::Tensor& order) {
+PieceTensors cut_trees(const at::Tensor& parent, const at::Tensor& order, const OptionalTensor& cut) {
   const int64_t batch = parent.size(0), vertices = parent.size(1);
   TORCH_CHECK_VALUE(vertices < int64_t{1} << 29, "trees must have less than 2^29 vertices, got ", vertices);
   const int size = choose_size(vertices);
-  const int64_t most_criticals = 2 * divide_up<int64_t>(vertices, size);
-  const auto options = parent.options();
-  PieceTensors result{
-      at::empty({batch, Pieces::kVertexArrays, vertices}, options),
-      at::empty({batch, Pieces::kCriticalArrays, most_criticals}, options),
-      at::empty({batch, 2}, options),
-      {}};
+  const std::array<int64_t, 2> shape{batch, Pieces::entries(vertices)};
+  if (cut.has_value()) {
+    TORCH_CHECK_VALUE(
+        cut->sizes() == at::IntArrayRef(shape) && cut->scalar_type() == at::kInt && cut->device() == parent.device() &&
+            cut->is_contiguous(),
+        "cut must be what tree_cut returns for parent and order, ",
+        at::IntArrayRef(shape),
+        " int32, got ",
+        cut->sizes(),
+        ' ',
+        cut->scalar_type());
+  }
+  PieceTensors result{cut.has_value() ? *cut : at::empty(at::IntArrayRef(shape), parent.options()), {}};
   result.pieces = {
       static_cast<int>(vertices),
       size + 1,
-      static_cast<int>(most_criticals),
-      result.of_vertices.mutable_data_ptr<int>(),
-      result.of_criticals.mutable_data_ptr<int>(),
-      result.counts.mutable_data_ptr<int>()};
-  const Cuts cuts{result.pieces, size, order.const_data_ptr<int>(), parent.const_data_ptr<int>(), nullptr, 0};
+      static_cast<int>(2 * divide_up<int64_t>(vertices, size)),
+      result.memory.data_ptr<int>()};
+  if (cut.has_value()) {
+    return result;
+  }
+  const at::Tensor parents = parent.contiguous(), orders = order.contiguous();
+  const Cuts cuts{result.pieces, size, orders.const_data_ptr<int>(), parents.const_data_ptr<int>(), nullptr, 0};
   const int64_t bytes = Cut::kArrays * vertices * static_cast<int64_t>(sizeof(int));
   if (bytes > dynamic_shared_memory_limit(cut_kernel)) {
-    cut_large_trees(cuts, batch, options);
+    cut_large_trees(cuts, batch, parent.options());
     return result;
   }
   launch(
@@ -464,6 +475,28 @@ PieceTensors cut_trees(const at::Tensor& parent, const at::Tensor& order) {
       bytes,
       cuts);
   return result;
+}
+
+at::Tensor tree_cut(const at::Tensor& parent, const at::Tensor& order) {
+  for (const at::Tensor& vertices : {parent, order}) {
+    TORCH_CHECK_TYPE(
+        vertices.scalar_type() == at::kInt, "parent and order must be int32, got ", vertices.scalar_type());
+    TORCH_CHECK_VALUE(
+        vertices.dim() == 2 && vertices.sizes() == parent.sizes() && vertices.device() == parent.device(),
+        "parent and order must have the same shape (B, L) and device, got ",
+        parent.sizes(),
+        " and ",
+        order.sizes());
+  }
+  const c10::cuda::CUDAGuard guard(parent.device());
+  if (parent.numel() == 0) {
+    return at::empty({parent.size(0), Pieces::entries(parent.size(1))}, parent.options());
+  }
+  return cut_trees(parent, order, c10::nullopt).memory;
+}
+
+TORCH_LIBRARY_IMPL(grootvl, CUDA, m) {
+  m.impl("tree_cut", &tree_cut);
 }
 
 }  // namespace grootvl::cuda

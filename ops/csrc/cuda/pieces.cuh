@@ -11,6 +11,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "cuda/launch.cuh"
+#include "scan.h"
 
 namespace grootvl::cuda {
 
@@ -32,25 +33,34 @@ struct Pieces {
   int vertices;
   // Upper bounds of the members of a piece and of the critical vertices of a tree.
   int most_members, most_criticals;
-  // (B, kVertexArrays, L), (B, kCriticalArrays, most_criticals), (B, 2).
-  int *of_vertices, *of_criticals, *counts;
+  // Of each image `entries` integers: kVertexArrays of L, kCriticalArrays of most_criticals, and the two counts.
+  int* memory;
 
   static constexpr int kVertexArrays = 6, kCriticalArrays = 2;
+
+  // Simple rather than tight, so that the size of a cut is known from that of its trees; most_criticals is at most an
+  // eighth of the vertices and 2.
+  static constexpr __host__ __device__ int64_t entries(int64_t vertices) {
+    return (kVertexArrays + 1) * vertices + 8;
+  }
 
   // Most images have about three pieces for two critical vertices; there may be more.
   int64_t usual_pieces() const {
     return 3 * divide_up<int64_t>(most_criticals, 2) + 1;
   }
   __device__ int* vertex_array(int64_t image, int array) const {
-    return of_vertices + (image * kVertexArrays + array) * vertices;
+    return memory + image * entries(vertices) + int64_t{array} * vertices;
   }
   __device__ int* critical_array(int64_t image, int array) const {
-    return of_criticals + (image * kCriticalArrays + array) * most_criticals;
+    return vertex_array(image, kVertexArrays) + int64_t{array} * most_criticals;
+  }
+  __device__ int* counts(int64_t image) const {
+    return critical_array(image, kCriticalArrays);
   }
   __device__ TreePieces operator[](int64_t image) const {
     return {
-        counts[2 * image],
-        counts[2 * image + 1],
+        counts(image)[0],
+        counts(image)[1],
         vertex_array(image, 0),
         vertex_array(image, 1),
         vertex_array(image, 2),
@@ -64,12 +74,14 @@ struct Pieces {
 
 // Pieces and the memory they lie in.
 struct PieceTensors {
-  at::Tensor of_vertices, of_criticals, counts;
+  // (B, Pieces::entries(L)) int32, contiguous.
+  at::Tensor memory;
   Pieces pieces;
 };
 
-// Cuts every tree of a batch; parent, order (B, L) int32, contiguous, L >= 1. What is no tree in topological order
-// gives pieces of some other tree, but no access out of bounds.
-PieceTensors cut_trees(const at::Tensor& parent, const at::Tensor& order);
+// The pieces of every tree of a batch; parent, order (B, L) int32, L >= 1. A cut is the memory of an earlier result for
+// the same trees; without one they are cut. What is no tree in topological order gives pieces of some other tree, but
+// no access out of bounds.
+PieceTensors cut_trees(const at::Tensor& parent, const at::Tensor& order, const OptionalTensor& cut);
 
 }  // namespace grootvl::cuda

@@ -65,15 +65,16 @@ struct Cuda {
       const at::Tensor& decay,
       const at::Tensor& parent,
       const at::Tensor& order,
+      const OptionalTensor& cut,
       Propagation propagation,
       at::Tensor& h) {
-    const PieceTensors cut = cut_trees(parent.contiguous(), order.contiguous());
+    const PieceTensors trees = cut_trees(parent, order, cut);
     for_rows(x, [&](auto stored, auto pack) {
       using T = decltype(stored);
       constexpr int kPack = decltype(pack)::value;
       const at::Tensor x_rows = readable_rows(x, kPack), decay_rows = readable_rows(decay, kPack);
       const GivenInput<T, Computed<T>, kPack, 1> input{rows_of<T>(decay_rows), {rows_of<T>(x_rows)}};
-      scan_forward<T, Computed<T>, kPack>(input, propagation, cut.pieces, h);
+      scan_forward<T, Computed<T>, kPack>(input, propagation, trees.pieces, h);
     });
   }
 
@@ -83,10 +84,11 @@ struct Cuda {
       const at::Tensor& decay,
       const at::Tensor& parent,
       const at::Tensor& order,
+      const OptionalTensor& cut,
       Propagation propagation,
       at::Tensor& grad_x,
       at::Tensor& grad_decay) {
-    const PieceTensors cut = cut_trees(parent.contiguous(), order.contiguous());
+    const PieceTensors trees = cut_trees(parent, order, cut);
     for_rows(x, [&](auto stored, auto pack) {
       using T = decltype(stored);
       constexpr int kPack = decltype(pack)::value;
@@ -94,7 +96,7 @@ struct Cuda {
                        decay_rows = readable_rows(decay, kPack);
       const GivenInput<T, Computed<T>, kPack, 2> input{
           rows_of<T>(decay_rows), {rows_of<T>(x_rows), rows_of<T>(grad_rows)}};
-      scan_backward<T, Computed<T>, kPack>(input, propagation, cut.pieces, grad_x, grad_decay);
+      scan_backward<T, Computed<T>, kPack>(input, propagation, trees.pieces, grad_x, grad_decay);
     });
   }
 };

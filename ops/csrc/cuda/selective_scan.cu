@@ -82,7 +82,7 @@ struct Prepared {
   SelectiveScanInputs in;
   // (R, D).
   at::Tensor step_weight;
-  PieceTensors cut;
+  PieceTensors trees;
   Propagation propagation;
   double eps;
 
@@ -90,6 +90,7 @@ struct Prepared {
       const SelectiveScanInputs& inputs,
       const at::Tensor& parent,
       const at::Tensor& order,
+      const OptionalTensor& cut,
       double eps,
       Propagation propagation)
       : in(inputs.map_parts(
@@ -97,7 +98,7 @@ struct Prepared {
             [](const at::Tensor& parameter) {
               return parameter.to(c10::CppTypeToScalarType<acc_t>::value).contiguous();
             })),
-        cut(cut_trees(parent.contiguous(), order.contiguous())),
+        trees(cut_trees(parent, order, cut)),
         propagation(propagation),
         eps(eps) {
     in.x = readable_rows(in.x, kPack);
@@ -134,7 +135,7 @@ struct Prepared {
 
   at::Tensor scan() const {
     at::Tensor h = between();
-    scan_forward<between_t, acc_t, kPack>(scan_input<1>(nullptr), propagation, cut.pieces, h);
+    scan_forward<between_t, acc_t, kPack>(scan_input<1>(nullptr), propagation, trees.pieces, h);
     return h;
   }
 
@@ -205,7 +206,7 @@ void run_backward(const Prepared<T, kPack>& prepared, const at::Tensor& grad_y, 
   // h is not needed any more.
   at::Tensor grad_value = h, grad_decay = prepared.between();
   scan_backward<between_t, acc_t, kPack>(
-      prepared.template scan_input<2>(&grad_h), prepared.propagation, prepared.cut.pieces, grad_value, grad_decay);
+      prepared.template scan_input<2>(&grad_h), prepared.propagation, prepared.trees.pieces, grad_value, grad_decay);
 
   // Nor is the gradient of h.
   at::Tensor grad_step = grad_h;
@@ -256,12 +257,13 @@ at::Tensor selective_scan_forward(
     const SelectiveScanInputs& inputs,
     const at::Tensor& parent,
     const at::Tensor& order,
+    const OptionalTensor& cut,
     double eps,
     Propagation propagation) {
   at::Tensor y = at::empty(inputs.x.sizes(), inputs.x.options());
   if (y.numel() > 0) {
     for_rows(inputs.x, [&](auto stored, auto pack) {
-      run_forward(Prepared<decltype(stored), decltype(pack)::value>(inputs, parent, order, eps, propagation), y);
+      run_forward(Prepared<decltype(stored), decltype(pack)::value>(inputs, parent, order, cut, eps, propagation), y);
     });
   }
   return y;
@@ -272,6 +274,7 @@ SelectiveScanInputs selective_scan_backward(
     const SelectiveScanInputs& inputs,
     const at::Tensor& parent,
     const at::Tensor& order,
+    const OptionalTensor& cut,
     double eps,
     Propagation propagation) {
   SelectiveScanInputs grads =
@@ -281,7 +284,7 @@ SelectiveScanInputs selective_scan_backward(
   }
   for_rows(inputs.x, [&](auto stored, auto pack) {
     run_backward(
-        Prepared<decltype(stored), decltype(pack)::value>(inputs, parent, order, eps, propagation), grad_y, grads);
+        Prepared<decltype(stored), decltype(pack)::value>(inputs, parent, order, cut, eps, propagation), grad_y, grads);
   });
   return grads;
 }

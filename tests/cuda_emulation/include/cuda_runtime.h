@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <mutex>
 #include <tuple>
 #include <utility>
 
@@ -60,6 +61,8 @@ inline cudaError_t report(cudaError_t error) {
   return error;
 }
 
+inline std::mutex limits_mutex;
+
 // Dynamic shared memory that a kernel has been allowed to use.
 inline std::map<const void*, size_t>& shared_limits() {
   static std::map<const void*, size_t> limits;
@@ -68,8 +71,14 @@ inline std::map<const void*, size_t>& shared_limits() {
 
 // The same for a launch of the kernel; until it has been allowed to use more, with its static shared memory.
 inline size_t shared_limit(const void* kernel) {
+  const std::lock_guard<std::mutex> lock(limits_mutex);
   const auto found = shared_limits().find(kernel);
   return found == shared_limits().end() ? kSharedBytes : found->second;
+}
+
+inline bool has_asked(const void* kernel) {
+  const std::lock_guard<std::mutex> lock(limits_mutex);
+  return shared_limits().count(kernel) != 0;
 }
 
 // What a GPU of compute capability 9.0 refuses.
@@ -118,19 +127,24 @@ cudaError_t cudaLaunchKernelEx(
     std::apply(call.first, call.second);
   };
   const auto* const address = reinterpret_cast<const void*>(kernel);
-  const bool asked = emulation::shared_limits().count(address) != 0;
-  const size_t limit = asked ? emulation::shared_bytes_of_card() : emulation::kSharedBytes;
-  emulation::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, limit, body, &call);
+  const size_t limit = emulation::has_asked(address) ? emulation::shared_bytes_of_card() : emulation::kSharedBytes;
+  emulation::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, limit, __PRETTY_FUNCTION__, body, &call);
   return cudaSuccess;
 }
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    if (value < 0 || static_cast<size_t>(value) > emulation::shared_bytes_of_card()) {
+    const std::lock_guard<std::mutex> lock(emulation::limits_mutex);
+    const auto bytes = static_cast<size_t>(value);
+    auto& limits = emulation::shared_limits();
+    const auto found = limits.find(reinterpret_cast<const void*>(kernel));
+    // A GPU allows it. But another thread may be about to launch the kernel with what it has been allowed before.
+    const bool takes_away = found != limits.end() && bytes < found->second;
+    if (value < 0 || bytes > emulation::shared_bytes_of_card() || takes_away) {
       return emulation::report(cudaErrorInvalidValue);
     }
-    emulation::shared_limits()[reinterpret_cast<const void*>(kernel)] = value;
+    limits[reinterpret_cast<const void*>(kernel)] = bytes;
   }
   return cudaSuccess;
 }
