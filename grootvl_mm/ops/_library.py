@@ -266,6 +266,10 @@ def _(feature_shape: torch.Size, metric: str, log: bool, **kwargs: Any) -> int:
 
 
 @register_flop_formula(torch.ops.grootvl.grid_tree)
+def _(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
 @register_flop_formula(torch.ops.grootvl.tree_cut)
 def _(*args: Any, **kwargs: Any) -> int:
     return 0

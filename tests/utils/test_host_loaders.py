@@ -2,8 +2,11 @@
 
 import functools
 import http.server
+import os
 import pickle
 import socketserver
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,8 +78,10 @@ def test_code_is_never_executed(tmp_path: Path, address: str, monkeypatch: pytes
             with pytest.raises(CheckpointError, match="refuses"):
                 host._load_checkpoint(name, map_location="cpu")
     assert not canary.exists()
-    # The host itself executes what it downloads; the readers are in use for the lines above only.
-    host._load_checkpoint(f"{address}/crafted.pth", map_location="cpu")
+    # The host itself, in a process where nobody has replaced its readers, executes what it downloads.
+    code = "import sys; from mmengine.runner.checkpoint import _load_checkpoint; _load_checkpoint(sys.argv[1], 'cpu')"
+    environment = {**os.environ, "TORCH_HOME": str(tmp_path / "home")}
+    subprocess.run([sys.executable, "-c", code, f"{address}/crafted.pth"], env=environment, check=True)
     assert canary.exists()
 
 
