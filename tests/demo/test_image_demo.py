@@ -48,7 +48,8 @@ def test_draws_on_a_picture(
     task: str, call: Callable, checkpoints: dict, pictures: Path, picture: np.ndarray, tmp_path: Path
 ) -> None:
     source = pictures / "b.png"
-    assert call(source, NAMES[task], checkpoints[task], "--out-dir", "out", "--score-thr", 0.12, "--device", "cpu") is None
+    options = ("--out-dir", "out", "--score-thr", 0.12, "--device", "cpu")
+    assert call(source, NAMES[task], checkpoints[task], *options) is None
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
     drawn = cv2.imread(str(tmp_path / "out" / "b.png"))
     assert changed_pixels(picture, drawn) > 0.05
