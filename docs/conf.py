@@ -23,6 +23,7 @@ TASKS = ["docs/detection", "docs/segmentation", "docs/classification"]
 NAVIGATION = {
     "Tasks": TASKS,
     "Guides": sorted({f"docs/{path.stem}" for path in (ROOT / "docs").glob("*.md")} - set(TASKS)),
+    "Notes": ["docs/notes/*"],
     "Model zoo": ["configs/*/README"],
     "API reference": ["docs/api/*"],
     "Project": sorted({path.stem for path in ROOT.glob("*.md")} - {root_doc}),

@@ -64,6 +64,12 @@ def _load_extension() -> str | None:
         torch.ops.load_library(libraries[0])
     except (OSError, RuntimeError) as error:
         return f"{libraries[0].name} does not load with torch {torch.__version__}: {error}"
+    missing = [name for name in (*REFERENCES, "tree_cut") if not hasattr(getattr(torch.ops, NAMESPACE), name)]
+    if missing:
+        raise ImportError(
+            f"{libraries[0]} was compiled from other sources than these: it has no {', '.join(missing)}. Compile it "
+            "again: pip install --no-build-isolation CHECKOUT"
+        )
     return None
 
 

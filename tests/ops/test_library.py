@@ -183,6 +183,14 @@ def test_library_of_the_environment_is_taken(package_without_extension: Path) ->
     assert "other.so does not load with torch" in result.stdout
 
 
+def test_a_library_of_other_sources_is_an_error(package_without_extension: Path) -> None:
+    other = str(Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so")  # loads, and has none of the operators
+    result = run_python(package_without_extension, "import grootvl_mm.ops", GROOTVL_LIBRARY=other)
+    assert result.returncode == 1
+    assert "was compiled from other sources than these: it has no grid_edge_weight" in result.stderr
+    assert "Compile it again: pip install" in result.stderr.splitlines()[-1]
+
+
 @pytest.mark.cpu_kernels
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_instruction_sets_agree(tmp_path: Path, isa: str) -> None:
