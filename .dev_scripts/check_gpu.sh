@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in two commands. Each step runs whatever became of the ones before it; the exit status
+# Everything that needs a GPU, in two commands. Each step runs even if an earlier one failed; the exit status
 # says whether all of them passed.
 #
 # usage: .dev_scripts/check_gpu.sh [FOLDER]              tests, then benchmarks: less than ten minutes

@@ -35,7 +35,7 @@ Draw = Callable[[np.ndarray], np.ndarray]
 
 
 class Input(NamedTuple):
-    """What shall be looked at."""
+    """Frames to process."""
 
     frames: Iterator[Frame]
     count: int | None  # None for a video that does not tell

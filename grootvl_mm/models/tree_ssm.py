@@ -35,7 +35,7 @@ def raster_path(
         width: number of columns.
         root: ``first`` or ``last`` vertex: the end of the path that is the root.
         by_columns: column by column instead of row by row.
-        device: where the tree shall be.
+        device: device of the tree.
         padding: to be left for the end that is not the root.
 
     Returns:

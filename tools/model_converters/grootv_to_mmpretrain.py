@@ -173,7 +173,7 @@ def main() -> None:
             "the conversion needs mmpretrain, into whose classifier the weights are loaded; run: mim install mmpretrain"
         )
     try:
-        # The file's name only: its folder is nobody else's business.
+        # The file name only: the folder is private.
         checkpoint, written = rewrite_checkpoint(
             args.src, args.dst, lambda content: convert(content, Path(args.src).name, args.weights)
         )

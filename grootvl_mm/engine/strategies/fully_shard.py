@@ -24,8 +24,8 @@ from grootvl_mm.registry import STRATEGIES
 class FullyShardStrategy(DDPStrategy):
     """Gives each process a part of every parameter, of its gradient and of its optimizer state.
 
-    The parameters of a unit are put together while it computes and dropped again; those in no unit (stem, heads) are
-    together during the whole step. Checkpoints are the same as without sharding: a training can go on either way, and
+    The parameters of a unit are all-gathered while it computes, then freed; those in no unit (stem, heads) stay
+    gathered during the whole step. Checkpoints are the same as without sharding: a training can continue either way, and
     ``tools/test.py`` takes them.
 
     Example::

@@ -9,7 +9,7 @@ namespace grootvl::cpu {
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
 // The best instruction set of this processor that the kernels exist for. The environment variable
-// GROOTVL_CPU_ISA=baseline|avx2|avx512 takes a lesser one, to test and measure it.
+// GROOTVL_CPU_ISA=baseline|avx2|avx512 forces a lower one, for tests and measurements.
 inline Isa choose_isa() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
   const char* asked = std::getenv("GROOTVL_CPU_ISA");
