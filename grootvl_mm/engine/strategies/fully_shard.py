@@ -25,8 +25,8 @@ class FullyShardStrategy(DDPStrategy):
     """Gives each process a part of every parameter, of its gradient and of its optimizer state.
 
     The parameters of a unit are all-gathered while it computes, then freed; those in no unit (stem, heads) stay
-    gathered during the whole step. Checkpoints are the same as without sharding: a training can continue either way, and
-    ``tools/test.py`` takes them.
+    gathered during the whole step. Checkpoints are the same as without sharding: a training can continue either way,
+    and ``tools/test.py`` takes them.
 
     Example::
 
