@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grootvl_mm.ops import reference
+from grootvl_mm.ops import reference, reference_neighbours
 from grootvl_mm.ops._compat import (
     infer_schema,
     register_autocast,
@@ -34,11 +34,11 @@ REFERENCES: dict[str, Callable] = {
         reference.tree_scan_backward,
         reference.tree_selective_scan,
         reference.tree_selective_scan_backward,
-        reference.layer_norm,
-        reference.residual_layer_norm,
-        reference.layer_norm_backward,
-        reference.depthwise_conv_silu,
-        reference.depthwise_conv_silu_backward,
+        reference_neighbours.layer_norm,
+        reference_neighbours.residual_layer_norm,
+        reference_neighbours.layer_norm_backward,
+        reference_neighbours.depthwise_conv_silu,
+        reference_neighbours.depthwise_conv_silu_backward,
     )
 }
 

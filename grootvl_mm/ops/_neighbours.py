@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grootvl_mm.ops import reference
+from grootvl_mm.ops import reference, reference_neighbours
 from grootvl_mm.ops._compat import implement_autocast, register_autograd, register_fake, register_flop_formula
 from grootvl_mm.ops._library import NAMESPACE, _operator
 
@@ -95,7 +95,7 @@ def _layer_norm_double_backward(ctx: Any, *grad_grads: Tensor) -> tuple:
     has_branch, of_sum = ctx.branch_dtype is not None, () if grad_sum is None else (grad_sum,)
 
     def backward(grad_normed: Tensor, value: Tensor, weight: Tensor, grad_sum: Tensor | None = None) -> tuple:
-        grad_x, grad_branch, *of_parameters = reference.plain_layer_norm_backward(
+        grad_x, grad_branch, *of_parameters = reference_neighbours.plain_layer_norm_backward(
             grad_sum, grad_normed, value, factor, weight, ctx.eps, ctx.branch_dtype
         )
         return (grad_x, grad_branch, *of_parameters) if has_branch else (grad_x, *of_parameters)
@@ -123,7 +123,7 @@ def _conv_backward(ctx: Any, grad_y: Tensor) -> tuple:
 
 
 def _conv_double_backward(ctx: Any, *grad_grads: Tensor) -> tuple:
-    return reference.vjp(reference.plain_conv_silu_backward, ctx.saved_tensors, grad_grads)
+    return reference.vjp(reference_neighbours.plain_conv_silu_backward, ctx.saved_tensors, grad_grads)
 
 
 register_autograd(f"{NAMESPACE}::depthwise_conv_silu", _conv_backward, setup_context=_save_conv)

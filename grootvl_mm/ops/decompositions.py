@@ -19,13 +19,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from grootvl_mm.ops import reference
+from grootvl_mm.ops import reference, reference_neighbours
 
 
 def decomposition_table() -> dict[torch._ops.OpOverload, Callable]:
     """The operators and what they decompose into, for ``torch.export.ExportedProgram.run_decompositions``."""
     functions = (grid_edge_weight, grid_tree, tree_scan, tree_selective_scan)
-    functions += (reference.layer_norm, reference.residual_layer_norm, reference.depthwise_conv_silu)
+    functions += (
+        reference_neighbours.layer_norm,
+        reference_neighbours.residual_layer_norm,
+        reference_neighbours.depthwise_conv_silu,
+    )
     return {getattr(torch.ops.grootvl, function.__name__).default: function for function in functions}
 
 

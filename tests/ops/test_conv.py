@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grootvl_mm.ops import depthwise_conv_silu, reference
+from grootvl_mm.ops import depthwise_conv_silu, reference_neighbours
 from tests.helpers.trees import SEEDS, SIZES
 
 BACKWARD = torch.ops.grootvl.depthwise_conv_silu_backward
@@ -48,7 +48,7 @@ def test_all_dtypes(device: torch.device, dtype: torch.dtype, size: tuple, chann
     tolerance = PRECISIONS[dtype]
     torch.testing.assert_close(exact(y), by_pytorch(exact(x), exact(weight)), rtol=tolerance, atol=tolerance)
     grads = BACKWARD(*(value.to(device) for value in (grad_y, x, weight)))
-    expected = reference.depthwise_conv_silu_backward(*map(exact, (grad_y, x, weight)))
+    expected = reference_neighbours.depthwise_conv_silu_backward(*map(exact, (grad_y, x, weight)))
     assert [grad.dtype for grad in grads] == [dtype, weight.dtype]
     assert grads[0].is_contiguous()
     torch.testing.assert_close(exact(grads[0]), expected[0], rtol=4 * tolerance, atol=4 * tolerance)
@@ -59,8 +59,8 @@ def test_all_dtypes(device: torch.device, dtype: torch.dtype, size: tuple, chann
 @given(st.integers(1, 3), SIZES, st.integers(1, 40), SEEDS)
 def test_equals_the_reference(batch: int, size: tuple, channels: int, seed: int) -> None:
     x, weight, grad_y = sample(batch, *size, channels, seed)
-    torch.testing.assert_close(depthwise_conv_silu(x, weight), reference.depthwise_conv_silu(x, weight))
-    expected = reference.depthwise_conv_silu_backward(grad_y, x, weight)
+    torch.testing.assert_close(depthwise_conv_silu(x, weight), reference_neighbours.depthwise_conv_silu(x, weight))
+    expected = reference_neighbours.depthwise_conv_silu_backward(grad_y, x, weight)
     torch.testing.assert_close(BACKWARD(grad_y, x, weight), expected)
 
 
@@ -68,7 +68,7 @@ def test_reference_backward_is_the_derivative_of_pytorch() -> None:
     x, weight, grad_y = sample(2, 5, 6, 4)
     leaves = (x.requires_grad_(), weight.requires_grad_())
     expected = torch.autograd.grad(by_pytorch(*leaves), leaves, grad_y)
-    torch.testing.assert_close(reference.depthwise_conv_silu_backward(grad_y, *leaves), expected)
+    torch.testing.assert_close(reference_neighbours.depthwise_conv_silu_backward(grad_y, *leaves), expected)
 
 
 @pytest.mark.parametrize("channels", [2, 3])
@@ -111,7 +111,7 @@ def test_extreme_values(device: torch.device) -> None:
     y = depthwise_conv_silu(x.to(device), weight.to(device))
     torch.testing.assert_close(exact(y), F.silu(exact(x)), rtol=1e-5, atol=1e-6)
     grads = BACKWARD(torch.ones_like(x).to(device), x.to(device), weight.to(device))
-    expected = reference.depthwise_conv_silu_backward(torch.ones_like(exact(x)), exact(x), exact(weight))
+    expected = reference_neighbours.depthwise_conv_silu_backward(torch.ones_like(exact(x)), exact(x), exact(weight))
     torch.testing.assert_close(exact(grads[0]), expected[0], rtol=1e-5, atol=1e-5)
 
 

@@ -11,7 +11,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import grootvl_mm
-from grootvl_mm.ops import _library, extension_error, grid_edge_weight, grid_tree, reference, tree_scan
+from grootvl_mm.ops import (
+    _library,
+    extension_error,
+    grid_edge_weight,
+    grid_tree,
+    reference,
+    reference_neighbours,
+    tree_scan,
+)
 from grootvl_mm.ops._compat import infer_schema
 from tests.helpers.marks import needs_compiler
 from tests.helpers.trees import random_scan
@@ -230,10 +238,10 @@ def test_instruction_sets_agree(tmp_path: Path, isa: str) -> None:
     assert torch.equal(order, expected.order)
     narrow = maps.bfloat16()
     expected_neighbours = [
-        reference.depthwise_conv_silu(maps, taps),
-        *reference.depthwise_conv_silu_backward(maps, maps, taps),
-        *reference.residual_layer_norm(maps, narrow, None, norm, norm, 1e-5, None),
-        *reference.layer_norm_backward(maps, narrow, maps, None, norm, 1e-5, None),
+        reference_neighbours.depthwise_conv_silu(maps, taps),
+        *reference_neighbours.depthwise_conv_silu_backward(maps, maps, taps),
+        *reference_neighbours.residual_layer_norm(maps, narrow, None, norm, norm, 1e-5, None),
+        *reference_neighbours.layer_norm_backward(maps, narrow, maps, None, norm, 1e-5, None),
     ]
     torch.testing.assert_close(neighbours, expected_neighbours, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(h, tree_scan(x, decay, tree))

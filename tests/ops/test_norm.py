@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grootvl_mm.ops import layer_norm, reference, residual_layer_norm
+from grootvl_mm.ops import layer_norm, reference_neighbours, residual_layer_norm
 from tests.helpers.trees import SEEDS
 
 EPS = 1e-6
@@ -67,7 +67,7 @@ def test_all_dtypes(device: torch.device, dtype: torch.dtype, narrow: torch.dtyp
     grad_sum, grad_normed = torch.randn(total.shape).to(dtype), torch.randn(total.shape).to(narrow)
     arguments = (grad_sum, grad_normed, total.cpu(), inputs["factor"], inputs["weight"])
     grads = BACKWARD(*(value.to(device) for value in arguments), EPS, narrow)
-    expected = reference.layer_norm_backward(*map(exact, arguments), EPS, torch.float64)
+    expected = reference_neighbours.layer_norm_backward(*map(exact, arguments), EPS, torch.float64)
     # Sums over rows grow with their number.
     for grad, value, result in zip(grads, expected, (dtype, narrow, *[placed["weight"].dtype] * 2), strict=True):
         assert grad.dtype == result
@@ -80,11 +80,13 @@ def test_equals_the_reference(rows: int, channels: int, seed: int, has_factor: b
     inputs = sample((rows, channels), seed, torch.float64, torch.float64)
     factor = inputs["factor"] if has_factor else None
     arguments = (inputs["x"], inputs["branch"], factor, inputs["weight"], inputs["bias"], EPS, None)
-    expected = reference.residual_layer_norm(*arguments)
+    expected = reference_neighbours.residual_layer_norm(*arguments)
     torch.testing.assert_close(torch.ops.grootvl.residual_layer_norm(*arguments), expected)
     grads = (expected[1] if has_grad_sum else None, inputs["branch"], expected[0], factor, inputs["weight"], EPS)
     for branch_dtype in (None, torch.float64):
-        torch.testing.assert_close(BACKWARD(*grads, branch_dtype), reference.layer_norm_backward(*grads, branch_dtype))
+        torch.testing.assert_close(
+            BACKWARD(*grads, branch_dtype), reference_neighbours.layer_norm_backward(*grads, branch_dtype)
+        )
 
 
 @pytest.mark.parametrize("channels", [6, 8])

@@ -16,7 +16,6 @@
 #include "cuda/steps.cuh"
 
 namespace grootvl::cuda {
-
 namespace {
 
 constexpr int kThreads = 1024;
