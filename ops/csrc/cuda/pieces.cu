@@ -1,6 +1,5 @@
-// Cuts trees into pieces, in steps (steps.cuh): a block for a tree that fits into its shared memory, many blocks for
-// larger ones. Inside, vertices go by their position in the order, so that the root is 0 and every parent is lower than
-// its children.
+// Cuts trees into pieces, in steps (steps.cuh): one block for a tree that fits into its shared memory, many for larger
+// ones. Vertices are numbered by their position in the order: the root is 0, and parents come before their children.
 #include "cuda/pieces.cuh"
 
 #include <ATen/ops/empty.h>
