@@ -16,7 +16,6 @@
 
 namespace grootvl::cuda {
 namespace {
-
 constexpr int kThreads = 1024;
 // A piece has at most this many members, so that a warp holds them in its registers.
 constexpr int kMostMembers = 129;
