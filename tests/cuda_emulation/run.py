@@ -50,15 +50,22 @@ def run_tests(
     )
 
 
-def main() -> None:
-    """Parse the command line, then become pytest."""
+def parse_args() -> argparse.Namespace:
+    """Read the command line; what is not known here is for pytest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="order of blocks and threads; 0 is ascending (default)")
     parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UndefinedBehaviorSanitizer")
     parser.add_argument("--shared-bytes", type=int, default=CARDS[-1], help="shared memory of the card (%(default)s)")
-    own, arguments = parser.parse_known_args()
+    args, rest = parser.parse_known_args()
+    args.pytest = rest
+    return args
+
+
+def main() -> None:
+    """Become pytest."""
+    args = parse_args()
     os.chdir(ROOT)
-    os.execve(sys.executable, command(arguments), environment(own.seed, own.sanitize, own.shared_bytes))
+    os.execve(sys.executable, command(args.pytest), environment(args.seed, args.sanitize, args.shared_bytes))
 
 
 if __name__ == "__main__":

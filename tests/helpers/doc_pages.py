@@ -103,7 +103,12 @@ def check_command(command: str, stubs: Path, monkeypatch: pytest.MonkeyPatch) ->
         _check_pip(words[1:])
     elif words[:2] == ["-m", "pytest"]:
         assert all(Path(word).exists() for word in words[2:] if "/" in word)
+    elif words[0].startswith(".dev_scripts/") and words[0].endswith(".sh"):
+        script = Path(words[0]).read_text()
+        assert all(word in script for word in words[1:] if word.startswith("-"))
     else:
+        if words[0] == "-m":
+            words = [f"{words[1].replace('.', '/')}.py", *words[2:]]
         if program == "mim":
             words = _of_mim(words[1:])
         elif words[0].endswith(".sh"):
@@ -166,6 +171,7 @@ def _check_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     module = load_script(words[0])
     monkeypatch.setattr(sys, "argv", words)
     arguments = module.parse_args()
+    assert not getattr(arguments, "pytest", []), f"{words[0]} does not know {arguments.pytest}"
     config = getattr(arguments, "config", None)
     if config and not any(f"# {config}\n" in text for text in PAGES.values()):  # else a page says what to write there
         cfg = Config(_load_config(config))

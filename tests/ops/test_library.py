@@ -128,7 +128,7 @@ def test_flops_are_counted() -> None:
     with FlopCounterMode(display=False) as counter:
         grid_edge_weight(torch.randn(2, 3, 3, 4))
         tree_scan(x.requires_grad_(), decay, tree).sum().backward()
-    counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items() if count}
     assert counts == {
         "grootvl.grid_edge_weight": 6 * 2 * 3 * 12,
         "grootvl.tree_scan": 6 * 2 * 12 * 5,
