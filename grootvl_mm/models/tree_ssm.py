@@ -140,8 +140,9 @@ class TreeSSM(InitializedModule):
 
     def build_tree(self, feature: Tensor, padding: Padding | None = None) -> Tree:
         """The trees of (B, D, H, W) features."""
-        height, width = map(int, feature.shape[2:]) if torch.jit.is_tracing() else feature.shape[2:]
+        height, width = feature.shape[2:]
         if torch.jit.is_tracing():
+            height, width = int(height), int(width)
             # torch.jit.trace turns sizes into constants: a program must refuse other images than those of its size.
             feature = feature.split([height], dim=2)[0].split([width], dim=3)[0]
         if self.scan != "tree":
