@@ -103,31 +103,32 @@ def pyramid(valid_sizes: Tensor, image: Tensor, levels: int) -> list[Padding]:
     Args:
         valid_sizes: (B, 2), heights and widths of the pictures.
         image: (B, C, H, W), the batch; its shape is all that counts.
-        levels: number of maps.
+        levels: number of maps. The first is that of the stem, along which no tree runs: its edges have no weights.
     """
     paddings = []
     height, width = image.shape[2:]
-    for _ in range(levels):
+    for level in range(levels):
         # In the form that symbolic shapes of convolutions have.
         valid_sizes, height, width = ((size - 1) // 2 + 1 for size in (valid_sizes, height, width))
-        paddings.append(_padding(valid_sizes, height, width))
+        valid = _region(valid_sizes, height, width)
+        edge_weight = _edge_weight(valid, valid_sizes, height, width) if level else valid.new_empty(0)
+        paddings.append(Padding(valid.unsqueeze(3).float(), edge_weight))
     return paddings
 
 
-def _padding(valid_sizes: Tensor, height: int, width: int) -> Padding:
-    """Of the edges between picture and padding, only those at the last vertex of the picture may be taken."""
-    vertical = torch.arange((height - 1) * width, device=valid_sizes.device)
-    horizontal = torch.arange(height * (width - 1), device=valid_sizes.device)
-    rows = torch.cat([vertical // width, horizontal // max(width - 1, 1)])
-    columns = torch.cat([vertical % width, horizontal % max(width - 1, 1)])
-    down = torch.cat([torch.ones_like(vertical), torch.zeros_like(horizontal)])
-    heights, widths = valid_sizes.unsqueeze(2).unbind(1)
-    first = (rows < heights) & (columns < widths)
-    second = (rows + down < heights) & (columns + 1 - down < widths)
-    is_last = (rows == heights - 1) & (columns == widths - 1)
-    crossing = torch.where(first & ~is_last, BORDER_WEIGHT, PADDING_WEIGHT)
-    edge_weight = torch.where(second, -torch.inf, crossing).float()
-    return Padding(_region(valid_sizes, height, width).unsqueeze(3).float(), edge_weight)
+def _edge_weight(valid: Tensor, sizes: Tensor, height: int, width: int) -> Tensor:
+    """The least weights (B, E) of the edges of maps of pictures of the sizes (B, 2), which are where ``valid`` says.
+
+    Of the edges between picture and padding, only those at the last vertex of the picture may be taken.
+    """
+    above = torch.arange((height - 1) * width, device=sizes.device)
+    left = torch.arange(height * (width - 1), device=sizes.device)
+    left = left + left // max(width - 1, 1)
+    first, second = torch.cat([above, left]), torch.cat([above + width, left + 1])
+    last = (sizes[:, :1] - 1) * width + sizes[:, 1:] - 1
+    valid = valid.flatten(1)
+    outside = torch.where(valid.index_select(1, first) & (first != last), BORDER_WEIGHT, PADDING_WEIGHT)
+    return torch.where(valid.index_select(1, second), -torch.inf, outside)
 
 
 def _region(sizes: Tensor, height: int, width: int) -> Tensor:

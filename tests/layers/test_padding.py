@@ -41,9 +41,9 @@ def test_sizes_in_other_types(device: torch.device, dtype: torch.dtype) -> None:
 def test_empty_batch(device: torch.device) -> None:
     image = batch(device)[:0]
     assert find_valid_sizes(image).shape == (0, 2)
-    (padding,) = pyramid(find_valid_sizes(image), image, 1)
-    assert padding.valid.shape == (0, 3, 4, 1)
-    assert padding.edge_weight.shape == (0, 17)
+    padding = pyramid(find_valid_sizes(image), image, 2)[1]
+    assert padding.valid.shape == (0, 2, 2, 1)
+    assert padding.edge_weight.shape == (0, 4)
 
 
 @pytest.mark.gpu
@@ -99,8 +99,8 @@ def test_maps_of_convolutions_of_stride_2(device: torch.device) -> None:
 
 
 def grid_padding(sizes: list[tuple[int, int]], height: int, width: int, device: torch.device) -> Padding:
-    doubled = torch.tensor(sizes, device=device) * 2
-    return pyramid(doubled, torch.empty(len(sizes), 3, 2 * height, 2 * width), 1)[0]
+    larger = torch.tensor(sizes, device=device) * 4
+    return pyramid(larger, torch.empty(len(sizes), 3, 4 * height, 4 * width), 2)[1]
 
 
 @pytest.mark.parametrize("root", ["first", "last"])

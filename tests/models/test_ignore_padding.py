@@ -211,7 +211,7 @@ def test_layer_alone(device: torch.device) -> None:
 
     layer = TreeSSM(8).to(device)
     x = torch.randn(1, 5, 6, 8, device=device)
-    (padding,) = pyramid(torch.tensor([[6, 8]], device=device), torch.empty(1, 3, 10, 12), 1)
+    padding = pyramid(torch.tensor([[12, 16]], device=device), torch.empty(1, 3, 20, 24), 2)[1]
     torch.testing.assert_close(layer(x, padding=padding)[0][:, :3, :4], layer(x[:, :3, :4])[0], rtol=1e-4, atol=1e-6)
 
 
