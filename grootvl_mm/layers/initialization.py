@@ -1,4 +1,4 @@
-"""Initial values: drawn once, and once more where a model that was made on the meta device gets memory."""
+"""Weight initialization, also of models that were created on the meta device."""
 
 import math
 from collections.abc import Callable
@@ -17,14 +17,14 @@ def init_linear(layer: nn.Linear) -> None:
 
 
 class _Linear(nn.Linear):
-    """One class between, for ``init_cfg`` finds the layers of a type by the names of a class and of its bases."""
+    """An intermediate base: ``init_cfg`` matches layers by the names of their class and of its direct bases."""
 
 
 class StepProjection(_Linear):
     """The linear layer before the softplus that gives the step sizes of a state space model.
 
-    They start log-uniformly between ``dt_min`` and ``dt_max``. An ``init_cfg`` of a larger model for all layers of the
-    type ``Linear`` does not reach it, as it would start all steps at softplus(0) = 0.69.
+    The initial steps are log-uniform between ``dt_min`` and ``dt_max``. An ``init_cfg`` of a parent model for all
+    ``Linear`` layers leaves it alone: zero biases would start all steps at softplus(0) = 0.69.
     """
 
     dt_min, dt_max = 0.001, 0.1
@@ -40,10 +40,10 @@ class StepProjection(_Linear):
 
 
 class InitializedModule(BaseModule):
-    """mmengine's module, whose ``init_weights`` also draws the weights that ``to_empty`` left without values.
+    """mmengine's ``BaseModule``, whose ``init_weights`` also initializes what ``to_empty`` left uninitialized.
 
-    That is, after ``with torch.device("meta"): model = ...`` and ``model.to_empty(device=...)``. Weights that were
-    loaded or drawn before stay.
+    That is the case after ``with torch.device("meta"): model = ...`` and ``model.to_empty(device=...)``. Weights that
+    were loaded or initialized before are left alone.
     """
 
     def __init__(self, init_cfg: dict | list[dict] | None = None) -> None:
@@ -51,9 +51,9 @@ class InitializedModule(BaseModule):
         self._is_empty = False
 
     def init_weights(self) -> None:
-        """Draw the weights if they have no values yet, then do as ``init_cfg`` says."""
+        """Initialize the weights if they are uninitialized, then apply ``init_cfg``."""
         if self._is_empty:
-            # A module's children first: it may know better than they do.
+            # Children first, so that a module can override them.
             for module in reversed(list(self.modules())):
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()

@@ -1,12 +1,12 @@
-"""Pictures that are smaller than their batch: where they are, and what keeps their padding out of them.
+"""Padded batches: where each image ends, and how to keep its padding from influencing it.
 
-A batch of pictures of different sizes is filled up with zeros to the right and below. A constant region is the cheapest
-of all for a minimum spanning tree, which joins it first and then runs through it, so that what a picture yields depends
-on its batch mates. It does not if
+Images of different sizes are batched by zero padding on the right and at the bottom. A constant region is the cheapest
+one for a minimum spanning tree: the tree joins the padding first and then runs through it, so the features of an image
+depend on the other images of its batch. They do not if
 
-- what a convolution reads at padding is zero, as at the border of a picture without padding;
-- edges that touch padding weigh more than any other, so that the tree inside a picture is that of the picture alone;
-- what is scanned is zero at padding, which hangs on that tree as a branch.
+- convolutions read zeros at padded positions, as they do outside the border of an unpadded image;
+- edges that touch padding weigh more than all others, so that the tree inside the image is the tree of the image alone;
+- the input of the scan is zero at padded positions, which hang on that tree as a branch.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from grootvl_mm.ops._compat import is_eager
 
-# Weights of edges inside of pictures, of those at padding, and of those that must not be taken. float32 ends at 3.4e38.
+# Largest weight inside an image, weight of padding edges, weight of forbidden edges (float32 ends at 3.4e38).
 LARGEST_WEIGHT, PADDING_WEIGHT, BORDER_WEIGHT = 1e38, 2e38, 3e38
 
 
@@ -25,53 +25,53 @@ class Padding(NamedTuple):
     """The padding of a batch of maps.
 
     Attributes:
-        valid: (B, H, W, 1) float32, 1 where the picture is and 0 at its padding.
-        edge_weight: (B, E) float32, what the edges of the grid weigh at least: -inf inside of the picture.
+        valid: (B, H, W, 1) float32, 1 inside the image and 0 at padded positions.
+        edge_weight: (B, E) float32, lower bounds of the edge weights: -inf inside the image.
     """
 
     valid: Tensor
     edge_weight: Tensor
 
     def clear(self, x: Tensor) -> Tensor:
-        """(B, H, W, *) with zeros at the padding, by a product, which takes a seventh of the time of a choice."""
+        """Zero the padded positions of (B, H, W, *) by a product: seven times faster than ``torch.where``."""
         return torch.mul(x, self.valid.to(x.dtype))
 
     def cut(self, edge_weight: Tensor) -> Tensor:
-        """(B, E) weights with which minimum spanning trees join all padding last, at the last vertex of the picture.
+        """Edge weights (B, E) whose minimum spanning tree joins the padding last, at the last vertex of the image.
 
-        Wherever the root is, the tree of a picture is that of the picture alone: if the root is the last vertex of the
-        map, which may be at padding, the way there begins at the last vertex of the picture.
+        The tree inside the image is then that of the image alone for either root: if the root, the last vertex of the
+        map, is padded, the path to it starts at the last vertex of the image.
         """
         return torch.maximum(edge_weight.clamp(max=LARGEST_WEIGHT), self.edge_weight)
 
 
 def find_valid_sizes(image: Tensor) -> Tensor:
-    """Heights and widths of pictures without their zero margins to the right and below.
+    """Sizes of images without their zero margins on the right and at the bottom.
 
     Args:
         image: (B, C, H, W).
 
     Returns:
-        (B, 2) int64 on the image's device, which is not waited for. A picture of nothing but zeros has the size 0.
+        (B, 2) int64, heights and widths, computed on the image's device without synchronisation; 0 for a blank image.
     """
     largest = image.abs().amax(dim=1)
     return torch.stack([_length(largest.amax(dim=2)), _length(largest.amax(dim=1))], dim=1)
 
 
 def check_valid_sizes(valid_sizes: Tensor | Sequence[Sequence[int]], image: Tensor) -> Tensor:
-    """The sizes of pictures as a tensor.
+    """Validate the sizes of images and convert them to a tensor.
 
     Args:
-        valid_sizes: height and width of each picture, without padding.
+        valid_sizes: height and width of each image without padding.
         image: (B, C, H, W), the batch.
 
     Returns:
         (B, 2) int64 on the image's device.
 
     Raises:
-        TypeError: the sizes are no integers.
-        ValueError: not two numbers for each picture, or a size outside of 1..H and 1..W (not looked at on a GPU, which
-            would have to be waited for).
+        TypeError: the sizes are not integers.
+        ValueError: not two numbers per image, or a size outside 1..H and 1..W (not checked on a GPU, where the check
+            would need a synchronisation).
     """
     sizes = torch.as_tensor(valid_sizes)
     if sizes.is_floating_point() or sizes.is_complex() or sizes.dtype == torch.bool:
@@ -79,7 +79,7 @@ def check_valid_sizes(valid_sizes: Tensor | Sequence[Sequence[int]], image: Tens
     batch, _, height, width = image.shape
     if sizes.shape != (batch, 2):
         raise ValueError(
-            f"valid_sizes must have the shape {(batch, 2)}, height and width of each picture, got {tuple(sizes.shape)}"
+            f"valid_sizes must have the shape {(batch, 2)}, height and width of each image, got {tuple(sizes.shape)}"
         )
     if sizes.device.type == "cpu" and is_eager(sizes):
         inside = (sizes >= 1) & (sizes <= torch.tensor([height, width]))
@@ -92,23 +92,23 @@ def check_valid_sizes(valid_sizes: Tensor | Sequence[Sequence[int]], image: Tens
 
 
 def crop(image: Tensor, valid_sizes: Tensor) -> Tensor:
-    """(B, C, H, W) with zeros outside of the sizes (B, 2), whatever was there."""
+    """Zero everything in (B, C, H, W) outside the sizes (B, 2)."""
     valid = _region(valid_sizes, *image.shape[2:])
     return torch.where(valid.unsqueeze(1), image, 0)
 
 
 def pyramid(valid_sizes: Tensor, image: Tensor, levels: int) -> list[Padding]:
-    """The padding of maps of half the images' size, of a quarter and so on, as convolutions of stride 2 make them.
+    """The padding of the feature maps at strides 2, 4, 8 and so on, as convolutions of stride 2 produce them.
 
     Args:
-        valid_sizes: (B, 2), heights and widths of the pictures.
-        image: (B, C, H, W), the batch; its shape is all that counts.
-        levels: number of maps. The first is that of the stem, along which no tree runs: its edges have no weights.
+        valid_sizes: (B, 2), heights and widths of the images.
+        image: (B, C, H, W), the batch; only its shape is used.
+        levels: number of maps. The first one is inside the stem, which builds no tree: it gets no edge weights.
     """
     paddings = []
     height, width = image.shape[2:]
     for level in range(levels):
-        # In the form that symbolic shapes of convolutions have.
+        # Written as convolutions compute it, so that symbolic shapes are equal.
         valid_sizes, height, width = ((size - 1) // 2 + 1 for size in (valid_sizes, height, width))
         valid = _region(valid_sizes, height, width)
         edge_weight = _edge_weight(valid, valid_sizes, height, width) if level else valid.new_empty(0)
@@ -117,9 +117,9 @@ def pyramid(valid_sizes: Tensor, image: Tensor, levels: int) -> list[Padding]:
 
 
 def _edge_weight(valid: Tensor, sizes: Tensor, height: int, width: int) -> Tensor:
-    """The least weights (B, E) of the edges of maps of pictures of the sizes (B, 2), which are where ``valid`` says.
+    """Lower bounds (B, E) of the edge weights of maps with the valid sizes (B, 2) and the valid region (B, H, W).
 
-    Of the edges between picture and padding, only those at the last vertex of the picture may be taken.
+    Of the edges between image and padding, the tree may take only those at the last vertex of the image.
     """
     above = torch.arange((height - 1) * width, device=sizes.device)
     left = torch.arange(height * (width - 1), device=sizes.device)
@@ -132,12 +132,12 @@ def _edge_weight(valid: Tensor, sizes: Tensor, height: int, width: int) -> Tenso
 
 
 def _region(sizes: Tensor, height: int, width: int) -> Tensor:
-    """(B, H, W), whether a vertex is within the sizes (B, 2)."""
+    """(B, H, W) bool, whether a vertex is inside the sizes (B, 2)."""
     rows, columns = (torch.arange(length, device=sizes.device) for length in (height, width))
     heights, widths = sizes.unsqueeze(2).unbind(1)
     return (rows < heights).unsqueeze(2) & (columns < widths).unsqueeze(1)
 
 
 def _length(largest: Tensor) -> Tensor:
-    """One more than the last index of what is not 0 in each row of (B, N); 0 without any."""
+    """Index of the last nonzero value of each row of (B, N) plus one; 0 if there is none."""
     return ((largest != 0) * torch.arange(1, largest.shape[1] + 1, device=largest.device)).amax(dim=1)

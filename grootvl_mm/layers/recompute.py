@@ -1,16 +1,16 @@
-"""What a block keeps for its backward pass, and how its linear layers are computed: one policy for all of its modules.
+"""Selective activation recomputation and faster functions for the modules of a block: the policy, in one place.
 
-Within :func:`lean`, the modules of a block are called as they are, and PyTorch differentiates them. Two things change:
+Inside :func:`lean`, the modules of a block are called and differentiated as usual, with two changes:
 
-- The results of layer norms, GELU, SiLU, masks and depth-wise convolutions cost little to compute and much to keep.
-  Where autograd saves one of them, it gets the means to compute it again from what is kept anyway. A block keeps 12
-  maps of its input's size instead of 18.
-- ``F.linear`` of float32 on the CPU goes to oneDNN, see :mod:`grootvl_mm.layers.linear`, and ``F.layer_norm`` on GPUs
-  and under autocast to our operator, see :mod:`grootvl_mm.layers.norm`.
+- The outputs of layer norms, GELU, SiLU, masks and depth-wise convolutions are cheap to compute and expensive to keep.
+  Where autograd would save one of them, it saves a recipe that recomputes it from tensors that are kept anyway. A block
+  keeps 12 maps of its input's size instead of 18.
+- ``F.linear`` in float32 on the CPU uses oneDNN, see :mod:`grootvl_mm.layers.linear`; ``F.layer_norm`` on GPUs and
+  under autocast uses our operator, see :mod:`grootvl_mm.layers.norm`.
 
-Both act below the modules, on the functions that they call, so that hooks, adapters, parametrizations and replaced
-modules see and do what they do in any other model. Where something else decides what is kept or computed
-(``torch.compile``, tracers, the transforms of ``torch.func``), PyTorch's own rules hold.
+Both act on the functions that modules call, not on the modules, so hooks, adapters, parametrizations and replaced
+modules behave as in any other model. Under ``torch.compile``, tracers and ``torch.func`` transforms, PyTorch's defaults
+apply.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ Unpack = Callable[[], Tensor]
 
 
 def fast(x: Tensor) -> contextlib.AbstractContextManager:
-    """A context for the layers that ``x`` goes through: their functions are computed the fastest way, see ``_FAST``."""
+    """Context manager that uses the faster functions of ``_FAST`` for layers applied to ``x``."""
     return _Fast(_FAST) if is_eager(x) else contextlib.nullcontext()
 
 
 def lean(x: Tensor) -> contextlib.AbstractContextManager:
-    """A context for the layers of a block: they keep little, and what linear layers read is written as they read it."""
+    """Context manager for a block applied to ``x``: recomputation, and norms in the dtype of linear layers."""
     if not is_eager(x):
         return contextlib.nullcontext()
     return _Lean(x.device.type) if torch.is_grad_enabled() else _Fast(_FAST_IN_BLOCKS)
@@ -47,7 +47,7 @@ _FAST_IN_BLOCKS = {F.linear: linear, F.layer_norm: narrow_layer_norm}
 
 
 class _Fast(TorchFunctionMode):
-    """Functions in the place of PyTorch's."""
+    """Replaces functions of PyTorch by others."""
 
     def __init__(self, functions: dict[Callable, Callable]) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class _Fast(TorchFunctionMode):
 
 
 class _Lean(_Fast):
-    """Knows the results of cheap functions by their storage, and gives autograd recipes in their place."""
+    """Tracks the outputs of cheap functions by their storage, and hands autograd recipes instead of them."""
 
     def __init__(self, device_type: str) -> None:
         super().__init__(_FAST_IN_BLOCKS)
@@ -88,7 +88,7 @@ class _Lean(_Fast):
         return result
 
     def _remember(self, result: Tensor, func: Callable, args: tuple, kwargs: dict) -> None:
-        """That ``result`` can be had from ``func``."""
+        """Record that ``func`` recomputes ``result``."""
         if not result.requires_grad:
             return
         autocast = {"device_type": self.device_type, "enabled": is_autocast_enabled(self.device_type)}
@@ -106,7 +106,7 @@ class _Lean(_Fast):
         return self._pack(value if value.is_leaf else value.detach())
 
     def _pack(self, value: Tensor) -> Unpack:
-        """For what autograd saves: a recipe that gives it, or what gives back the kept tensor."""
+        """What autograd keeps for a saved tensor: a recipe if there is one, else the tensor itself."""
         _, version, recipe = self.recipes.get(value.untyped_storage()._cdata, (None, None, None))
         if recipe is not None and version == value._version and recipe.is_possible():
             recipe.uses += 1
@@ -120,7 +120,7 @@ class _Lean(_Fast):
 
 
 class _Kept:
-    """A tensor, which must not change."""
+    """A kept tensor; raises if it was modified in place since."""
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
@@ -137,7 +137,7 @@ class _Kept:
 
 
 class _Recipe:
-    """How to compute a result again, for all who saved it. It stays until the last of them has had it."""
+    """Recomputes an output once for all nodes that saved it, and frees it after the last of them took it."""
 
     def __init__(
         self, func: Callable, inputs: list[Callable[[], Any]], keywords: tuple[str, ...], autocast: dict[str, Any]
@@ -150,7 +150,7 @@ class _Recipe:
         self.value: Tensor | None = None
 
     def is_possible(self) -> bool:
-        """False once FSDP has freed a parameter, which is back for the backward pass of its own module only."""
+        """False if FSDP has freed a parameter: it restores it only in the backward pass of its own module."""
         kept = (value.value for value in self.inputs if isinstance(value, _Kept))
         return all(value.untyped_storage().nbytes() or not value.numel() for value in kept)
 

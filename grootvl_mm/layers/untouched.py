@@ -1,4 +1,4 @@
-"""Whether a fused operator may stand for modules, and for PyTorch's functions."""
+"""Decides whether a fused operator may replace the calls of modules and of PyTorch's functions."""
 
 import torch
 from torch import Tensor, nn
@@ -13,28 +13,28 @@ try:
 except ImportError:  # before torch 2.4
     ModuleTracker = None
 
-# torch.export puts fake ones in the place of plain parameters.
+# torch.export replaces plain parameters by fake tensors.
 _PLAIN = (nn.Parameter, FakeTensor)
 
 
 def untouched(*modules: nn.Module, kinds: tuple[type[nn.Module], ...], bias: bool = True) -> bool:
-    """Whether calling each module does nothing but what its class says, with its own weight and bias.
+    """Whether calling each module would run exactly the forward of its class on its own weight and bias.
 
-    False for another class (adapters, quantized and parametrized layers, replaced norms, FSDP), for hooks on the module
-    or on all modules, for a ``forward`` of the instance, and for weights that are no plain parameters (pruning, weight
-    norm, quantized tensors). Asked at every call, so that what is added later counts from the next call on.
+    False for any other class (adapters, quantized and parametrized layers, replaced norms, FSDP), for hooks on the
+    module or global hooks, for a ``forward`` set on the instance, and for weights that are not plain parameters
+    (pruning, weight norm, quantized tensors). Evaluated at every call, so later changes take effect at the next call.
 
     Args:
-        modules: the modules to be stood for.
-        kinds: the classes that they must have, none derived from them.
-        bias: whether they must have a bias, or must have none.
+        modules: the modules that a fused operator would replace.
+        kinds: their allowed classes; subclasses are not.
+        bias: whether they must have a bias or must not have one.
     """
     return not _has_global_hook() and all(_is_untouched(module, kinds, bias) for module in modules)
 
 
 @unwatched
 def has_own_kernels(*tensors: Tensor | None) -> bool:
-    """Whether plain tensors are where our operators have kernels, and nobody counts or traces PyTorch's operators."""
+    """Whether these are plain tensors on a device with our kernels, and no dispatch mode (counter, tracer) is on."""
     return (
         all(type(value) in (Tensor, nn.Parameter) for value in tensors)
         and len({value.device for value in tensors}) == 1
@@ -44,7 +44,7 @@ def has_own_kernels(*tensors: Tensor | None) -> bool:
 
 
 def _has_global_hook() -> bool:
-    """Whether hooks on all modules may want to see a call. Those of torch's FLOP counter note a module's name only."""
+    """Whether a global module hook needs to see calls. Those of torch's FLOP counter record only the module's name."""
     if not global_hooks._has_any_global_hook():
         return False
     hooks = (
@@ -58,7 +58,7 @@ def _has_global_hook() -> bool:
 
 def _is_untouched(module: nn.Module, kinds: tuple[type[nn.Module], ...], bias: bool) -> bool:
     parameters = module._parameters
-    # In words that torch.compile can follow.
+    # Written so that torch.compile can trace it.
     return (
         type(module) in kinds
         and not (module._forward_hooks or module._forward_pre_hooks)
