@@ -1,9 +1,9 @@
 """Measure what padding does to detectors: trained and evaluated on demo scenes of mixed sizes and orientations.
 
 Each backbone is trained with each seed, in batches of eight scenes, which are padded to the largest of them, and
-evaluated one by one (no padding) and eight at a time. A run that was interrupted goes on where it stopped when the same
-command is given again; what is finished is not repeated. The table is written to WORK_DIR/README.md, all numbers to
-WORK_DIR/results.json.
+evaluated in batches of one (no padding), in batches of eight, and alone on a canvas of 256x256. To resume an
+interrupted study, repeat the command: finished parts are not run again. The table is written to WORK_DIR/README.md, all
+numbers to WORK_DIR/results.json.
 """
 
 import argparse
@@ -18,10 +18,15 @@ from mmengine.logging import MMLogger
 from train_on_digits import ROOT, moved_paths, run
 
 from grootvl_mm.apis.resume import find_resumable_checkpoint
+from grootvl_mm.apis.whole_files import whole_file
 
 SIZES = ("96x160", "128x128", "160x96", "96x96", "160x160")
 LONGEST = 160
-EVALUATED = (1, 8)  # batch sizes
+EVALUATED = {
+    "batch size 1": ("test_dataloader.batch_size=1",),
+    "batch size 8": ("test_dataloader.batch_size=8",),
+    "padded to 256": ("test_dataloader.batch_size=1", "model.data_preprocessor.pad_size_divisor=256"),
+}
 METRICS = {"box AP": "coco/bbox_mAP", "mask AP": "coco/segm_mAP"}
 LAST = 20  # iterations whose mean loss is told
 
@@ -35,12 +40,8 @@ class Backbone(NamedTuple):
 
 
 BACKBONES = {
-    "grootv": Backbone("GrootV-pico", "mask-rcnn_grootv-pico_fpn_demo.py"),
-    "grootv-ignoring": Backbone(
-        "GrootV-pico, `ignore_padding=True`",
-        "mask-rcnn_grootv-pico_fpn_demo.py",
-        ("model.backbone.ignore_padding=True",),
-    ),
+    "grootv": Backbone("GrootV-pico", "mask-rcnn_grootv-pico_fpn_demo.py", ("model.backbone.ignore_padding=False",)),
+    "grootv-ignoring": Backbone("GrootV-pico, `ignore_padding=True`", "mask-rcnn_grootv-pico_fpn_demo.py"),
     "convnext": Backbone("ConvNeXt-pico", "mask-rcnn_convnext-pico_fpn_demo.py"),
     "swin": Backbone("Swin-pico", "mask-rcnn_swin-pico_fpn_demo.py"),
 }
@@ -73,11 +74,13 @@ def data_options(cfg: Config, data: Path) -> Iterator[str]:
         yield f"{part}_dataloader.dataset.pipeline.{index}.scale=({LONGEST},{LONGEST})"
 
 
-def train_and_test(backbone: Backbone, seed: int, folder: Path, data: Path, iters: int) -> dict[str, Any]:
-    """Train one detector and evaluate it at all batch sizes.
+def train_and_test(
+    backbone: Backbone, seed: int, folder: Path, data: Path, iters: int, result: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Train one detector and evaluate it in all ways, unless ``result`` has that already.
 
-    Returns:
-        ``loss``, the mean of the last iterations, and metrics by batch size.
+    Yields:
+        After each step, what is known: ``loss``, the mean of the last iterations, and metrics by way of evaluation.
     """
     config = ROOT / "configs" / "demo" / backbone.config
     options = [*data_options(Config.fromfile(config), data), *backbone.options]
@@ -88,15 +91,15 @@ def train_and_test(backbone: Backbone, seed: int, folder: Path, data: Path, iter
         kept = [option for option in options if not option.startswith("val_")]
         run("train.py", config, "--work-dir", folder, "--resume", "auto", "--cfg-options",
             *schedule, *unevaluated, "default_hooks.logger.interval=1", *kept)  # fmt: skip
-    result: dict[str, Any] = {"loss": last_loss(folder)}
-    for batch_size in EVALUATED:
-        tested = folder / f"test-{batch_size}"
-        run("test.py", config, final, "--work-dir", tested, "--cfg-options", *options,
-            f"test_dataloader.batch_size={batch_size}")  # fmt: skip
-        newest = max(tested.glob("*/*.json"), key=lambda path: path.stat().st_mtime)
-        values = json.loads(newest.read_text())
-        result[str(batch_size)] = {name: values[key] for name, key in METRICS.items()}
-    return result
+    result = {"loss": last_loss(folder)} | result
+    for name, evaluated in EVALUATED.items():
+        if name not in result:
+            tested = folder / f"test, {name}"
+            run("test.py", config, final, "--work-dir", tested, "--cfg-options", *options, *evaluated)
+            newest = max(tested.glob("*/*.json"), key=lambda path: path.stat().st_mtime)
+            values = json.loads(newest.read_text())
+            result = result | {name: {metric: values[key] for metric, key in METRICS.items()}}
+        yield result
 
 
 def last_loss(folder: Path) -> float:
@@ -110,15 +113,15 @@ def last_loss(folder: Path) -> float:
 
 def make_table(results: dict[str, dict[str, Any]], names: Sequence[str]) -> str:
     """Means over the seeds with standard deviations, as Markdown."""
-    columns = [(batch_size, metric) for metric in METRICS for batch_size in EVALUATED]
+    columns = [(evaluated, metric) for metric in METRICS for evaluated in EVALUATED]
     titles = ["backbone", "seeds", "training loss"]
-    titles += [f"{metric}, batch size {batch_size}" for batch_size, metric in columns]
+    titles += [f"{metric}, {evaluated}" for evaluated, metric in columns]
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for name in names:
         runs = list(results.get(name, {}).values())
         if runs:
             cells = [summary([run["loss"] for run in runs])]
-            cells += [summary([run[str(size)][metric] for run in runs]) for size, metric in columns]
+            cells += [summary([run[evaluated][metric] for run in runs]) for evaluated, metric in columns]
             lines.append(f"| {' | '.join([BACKBONES[name].title, str(len(runs)), *cells])} |")
     return "\n".join(lines) + "\n"
 
@@ -150,10 +153,13 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.backbones:
             key = f"seed {seed}, {args.iters} iterations"
-            if key not in results.setdefault(name, {}):
-                folder = args.work_dir / f"{name}-{args.iters}-{seed}"
-                results[name][key] = train_and_test(BACKBONES[name], seed, folder, data, args.iters)
-                path.write_text(json.dumps(results, indent=2) + "\n")
+            folder = args.work_dir / f"{name}-{args.iters}-{seed}"
+            found = results.setdefault(name, {}).get(key, {})
+            if not found.keys() >= EVALUATED.keys():
+                for result in train_and_test(BACKBONES[name], seed, folder, data, args.iters, found):
+                    results[name][key] = result
+                    with whole_file(path) as partial:
+                        partial.write_text(json.dumps(results, indent=2) + "\n")
             logger.info("%s, %s: %s", BACKBONES[name].title, key, results[name][key])
     chosen = {
         name: {key: run for key, run in runs.items() if key.endswith(f" {args.iters} iterations")}

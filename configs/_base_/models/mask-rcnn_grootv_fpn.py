@@ -10,6 +10,7 @@ model = dict(
         arch="tiny",
         out_indices=(0, 1, 2, 3),
         drop_path_rate=0.2,
+        ignore_padding=True,
     ),
     neck=dict(in_channels=[80, 160, 320, 640]),
 )

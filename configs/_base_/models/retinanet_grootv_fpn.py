@@ -11,6 +11,7 @@ model = dict(
         arch="tiny",
         out_indices=(1, 2, 3),
         drop_path_rate=0.2,
+        ignore_padding=True,
     ),
     neck=dict(in_channels=[160, 320, 640], start_level=0),
 )

@@ -19,6 +19,7 @@ model = dict(
         arch="tiny",
         out_indices=(0, 1, 2, 3),
         drop_path_rate=0.2,
+        ignore_padding=True,
     ),
     decode_head=dict(
         type="UPerHead",
