@@ -71,25 +71,6 @@ else:
         _implement(operator, function.apply, "Autograd")
 
 
-if hasattr(torch.library, "register_autocast"):
-    from torch.library import register_autocast
-else:
-
-    def register_autocast(operator: str, device_type: str, dtype: torch.dtype) -> None:
-        """Let an operator run in ``dtype`` under autocast; float64 stays."""
-        overload = _overload(operator)
-
-        def cast(value: Any) -> Any:
-            is_narrow = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-            return value.to(dtype) if is_narrow else value
-
-        def kernel(*inputs: Any) -> Any:
-            with torch.autocast(device_type, enabled=False):
-                return overload(*map(cast, inputs))
-
-        _implement(operator, kernel, f"Autocast{device_type.upper()}")
-
-
 if hasattr(torch, "get_autocast_dtype"):
     from torch import get_autocast_dtype as autocast_dtype
 else:
@@ -102,7 +83,7 @@ else:
 def implement_autocast(operator: str, device_type: str, cast: Callable[..., tuple]) -> None:
     """Let an operator run under autocast with ``cast(dtype of autocast, *inputs)`` in place of its inputs.
 
-    It serves operators whose inputs have different dtypes, where ``register_autocast`` gives all of them one.
+    It serves operators whose inputs have different dtypes, where ``torch.library.register_autocast`` gives them one.
     """
     overload = _overload(operator)
     key = f"Autocast{device_type.upper()}"
@@ -207,7 +188,6 @@ __all__ = [
     "is_exporting",
     "is_forward_ad",
     "onednn_linear",
-    "register_autocast",
     "register_autograd",
     "register_fake",
     "register_flop_formula",

@@ -1,8 +1,8 @@
 """What CUDA kernels find out about trees before they scan along them: computed once, kept as long as the trees.
 
 The scans of other devices need no cut. A cut is only as good as the vertices it was made from, so it is shared by
-several scans only along a tree that ``grid_tree`` has made, in memory that nobody else has, and while that stays as it
-is. Elsewhere a scan has one of its own, which its backward pass uses again.
+several scans only along a tree that ``grid_tree`` or ``graph_tree`` has made, in memory that nobody else has, and while
+that stays as it is. Elsewhere a scan has one of its own, which its backward pass uses again.
 """
 
 from typing import TYPE_CHECKING

@@ -1,8 +1,9 @@
 """Loads the compiled operators and tells PyTorch what it has to know about them.
 
 The extension ``grootvl_mm/_C*.so`` defines ``torch.ops.grootvl.*`` with CPU and, where built, CUDA kernels. Where it is
-missing, or has no kernel for a device, the reference of the same name takes its place. What holds for either (shapes of
-the results, gradients, autocast, FLOPs) is registered here once. ``GROOTVL_LIBRARY=FILE`` loads another build of it.
+missing, or has no kernel for a device, the reference of the same name takes its place; on CUDA, operators of
+``THROUGH_HOST`` take the kernel of the CPU. What holds for all (shapes of the results, gradients, autocast, FLOPs) is
+registered here once. ``GROOTVL_LIBRARY=FILE`` loads another build of it.
 """
 
 import os
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from grootvl_mm.ops import reference, reference_neighbours
 from grootvl_mm.ops._compat import (
+    implement_autocast,
     infer_schema,
-    register_autocast,
     register_autograd,
     register_fake,
     register_flop_formula,
@@ -30,6 +31,7 @@ REFERENCES: dict[str, Callable] = {
     for function in (
         reference.grid_edge_weight,
         reference.grid_tree,
+        reference.graph_tree,
         reference.tree_scan,
         reference.tree_scan_backward,
         reference.tree_selective_scan,
@@ -41,6 +43,9 @@ REFERENCES: dict[str, Callable] = {
         reference_neighbours.depthwise_conv_silu_backward,
     )
 }
+
+# Operators without CUDA kernels whose CPU kernels serve CUDA tensors better than the reference does.
+THROUGH_HOST = frozenset({"graph_tree"})
 
 
 def extension_error() -> str | None:
@@ -73,14 +78,32 @@ def _load_extension() -> str | None:
     return None
 
 
+def _has_kernel(name: str, device_type: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device_type.upper())
+
+
+def _through_host(name: str) -> Callable:
+    """The operator on the CPU, for tensors of another device: copied there, and the results back."""
+
+    def kernel(*inputs: Any) -> tuple[Tensor, ...]:
+        device = next(value.device for value in inputs if isinstance(value, Tensor))
+        on_host = (value.cpu() if isinstance(value, Tensor) else value for value in inputs)
+        return tuple(result.to(device) for result in _operator(name)(*on_host))
+
+    return kernel
+
+
 def _install_references(library: torch.library.Library) -> None:
-    """Give every operator that lacks kernels of its own those of the reference."""
+    """Give every operator that lacks kernels of its own those of the reference, or those of the CPU."""
     for name, function in REFERENCES.items():
         if _EXTENSION_ERROR is not None:
             library.define(name + infer_schema(function, mutates_args=()))
             library.impl(name, function, "CompositeExplicitAutograd")
-        elif not has_kernels("cuda"):
-            library.impl(name, function, "CUDA")
+            continue
+        for device_type in ("cpu", "cuda"):
+            if not _has_kernel(name, device_type):
+                goes_to_host = device_type == "cuda" and name in THROUGH_HOST
+                library.impl(name, _through_host(name) if goes_to_host else function, device_type.upper())
     if _EXTENSION_ERROR is not None:
         library.define("tree_cut(Tensor parent, Tensor order) -> Tensor")
 
@@ -88,8 +111,7 @@ def _install_references(library: torch.library.Library) -> None:
 def _find_kernels() -> frozenset[str]:
     if _EXTENSION_ERROR is not None:
         return frozenset()
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return frozenset(kind for kind in ("cpu", "cuda") if has_kernel(f"{NAMESPACE}::tree_scan", kind.upper()))
+    return frozenset(device_type for device_type in ("cpu", "cuda") if _has_kernel("tree_scan", device_type))
 
 
 _EXTENSION_ERROR = _load_extension()
@@ -122,12 +144,14 @@ def _(edge_weight: Tensor, height: int, width: int, root: int) -> tuple[Tensor, 
     return parent, torch.empty_like(parent)
 
 
+@register_fake(f"{NAMESPACE}::graph_tree")
+def _(edge_index: Tensor, edge_weight: Tensor, num_vertices: int, root: Tensor) -> tuple[Tensor, Tensor]:
+    parent = edge_weight.new_empty((edge_weight.shape[0], num_vertices), dtype=torch.int32)
+    return parent, torch.empty_like(parent)
+
+
 # The kinds of devices whose scans want to know the cuts of their trees, the result of the operator tree_cut.
-CUTTING_DEVICES = frozenset(
-    key.lower()
-    for key in ("CPU", "CUDA")
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::tree_cut", key)
-)
+CUTTING_DEVICES = frozenset(device_type for device_type in ("cpu", "cuda") if _has_kernel("tree_cut", device_type))
 
 
 @register_fake(f"{NAMESPACE}::tree_cut")
@@ -174,6 +198,7 @@ def _no_gradient(name: str) -> None:
 
 _no_gradient("grid_edge_weight")
 _no_gradient("grid_tree")
+_no_gradient("graph_tree")
 _no_gradient("tree_cut")
 
 
@@ -235,23 +260,24 @@ register_autograd(
 )
 
 
-def _autocast_selective_scan(device_type: str) -> None:
+def _autocast_scan(autocast: torch.dtype, x: Tensor, decay: Tensor, *rest: Any) -> tuple:
+    """The wider dtype of the two; 16 bits are computed in float32 as they are."""
+    dtype = torch.promote_types(x.dtype, decay.dtype)
+    return x.to(dtype), decay.to(dtype), *rest
+
+
+def _autocast_selective_scan(autocast: torch.dtype, *inputs: Any) -> tuple:
     """Activations stay as they are, in the widest dtype among them; only parameters, which are small, are cast."""
-
-    def kernel(*inputs: Any) -> Tensor:
-        values = reference.SelectiveScanInputs(*inputs[: len(reference.SelectiveScanInputs._fields)])
-        dtype = reduce(torch.promote_types, (value.dtype for value in values.activations()))
-        activations = (value.to(dtype) for value in values.activations())
-        parameters = (value.to(torch.promote_types(dtype, torch.float32)) for value in values.parameters())
-        with torch.autocast(device_type, enabled=False):
-            return _operator("tree_selective_scan")(*activations, *parameters, *inputs[len(values) :])
-
-    _LIBRARY.impl("tree_selective_scan", kernel, f"Autocast{device_type.upper()}")
+    values = reference.SelectiveScanInputs(*inputs[: len(reference.SelectiveScanInputs._fields)])
+    dtype = reduce(torch.promote_types, (value.dtype for value in values.activations()))
+    activations = (value.to(dtype) for value in values.activations())
+    parameters = (value.to(torch.promote_types(dtype, torch.float32)) for value in values.parameters())
+    return *activations, *parameters, *inputs[len(values) :]
 
 
 for _device_type in ("cpu", "cuda"):
-    register_autocast(f"{NAMESPACE}::tree_scan", _device_type, torch.float32)
-    _autocast_selective_scan(_device_type)
+    implement_autocast(f"{NAMESPACE}::tree_scan", _device_type, _autocast_scan)
+    implement_autocast(f"{NAMESPACE}::tree_selective_scan", _device_type, _autocast_selective_scan)
 
 
 # Operations for each element of x, a multiplication and an addition counting two. The choice of the tree counts none:
@@ -272,6 +298,11 @@ def _(feature_shape: torch.Size, metric: str, log: bool, **kwargs: Any) -> int:
 
 
 @register_flop_formula(torch.ops.grootvl.grid_tree)
+def _(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+@register_flop_formula(torch.ops.grootvl.graph_tree)
 def _(*args: Any, **kwargs: Any) -> int:
     return 0
 

@@ -40,9 +40,9 @@ def grid_edge_weight(feature: Tensor, metric: str, log: bool) -> Tensor:
 
 def grid_tree(edge_weight: Tensor, height: int, width: int, root: int) -> tuple[Tensor, Tensor]:
     """(B, E) to ``parent`` (B, L) int32, and the vertices as they are numbered in the place of the order."""
-    parent = reference.root_tree(reference.spanning_tree(edge_weight, height, width), height, width, root).to(
-        torch.int32
-    )
+    edges = reference.grid_edges(height, width, edge_weight.device)
+    in_tree = reference.spanning_tree(edge_weight, *edges, height * width)
+    parent = reference.root_tree(in_tree, height, width, root).to(torch.int32)
     return parent, reference.vertices_like(parent).to(torch.int32)
 
 

@@ -84,7 +84,8 @@ def grid_tree(edge_weight: Tensor, height: int, width: int, root: int) -> tuple[
     if not edge_weight.isfinite().all():
         bad = int((~edge_weight.isfinite()).sum())
         raise ValueError(f"edge_weight must be finite, got {bad} NaN or infinite of {edge_weight.numel()} values")
-    parent = root_tree(spanning_tree(edge_weight, height, width), height, width, root).to(torch.int32)
+    in_tree = spanning_tree(edge_weight, *grid_edges(height, width, edge_weight.device), height * width)
+    parent = root_tree(in_tree, height, width, root).to(torch.int32)
     return parent, vertex_depth(parent).argsort(dim=1, stable=True).to(torch.int32)
 
 
@@ -98,15 +99,56 @@ def vertices_like(like: Tensor) -> Tensor:
     return torch.arange(like.shape[1], device=like.device).repeat(like.shape[0], 1)
 
 
-def spanning_tree(edge_weight: Tensor, height: int, width: int) -> Tensor:
+def graph_tree(edge_index: Tensor, edge_weight: Tensor, num_vertices: int, root: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum spanning trees of a graph, rooted: (2, E) int64, (B, E) and (B,) int64 to two (B, L) int32.
+
+    Raises:
+        ValueError: a weight is NaN, a vertex does not exist, or the graph is not connected.
+    """
+    for name, vertices in (("edge_index", edge_index), ("root", root)):
+        outside = vertices[(vertices < 0) | (vertices >= num_vertices)]
+        if len(outside):
+            raise ValueError(f"{name} must name vertices of 0..{num_vertices - 1}, got {int(outside[0])}")
+    if edge_weight.isnan().any():
+        bad = int(edge_weight.isnan().sum())
+        raise ValueError(f"edge_weight must not be NaN, got {bad} NaN of {edge_weight.numel()} values")
+    in_tree = spanning_tree(accumulated(edge_weight), *edge_index, num_vertices)
+    parent = root_graph(in_tree, *edge_index, num_vertices, root)
+    unreached = (parent < 0).nonzero()
+    if len(unreached):
+        image, vertex = unreached[0].tolist()
+        raise ValueError(
+            f"the graph must be connected, got {num_vertices - int(in_tree[image].sum())} components of "
+            f"{num_vertices} vertices; no path leads from vertex {int(root[image])} to vertex {vertex}"
+        )
+    parent = parent.to(torch.int32)
+    return parent, vertex_depth(parent).argsort(dim=1, stable=True).to(torch.int32)
+
+
+def root_graph(in_tree: Tensor, lower: Tensor, higher: Tensor, num_vertices: int, root: Tensor) -> Tensor:
+    """The parents (B, L) int64 of the trees with the marked edges, -1 where no path leads from the root."""
+    parent = torch.full((len(in_tree), num_vertices), -1, device=in_tree.device)
+    parent.scatter_(1, root.unsqueeze(1), root.unsqueeze(1))
+    while True:
+        reached = parent >= 0
+        is_above = reached.index_select(1, lower)
+        image, edge = (in_tree & (is_above != reached.index_select(1, higher))).nonzero(as_tuple=True)
+        if not len(image):
+            return parent
+        is_above = is_above[image, edge]
+        parent[image, torch.where(is_above, higher[edge], lower[edge])] = torch.where(
+            is_above, lower[edge], higher[edge]
+        )
+
+
+def spanning_tree(edge_weight: Tensor, lower: Tensor, higher: Tensor, num_vertices: int) -> Tensor:
     """Marks the tree edges: (B, E) bool. Among equal weights the lower edge index wins."""
     num_edges = edge_weight.shape[1]
-    lower, higher = grid_edges(height, width, edge_weight.device)
     edge = torch.arange(num_edges, device=edge_weight.device)
-    itself = torch.arange(height * width, device=edge_weight.device).repeat(edge_weight.shape[0], 1)
+    itself = torch.arange(num_vertices, device=edge_weight.device).repeat(edge_weight.shape[0], 1)
     component = itself
     in_tree = torch.zeros_like(edge_weight, dtype=torch.bool)
-    for done in range(num_doublings(height * width)):
+    for done in range(num_doublings(num_vertices) if num_edges else 0):
         ends = component.index_select(1, lower), component.index_select(1, higher)
         crossing = ends[0] != ends[1]
         # The least weight of each component, then the least edge of that weight.
@@ -125,7 +167,7 @@ def spanning_tree(edge_weight: Tensor, height: int, width: int) -> Tensor:
         # Two components that choose each other: the lower one leads.
         mutual = (neighbour.gather(1, neighbour) == itself) & (itself < neighbour)
         leader = torch.where(mutual, itself, neighbour)
-        for _ in range(num_doublings(height * width >> done)):
+        for _ in range(num_doublings(num_vertices >> done)):
             leader = leader.gather(1, leader)
         component = leader.gather(1, component)
     return in_tree
@@ -318,9 +360,15 @@ def selective_scan(
     Ds: Tensor,
 ) -> Tensor:
     """The selective scan around any ``scan(input, decay)``, projection of the steps and norms, which may be modules."""
-    delta = F.softplus(dt_proj(dt))
-    h = scan(delta * b * x, torch.exp(-torch.exp(A_log) * delta))
+    delta, decay = steps_and_decays(dt_proj, dt, A_log)
+    h = scan(delta * b * x, decay)
     return out_norm(h_norm(h) * c + Ds * x) * F.silu(gate)
+
+
+def steps_and_decays(dt_proj: Callable[[Tensor], Tensor], dt: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor]:
+    """``delta = softplus(dt_proj(dt))`` and ``exp(-exp(A_log) delta)``, both (B, L, D)."""
+    delta = F.softplus(dt_proj(dt))
+    return delta, torch.exp(-torch.exp(A_log) * delta)
 
 
 def plain_selective_scan(scan: Callable[[Tensor, Tensor], Tensor], inputs: SelectiveScanInputs, eps: float) -> Tensor:

@@ -22,8 +22,8 @@ def tree_scan(x: Tensor, decay: Tensor, tree: Tree, propagation: str = "all") ->
 
     With ``u`` the pass from the leaves to the root, ``u_v = x_v + sum_{children c} a_c u_c``, and ``a_v`` the decay of
     the edge from v to its parent p: ``h_v = u_v + a_v (h_p - a_v u_v)`` (equation 4 and algorithm 1 of the paper).
-    16-bit inputs are accumulated in float32; under autocast the scan runs in float32. Differentiable as
-    often as needed, in reverse mode.
+    16 bits are storage: 16-bit values are read and written as such, and computed in float32. Under autocast nothing is
+    cast, but to the wider dtype where ``x`` and ``decay`` differ. Differentiable as often as needed, in reverse mode.
 
     Args:
         x: (B, L, D) float32, float64, float16 or bfloat16.

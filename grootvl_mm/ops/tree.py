@@ -14,7 +14,7 @@ METRICS = ("cosine", "euclidean", "manhattan")
 
 
 class Tree(NamedTuple):
-    """Rooted spanning trees of a batch of images with L = height * width vertices, in row-major order.
+    """Rooted spanning trees of a batch, each with L vertices: of images L = height * width, in row-major order.
 
     Attributes:
         parent: (B, L) int32, the vertex next to each vertex on the path to the root; the root's is the root.

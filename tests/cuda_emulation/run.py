@@ -15,7 +15,7 @@ from tests.cuda_emulation.build import ROOT, operator_library, sanitizer_environ
 CARDS = (101376, 166912, 232448)
 OPERATOR_TESTS = tuple(
     f"tests/ops/test_{name}.py"
-    for name in ("tree", "scan", "selective_scan", "norm", "conv", "library", "published_semantics")
+    for name in ("tree", "graph", "scan", "selective_scan", "norm", "conv", "library", "published_semantics")
 )
 
 

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grootvl_mm.ops import Tree, grid_tree
-from grootvl_mm.ops.reference import grid_edges
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9))
 SEEDS = st.integers(0, 2**31 - 1)
@@ -32,23 +31,34 @@ def random_scan(batch: int, height: int, width: int, channels: int, seed: int, d
     return x.to(dtype), decay.to(dtype), tree
 
 
-def kruskal(weight: Tensor, height: int, width: int) -> set[tuple[int, int]]:
-    """Tree edges of one image by Kruskal's algorithm with a stable sort."""
-    lower, higher = (ends.tolist() for ends in grid_edges(height, width))
-    leader = list(range(height * width))
+def random_graph(vertices: int, more_edges: int, seed: int) -> Tensor:
+    """(2, E) edges of a connected graph, in any order and direction: a random tree, and others anywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    child = torch.arange(1, vertices)
+    above = (torch.rand(len(child), generator=generator) * child).long()
+    others = torch.randint(vertices, (2, more_edges), generator=generator)
+    edges = torch.cat([torch.stack([above, child]), others], 1)
+    edges = torch.randperm(vertices, generator=generator)[edges]
+    return edges[:, torch.randperm(edges.shape[1], generator=generator)]
+
+
+def kruskal(weight: Tensor, edge_index: Tensor, vertices: int) -> list[tuple[int, int]]:
+    """Tree edges of one graph by Kruskal's algorithm with a stable sort: sorted, the lower vertex first."""
+    ends = edge_index.t().tolist()
+    leader = list(range(vertices))
 
     def find(v: int) -> int:
         while leader[v] != v:
             v = leader[v]
         return v
 
-    edges = set()
-    for edge in sorted(range(len(lower)), key=weight.tolist().__getitem__):
-        u, v = find(lower[edge]), find(higher[edge])
+    edges = []
+    for edge in sorted(range(len(ends)), key=weight.tolist().__getitem__):
+        u, v = (find(end) for end in ends[edge])
         if u != v:
             leader[u] = v
-            edges.add((lower[edge], higher[edge]))
-    return edges
+            edges.append((min(ends[edge]), max(ends[edge])))
+    return sorted(edges)
 
 
 def path_to_root(parent: list[int], vertex: int) -> list[int]:

@@ -6,7 +6,7 @@ import sys
 CODE = """
 import mmengine.runner  # and what it takes from torch
 import torch
-for name in ("register_fake", "register_autograd", "register_autocast"):
+for name in ("register_fake", "register_autograd"):
     vars(torch.library).pop(name, None)
 from grootvl_mm.ops import _compat
 from grootvl_mm.ops import grid_edge_weight, grid_tree, tree_scan

@@ -18,11 +18,12 @@ from grootvl_mm.ops import (
     grid_tree,
     reference,
     reference_neighbours,
+    sequence_edges,
     tree_scan,
 )
 from grootvl_mm.ops._compat import infer_schema
-from tests.helpers.marks import needs_compiler
-from tests.helpers.trees import random_scan
+from tests.helpers.marks import needs_compiler, needs_symbolic_convolutions
+from tests.helpers.trees import random_scan, random_weight
 from tests.ops.test_selective_scan import sample as random_selective_scan
 
 PACKAGE = Path(grootvl_mm.__file__).parent
@@ -54,6 +55,12 @@ def samples(device: torch.device) -> dict[str, tuple]:
         "tree_selective_scan_backward": (torch.randn_like(selective[0]), *selective),
         "grid_edge_weight": (feature, "cosine", False),
         "grid_tree": (grid_edge_weight(feature), 3, 4, 0),
+        "graph_tree": (
+            sequence_edges(6, device=device),
+            torch.rand(2, 12, device=device, requires_grad=True),
+            6,
+            torch.tensor([5, 0], device=device),
+        ),
         "tree_scan": (x.requires_grad_(), decay.requires_grad_(), *tree, "all"),
         "tree_scan_backward": (torch.randn_like(x), x, decay, *tree, "all"),
     }
@@ -70,8 +77,11 @@ def test_every_operator_has_a_reference_with_its_schema() -> None:
         assert schema == f"grootvl::{name}{arguments}"
 
 
+NEEDS = {"depthwise_conv_silu_backward": needs_symbolic_convolutions}
+
+
 @needs_compiler
-@pytest.mark.parametrize("name", sorted(_library.REFERENCES))
+@pytest.mark.parametrize("name", [pytest.param(n, marks=NEEDS.get(n, ())) for n in sorted(_library.REFERENCES)])
 def test_opcheck(device: torch.device, name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.grootvl, name).default, samples(device)[name])
 
@@ -86,6 +96,21 @@ def test_opcheck_of_scans_that_are_given_the_cut(device: torch.device, name: str
     cut = torch.ops.grootvl.tree_cut(*trees)
     torch.library.opcheck(torch.ops.grootvl.tree_cut.default, tuple(trees))
     torch.library.opcheck(getattr(torch.ops.grootvl, name).default, (*arguments, cut))
+
+
+def test_a_cut_is_written_as_a_whole(device: torch.device) -> None:
+    """Pieces take a part of its memory; what was in the rest before is no result, and would differ each time."""
+    if device.type not in _library.CUTTING_DEVICES:
+        pytest.skip("scans on this device know no cuts")
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    for height, width in ((1, 1), (2, 3), (17, 20), (130, 131)):  # the last one by many blocks
+        tree = grid_tree(random_weight(2, height, width, seed=0).to(device), height, width)
+        torch.use_deterministic_algorithms(True)  # fills new memory with the largest number
+        try:
+            cut = torch.ops.grootvl.tree_cut(*tree)
+        finally:
+            torch.use_deterministic_algorithms(is_deterministic)
+        assert (cut != torch.iinfo(torch.int32).max).all()
 
 
 @needs_compiler
@@ -208,20 +233,29 @@ def test_instruction_sets_agree(tmp_path: Path, isa: str) -> None:
     x, decay, tree = random_scan(2, 20, 21, 48, seed=0, dtype=torch.float32)
     inputs, selective_tree = random_selective_scan(2, 20, 21, 40, 3, seed=0, dtype=torch.float32)
     selective = [*inputs.values(), *selective_tree]
+    halves = [value.to(dtype) for dtype in (torch.bfloat16, torch.float16) for value in selective[:5]]
     maps, taps, norm = torch.randn(2, 9, 11, 83), torch.randn(83, 1, 3, 3), torch.randn(83)
-    torch.save([feature, weight, x, decay, *tree, maps, taps, norm, *selective], tmp_path / "inputs.pt")
+    torch.save([feature, weight, x, decay, *tree, maps, taps, norm, halves, *selective], tmp_path / "inputs.pt")
     result = run_python(
         tmp_path,
         "import torch\n"
         "from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_scan\n"
-        "feature, weight, x, decay, parent, order, maps, taps, norm, *selective = torch.load('inputs.pt')\n"
+        "feature, weight, x, decay, parent, order, maps, taps, norm, halves, *selective = torch.load('inputs.pt')\n"
         "tree = (parent, order)\n"
         "grads = torch.ops.grootvl.tree_scan_backward(x, x, decay, *tree, 'all')\n"
         "ops, narrow = torch.ops.grootvl, maps.bfloat16()\n"
         "neighbours = [ops.depthwise_conv_silu(maps, taps), *ops.depthwise_conv_silu_backward(maps, maps, taps),\n"
         "              *ops.residual_layer_norm(maps, narrow, None, norm, norm, 1e-5, None),\n"
         "              *ops.layer_norm_backward(maps, narrow, maps, None, norm, 1e-5, None)]\n"
-        "torch.save([neighbours, grid_edge_weight(feature), *grid_tree(weight, 20, 21),\n"
+        "narrow_results = []\n"
+        "for first in (0, 5):\n"
+        "    values = [*halves[first : first + 5], *selective[5:]]\n"
+        "    decays = values[4].sigmoid()\n"
+        "    narrow_results += [ops.tree_selective_scan(*values, 1e-5, 'all'),\n"
+        "                       *ops.tree_selective_scan_backward(values[0], *values, 1e-5, 'all'),\n"
+        "                       ops.tree_scan(values[0], decays, *values[13:], 'all'),\n"
+        "                       *ops.tree_scan_backward(values[4], values[0], decays, *values[13:], 'all')]\n"
+        "torch.save([narrow_results, neighbours, grid_edge_weight(feature), *grid_tree(weight, 20, 21),\n"
         "            tree_scan(x, decay, Tree(*tree)), *grads,\n"
         "            torch.ops.grootvl.tree_selective_scan(*selective, 1e-5, 'all'),\n"
         "            *torch.ops.grootvl.tree_selective_scan_backward(selective[0], *selective, 1e-5, 'all')],\n"
@@ -231,7 +265,7 @@ def test_instruction_sets_agree(tmp_path: Path, isa: str) -> None:
     )
     assert result.returncode == 0, result.stderr
     outputs = torch.load(tmp_path / "outputs.pt")
-    neighbours, weights, parent, order, h, grad_x, grad_decay, *selective_results = outputs
+    narrow_results, neighbours, weights, parent, order, h, grad_x, grad_decay, *selective_results = outputs
     torch.testing.assert_close(weights, weight, rtol=1e-6, atol=1e-7)
     expected = grid_tree(weight, 20, 21)
     assert torch.equal(parent, expected.parent)
@@ -253,3 +287,17 @@ def test_instruction_sets_agree(tmp_path: Path, isa: str) -> None:
     ]
     for result, expected_result in zip(selective_results, expected_results, strict=True):
         assert (result - expected_result).norm() < 2e-5 * expected_result.norm()
+    expected_results = []
+    for first in (0, 5):
+        values = [*halves[first : first + 5], *selective[5:]]
+        x, gate, decays = values[0], values[4], values[4].sigmoid()
+        expected_results += [
+            reference.tree_selective_scan(*values, 1e-5, "all"),
+            *reference.tree_selective_scan_backward(x, *values, 1e-5, "all"),
+            reference.tree_scan(x, decays, *selective_tree, "all"),
+            *reference.tree_scan_backward(gate, x, decays, *selective_tree, "all"),
+        ]
+    for result, expected_result in zip(narrow_results, expected_results, strict=True):
+        assert result.dtype == expected_result.dtype
+        bound = 2 * torch.finfo(result.dtype).eps if result.element_size() == 2 else 1e-4
+        assert (result.double() - expected_result.double()).norm() < bound * expected_result.double().norm()

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grootvl_mm.ops import Tree, grid_tree, reference, tree_scan
+from tests.helpers.precision import assert_rounded_once
 from tests.helpers.trees import SEEDS, SIZES, brute_force_scan, random_scan, random_weight
 
 PROPAGATIONS = ("all", "up", "down")
@@ -213,13 +214,31 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-def test_autocast_scans_in_float32(device: torch.device) -> None:
+def test_autocast_casts_to_the_wider_dtype_only(device: torch.device) -> None:
     x, decay, tree = random_scan(1, 4, 4, 8, seed=0, dtype=torch.float32)
     x, decay, tree = x.to(device), decay.to(device), tree.to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         h = tree_scan(x.bfloat16(), decay, tree)
+        narrow = tree_scan(x.half(), decay.half(), tree)
     assert h.dtype == torch.float32
     torch.testing.assert_close(h, tree_scan(x.bfloat16().float(), decay, tree))
+    assert torch.equal(narrow, tree_scan(x.half(), decay.half(), tree))
+
+
+@pytest.mark.cpu_kernels
+@settings(max_examples=20, deadline=None)
+@given(
+    SIZES, st.integers(1, 70), SEEDS, st.sampled_from(PROPAGATIONS), st.sampled_from([torch.float16, torch.bfloat16])
+)
+def test_16_bits_are_rounded_once(size: tuple, channels: int, seed: int, propagation: str, dtype: torch.dtype) -> None:
+    """Results and gradients are those of float32, whatever is summed on the way."""
+    x, decay, tree = random_scan(2, *size, channels, seed, dtype)
+    grad_h = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    assert_rounded_once(tree_scan(x, decay, tree, propagation), tree_scan(x.float(), decay.float(), tree, propagation))
+    grads = SCAN_BACKWARD(grad_h, x, decay, *tree, propagation)
+    exact = SCAN_BACKWARD(grad_h.float(), x.float(), decay.float(), *tree, propagation)
+    for grad, expected in zip(grads, exact, strict=True):
+        assert_rounded_once(grad, expected)
 
 
 def test_not_finite_values_stay_where_they_can_reach(device: torch.device) -> None:

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from grootvl_mm.ops import Tree, grid_tree, reference, tree_selective_scan
 from grootvl_mm.ops.scan import PROPAGATIONS, SelectiveScanInputs
+from tests.helpers.precision import assert_rounded_once, copied_elements
 from tests.helpers.trees import SEEDS, SIZES, random_weight
 
 NAMES = SelectiveScanInputs._fields
 EPS = 1e-5
+SCAN = torch.ops.grootvl.tree_selective_scan
 BACKWARD = torch.ops.grootvl.tree_selective_scan_backward
 
 
@@ -161,6 +163,54 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
             torch.set_num_threads(threads)
         for result in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.cpu_kernels
+@settings(max_examples=15, deadline=None)
+@given(
+    SIZES,
+    st.integers(8, 70),  # fewer make the norms amplify every rounding
+    st.integers(1, 9),
+    SEEDS,
+    st.sampled_from(PROPAGATIONS),
+    st.sampled_from([torch.float16, torch.bfloat16]),
+)
+def test_16_bits_are_rounded_once(
+    size: tuple, channels: int, rank: int, seed: int, propagation: str, dtype: torch.dtype
+) -> None:
+    """Results and gradients are those of float32; the parameters' and their gradients are float32."""
+    inputs, tree = sample(2, *size, channels, rank, seed, dtype=torch.float32)
+    rest = (*tree, EPS, propagation)
+    narrow = [value.to(dtype) if name in NAMES[:5] else value for name, value in inputs.items()]
+    wide = [value.float() for value in narrow]
+    grad_y = torch.randn(inputs["x"].shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    assert_rounded_once(SCAN(*narrow, *rest), SCAN(*wide, *rest))
+    exact = BACKWARD(grad_y.float(), *wide, *rest)
+    for name, grad, expected in zip(NAMES, BACKWARD(grad_y, *narrow, *rest), exact, strict=True):
+        if name in NAMES[:5]:
+            assert_rounded_once(grad, expected)
+        else:
+            torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.cpu_kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_no_activation_is_cast_or_copied(dtype: torch.dtype) -> None:
+    """Not by the operator, nor by its gradient or autocast, also where the inputs are slices of projections."""
+    inputs, tree = sample(2, 20, 21, 32, 3, seed=0, dtype=torch.float32)
+    leaves = {name: inputs[name].requires_grad_() for name in NAMES[5:]}
+    joined = torch.cat([inputs[name] for name in ("dt", "b", "c")], dim=-1).to(dtype)
+    both = torch.cat([inputs["gate"], inputs["x"]], dim=-1).to(dtype)
+    leaves |= dict(zip(("dt", "b", "c"), (part.requires_grad_() for part in joined.split([3, 1, 1], -1)), strict=True))
+    leaves |= {"gate": both[..., :32].requires_grad_(), "x": inputs["x"].to(dtype).requires_grad_()}
+    grad_y = torch.randn(inputs["x"].shape).to(dtype)
+
+    def run() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = tree_selective_scan(**leaves, tree=tree)
+        torch.autograd.grad(y, list(leaves.values()), grad_y)
+
+    assert copied_elements(run) < 2 * 20 * 21 * 3
 
 
 def test_autocast_casts_no_activation(device: torch.device) -> None:

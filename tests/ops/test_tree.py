@@ -81,8 +81,9 @@ def test_tree_equals_kruskal_with_stable_sort(size: tuple, seed: int, levels: in
     weight = random_weight(2, height, width, seed, levels)
     root = data.draw(st.integers(0, height * width - 1))
     tree = grid_tree(weight, height, width, root)
-    for image in range(2):
-        assert {tuple(edge) for edge in tree.edges()[image].tolist()} == kruskal(weight[image], height, width)
+    edge_index = torch.stack(reference.grid_edges(height, width))
+    for of_image, edges in zip(weight, tree.edges().tolist(), strict=True):
+        assert list(map(tuple, edges)) == kruskal(of_image, edge_index, height * width)
     assert_rooted(tree, root)
     parent, order = reference.grid_tree(weight, height, width, root)
     assert torch.equal(tree.parent, parent)

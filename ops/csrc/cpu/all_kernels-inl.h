@@ -5,6 +5,7 @@
 #include "cpu/layer_norm_kernels-inl.h"
 #include "cpu/depthwise_conv_kernels-inl.h"
 #include "cpu/scan_kernels-inl.h"
+#include "cpu/step_projection_kernels-inl.h"
 #include "cpu/selective_scan_kernels-inl.h"
 #include "cpu/tree_kernels-inl.h"
 // clang-format on

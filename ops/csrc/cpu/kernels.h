@@ -11,6 +11,7 @@
 
 #include "cpu/compaction.h"
 #include "cpu/isa.h"
+#include "cpu/ordered_bits.h"
 #include "cpu/rounding.h"
 #include "cpu/types.h"
 #include "scan.h"

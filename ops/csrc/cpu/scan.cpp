@@ -2,15 +2,15 @@
 // depend on the number of threads.
 #include "scan.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <vector>
 
+#include "cpu/dtypes.h"
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
 #include "cpu/trees.h"
 
 namespace grootvl::cpu {
@@ -55,8 +55,8 @@ Rows<scalar_t> rows_of_result(at::Tensor& result, const Task& task) {
 struct Cpu {
   using Scope = NoScope;
 
-  static bool computes(const at::Tensor& x) {
-    return !is_16_bit(x);
+  static bool computes(const at::Tensor&) {
+    return true;
   }
 
   static void forward(
@@ -69,16 +69,22 @@ struct Cpu {
       at::Tensor& h) {
     const Trees trees(parent, order);
     const at::Tensor x_rows = x.contiguous(), decay_rows = decay.contiguous();
-    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "tree_scan", [&] {
+    with_scalar(x.scalar_type(), [&](auto zero) {
+      using stored_t = decltype(zero);
+      using acc_t = Accumulated<stored_t>;
+      constexpr int64_t kMaps = std::is_same_v<acc_t, stored_t> ? 0 : 1;
       for_each_task(x_rows, [&](const Task& task, uint8_t* has_sum) {
+        const Scratch<acc_t> scratch(kMaps, x.size(1), task.width);
+        const Rows<stored_t> results = rows_of_result<stored_t>(h, task);
         with_kernels([&](auto kernels) {
-          kernels.template scan<scalar_t>(
+          kernels.scan(
               trees[task.image],
               task.width,
               propagation,
-              rows_of<scalar_t>(decay_rows, task),
-              rows_of<scalar_t>(x_rows, task),
-              rows_of_result<scalar_t>(h, task),
+              rows_of<stored_t>(decay_rows, task),
+              rows_of<stored_t>(x_rows, task),
+              scratch.in_place_of(results, 0),
+              results,
               has_sum);
         });
       });
@@ -97,20 +103,26 @@ struct Cpu {
       at::Tensor& grad_decay) {
     const Trees trees(parent, order);
     const at::Tensor grad_rows = grad_h.contiguous(), x_rows = x.contiguous(), decay_rows = decay.contiguous();
-    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "tree_scan_backward", [&] {
+    with_scalar(x.scalar_type(), [&](auto zero) {
+      using stored_t = decltype(zero);
+      using acc_t = Accumulated<stored_t>;
+      constexpr int64_t kMaps = std::is_same_v<acc_t, stored_t> ? 1 : 3;
       for_each_task(x_rows, [&](const Task& task, uint8_t* has_sum) {
-        const c10::DataPtr memory = c10::GetCPUAllocator()->allocate(x.size(1) * task.width * sizeof(scalar_t));
+        const Scratch<acc_t> scratch(kMaps, x.size(1), task.width);
+        const Rows<stored_t> of_x = rows_of_result<stored_t>(grad_x, task);
+        const Rows<stored_t> of_decay = rows_of_result<stored_t>(grad_decay, task);
+        const ScanSums<acc_t> sums{scratch.in_place_of(of_decay, 1), scratch.in_place_of(of_x, 2), scratch[0]};
         with_kernels([&](auto kernels) {
-          kernels.template scan_backward<scalar_t>(
+          kernels.scan_backward(
               trees[task.image],
               task.width,
               propagation,
-              rows_of<scalar_t>(grad_rows, task),
-              rows_of<scalar_t>(decay_rows, task),
-              rows_of<scalar_t>(x_rows, task),
-              rows_of_result<scalar_t>(grad_x, task),
-              rows_of_result<scalar_t>(grad_decay, task),
-              Rows<scalar_t>{static_cast<scalar_t*>(memory.get()), task.width},
+              rows_of<stored_t>(grad_rows, task),
+              rows_of<stored_t>(decay_rows, task),
+              rows_of<stored_t>(x_rows, task),
+              sums,
+              of_x,
+              of_decay,
               has_sum);
         });
       });

@@ -1,35 +1,87 @@
 // Scans of one image over some of its channels. Included once for each instruction set, inside its namespace.
 //
 // A row holds the channels of one vertex. The channels are not cut into narrow blocks that fit a cache: the memory
-// system follows long rows so much better that this gains more. Sums are kept where the results go. A row of sums does
-// not exist until a child adds to it; until then the vertex's sum is its input (`has_sum`), so no pass is spent on
-// copying.
+// system follows long rows so much better that this gains more. A row of sums does not exist until a child adds to it;
+// until then the vertex's sum is its input (`has_sum`), so no pass is spent on copying.
+//
+// Inputs and results are stored as stored_t, sums as acc_t, in which all is computed. Where the two are one type, the
+// sums are kept where the results go; else they have rows of their own, and results are rounded as they are made.
 
 struct ScanKernels {
   // How many vertices ahead of its use a row is asked for: the order is known, its rows lie anywhere.
   static constexpr int64_t kAhead = 6;
 
-  template <typename scalar_t>
-  static void prefetch(const Rows<const scalar_t>& rows, int64_t v, int64_t width) {
+  template <typename stored_t>
+  static void prefetch(const Rows<stored_t>& rows, int64_t v, int64_t width) {
     const char* row = reinterpret_cast<const char*>(rows[v]);
-    for (int64_t byte = 0; byte < width * static_cast<int64_t>(sizeof(scalar_t)); byte += 64) {
+    for (int64_t byte = 0; byte < width * static_cast<int64_t>(sizeof(stored_t)); byte += 64) {
       __builtin_prefetch(row + byte);
     }
   }
 
-  template <typename scalar_t>
-  static const scalar_t* select(bool first, const scalar_t* a, const scalar_t* b) {
+  template <typename acc_t>
+  static const acc_t* select(bool first, const acc_t* a, const acc_t* b) {
     return first ? a : b;
   }
 
+  // Calls use(row) with the first row or the second one.
+  template <typename first_t, typename second_t, typename Use>
+  __attribute__((always_inline)) static void with_either(
+      bool first, const first_t* a, const second_t* b, const Use& use) {
+    if constexpr (std::is_same_v<first_t, second_t>) {
+      use(select(first, a, b));
+    } else if (first) {
+      use(a);
+    } else {
+      use(b);
+    }
+  }
+
+  // Calls use(row of x, row of y) with the sums of a vertex, or its inputs where there are none yet.
+  template <typename acc_t, typename stored_t, typename Use>
+  __attribute__((always_inline)) static void with_both(
+      bool has_sum,
+      int64_t v,
+      const Rows<acc_t>& x_sums,
+      const Rows<const stored_t>& x,
+      const Rows<acc_t>& y_sums,
+      const Rows<const stored_t>& y,
+      const Use& use) {
+    if constexpr (std::is_same_v<acc_t, stored_t>) {
+      use(select<acc_t>(has_sum, x_sums[v], x[v]), select<acc_t>(has_sum, y_sums[v], y[v]));
+    } else if (has_sum) {
+      use(x_sums[v], y_sums[v]);
+    } else {
+      use(x[v], y[v]);
+    }
+  }
+
+  // A row of one type from another.
+  template <typename from_t, typename to_t>
+  static void copy_row(const from_t* from, int64_t width, to_t* to) {
+#pragma GCC ivdep
+    for (int64_t c = 0; c < width; ++c) {
+      to[c] = Rounding::round<to_t>(Rounding::widen(from[c]));
+    }
+  }
+
+  // to = above + a * own
+  template <typename decay_t, typename own_t, typename above_t, typename acc_t>
+  static void add_child(int64_t width, const decay_t* a, const own_t* own, const above_t* above, acc_t* to) {
+#pragma GCC ivdep
+    for (int64_t c = 0; c < width; ++c) {
+      to[c] = Rounding::widen(above[c]) + Rounding::widen(a[c]) * Rounding::widen(own[c]);
+    }
+  }
+
   // Leaves to root: u_p = x_p + sum of a_v u_v over the children v, into the rows of sums.
-  template <typename scalar_t>
+  template <typename decay_t, typename stored_t, typename acc_t>
   static void up(
       const Tree& tree,
       int64_t width,
-      const Rows<const scalar_t>& decay,
-      const Rows<const scalar_t>& x,
-      const Rows<scalar_t>& sums,
+      const Rows<const decay_t>& decay,
+      const Rows<const stored_t>& x,
+      const Rows<acc_t>& sums,
       uint8_t* has_sum) {
     for (int64_t i = tree.vertices - 1; i > 0; --i) {
       if (i > kAhead) {
@@ -37,28 +89,24 @@ struct ScanKernels {
         prefetch(x, tree.order[i - kAhead], width);
       }
       const int64_t v = tree.order[i], p = tree.parent[v];
-      const scalar_t* a = decay[v];
-      const scalar_t* own = select<scalar_t>(has_sum[v], sums[v], x[v]);
-      const scalar_t* above = select<scalar_t>(has_sum[p], sums[p], x[p]);
-      scalar_t* to = sums[p];
-#pragma GCC ivdep
-      for (int64_t c = 0; c < width; ++c) {
-        to[c] = above[c] + a[c] * own[c];
-      }
+      with_either(has_sum[v], sums[v], x[v], [&](const auto* own) {
+        with_either(
+            has_sum[p], sums[p], x[p], [&](const auto* above) { add_child(width, decay[v], own, above, sums[p]); });
+      });
       has_sum[p] = 1;
     }
   }
 
   // The same for two inputs at once.
-  template <typename scalar_t>
+  template <typename stored_t, typename acc_t>
   static void up_both(
       const Tree& tree,
       int64_t width,
-      const Rows<const scalar_t>& decay,
-      const Rows<const scalar_t>& x,
-      const Rows<scalar_t>& x_sums,
-      const Rows<const scalar_t>& y,
-      const Rows<scalar_t>& y_sums,
+      const Rows<const stored_t>& decay,
+      const Rows<const stored_t>& x,
+      const Rows<acc_t>& x_sums,
+      const Rows<const stored_t>& y,
+      const Rows<acc_t>& y_sums,
       uint8_t* has_sum) {
     for (int64_t i = tree.vertices - 1; i > 0; --i) {
       if (i > kAhead) {
@@ -67,107 +115,124 @@ struct ScanKernels {
         prefetch(y, tree.order[i - kAhead], width);
       }
       const int64_t v = tree.order[i], p = tree.parent[v];
-      const scalar_t* a = decay[v];
-      const scalar_t* x_own = select<scalar_t>(has_sum[v], x_sums[v], x[v]);
-      const scalar_t* x_above = select<scalar_t>(has_sum[p], x_sums[p], x[p]);
-      const scalar_t* y_own = select<scalar_t>(has_sum[v], y_sums[v], y[v]);
-      const scalar_t* y_above = select<scalar_t>(has_sum[p], y_sums[p], y[p]);
-      scalar_t* x_to = x_sums[p];
-      scalar_t* y_to = y_sums[p];
+      const stored_t* a = decay[v];
+      acc_t* x_to = x_sums[p];
+      acc_t* y_to = y_sums[p];
+      with_both(has_sum[v], v, x_sums, x, y_sums, y, [&](const auto* x_own, const auto* y_own) {
+        with_both(has_sum[p], p, x_sums, x, y_sums, y, [&](const auto* x_above, const auto* y_above) {
 #pragma GCC ivdep
-      for (int64_t c = 0; c < width; ++c) {
-        x_to[c] = x_above[c] + a[c] * x_own[c];
-        y_to[c] = y_above[c] + a[c] * y_own[c];
-      }
+          for (int64_t c = 0; c < width; ++c) {
+            const acc_t factor = Rounding::widen(a[c]);
+            x_to[c] = Rounding::widen(x_above[c]) + factor * Rounding::widen(x_own[c]);
+            y_to[c] = Rounding::widen(y_above[c]) + factor * Rounding::widen(y_own[c]);
+          }
+        });
+      });
       has_sum[p] = 1;
     }
   }
 
-  // Vertices without children, which no pass up has written: their sums are their inputs.
-  template <typename scalar_t>
-  static void copy_leaves(
+  // What no pass up has written: the sums of vertices without children are their inputs. And all sums, where they are
+  // not the results themselves.
+  template <typename stored_t, typename acc_t>
+  static void finish_sums(
       const Tree& tree,
       int64_t width,
-      const Rows<const scalar_t>& x,
-      const Rows<scalar_t>& sums,
+      const Rows<const stored_t>& x,
+      const Rows<acc_t>& sums,
+      const Rows<stored_t>& results,
       const uint8_t* has_sum) {
     for (int64_t v = 0; v < tree.vertices; ++v) {
       if (!has_sum[v]) {
-        std::copy(x[v], x[v] + width, sums[v]);
+        std::copy(x[v], x[v] + width, results[v]);
+      } else if constexpr (!std::is_same_v<stored_t, acc_t>) {
+        copy_row(sums[v], width, results[v]);
       }
     }
   }
 
   // Root to leaves, in place of the sums: h_v = u_v + a_v (h_p - a_v u_v) after a pass up, else x_v + a_v h_p.
-  template <bool kAfterUp, typename scalar_t>
+  template <bool kAfterUp, typename decay_t, typename stored_t, typename acc_t>
   static void down(
       const Tree& tree,
       int64_t width,
-      const Rows<const scalar_t>& decay,
-      const Rows<const scalar_t>& x,
-      const Rows<scalar_t>& h,
+      const Rows<const decay_t>& decay,
+      const Rows<const stored_t>& x,
+      const Rows<acc_t>& h,
+      const Rows<stored_t>& results,
       const uint8_t* has_sum) {
     const int64_t root = tree.order[0];
-    if (!has_sum[root]) {
-      std::copy(x[root], x[root] + width, h[root]);
-    }
+    with_either(has_sum[root], h[root], x[root], [&](const auto* own) {
+      copy_row(own, width, results[root]);
+      copy_row(own, width, h[root]);
+    });
     for (int64_t i = 1; i < tree.vertices; ++i) {
       if (i + kAhead < tree.vertices) {
         prefetch(decay, tree.order[i + kAhead], width);
         prefetch(x, tree.order[i + kAhead], width);
       }
       const int64_t v = tree.order[i];
-      const scalar_t* a = decay[v];
-      const scalar_t* own = select<scalar_t>(has_sum[v], h[v], x[v]);
-      const scalar_t* above = h[tree.parent[v]];
-      scalar_t* to = h[v];
+      const decay_t* a = decay[v];
+      const acc_t* above = h[tree.parent[v]];
+      acc_t* to = h[v];
+      stored_t* result = results[v];
+      with_either(has_sum[v], h[v], x[v], [&](const auto* own) {
 #pragma GCC ivdep
-      for (int64_t c = 0; c < width; ++c) {
-        const scalar_t arriving = kAfterUp ? above[c] - a[c] * own[c] : above[c];
-        to[c] = own[c] + a[c] * arriving;
-      }
+        for (int64_t c = 0; c < width; ++c) {
+          const acc_t decay_c = Rounding::widen(a[c]), own_c = Rounding::widen(own[c]);
+          const acc_t arriving = kAfterUp ? above[c] - decay_c * own_c : above[c];
+          const acc_t value = own_c + decay_c * arriving;
+          to[c] = value;
+          if constexpr (!std::is_same_v<stored_t, acc_t>) {
+            result[c] = Rounding::round<stored_t>(value);
+          }
+        }
+      });
     }
   }
 
-  template <typename scalar_t>
+  // sums: rows of acc_t, those of h where it is stored as such.
+  template <typename decay_t, typename stored_t, typename acc_t>
   static void scan(
       const Tree& tree,
       int64_t width,
       Propagation propagation,
-      const Rows<const scalar_t>& decay,
-      const Rows<const scalar_t>& x,
-      const Rows<scalar_t>& h,
+      const Rows<const decay_t>& decay,
+      const Rows<const stored_t>& x,
+      const Rows<acc_t>& sums,
+      const Rows<stored_t>& h,
       uint8_t* has_sum) {
     switch (propagation) {
       case Propagation::kAll:
-        up(tree, width, decay, x, h, has_sum);
-        return down<true>(tree, width, decay, x, h, has_sum);
+        up(tree, width, decay, x, sums, has_sum);
+        return down<true>(tree, width, decay, x, sums, h, has_sum);
       case Propagation::kUp:
-        up(tree, width, decay, x, h, has_sum);
-        return copy_leaves(tree, width, x, h, has_sum);
+        up(tree, width, decay, x, sums, has_sum);
+        return finish_sums(tree, width, x, sums, h, has_sum);
       case Propagation::kDown:
-        return down<false>(tree, width, decay, x, h, has_sum);
+        return down<false>(tree, width, decay, x, sums, h, has_sum);
     }
   }
 
-  // Root to leaves, after u and e, the sums of x and grad_h, have gone up into grad_decay and grad_x:
-  // grad_x_v = g_v, the pass down of e, and grad_decay_v = e_v (h_p - a_v u_v) + u_v (g_p - a_v e_v).
-  template <typename scalar_t>
+  // Root to leaves, after the sums u of x and e of grad_h have gone up: grad_x_v = g_v, the pass down of e in place of
+  // it, and grad_decay_v = e_v (h_p - a_v u_v) + u_v (g_p - a_v e_v), which may take the place of u.
+  template <typename stored_t, typename acc_t>
   static void down_all_backward(
       const Tree& tree,
       int64_t width,
-      const Rows<const scalar_t>& grad_h,
-      const Rows<const scalar_t>& decay,
-      const Rows<const scalar_t>& x,
-      const Rows<scalar_t>& grad_x,
-      const Rows<scalar_t>& grad_decay,
-      const Rows<scalar_t>& h,
+      const Rows<const stored_t>& grad_h,
+      const Rows<const stored_t>& decay,
+      const Rows<const stored_t>& x,
+      const ScanSums<acc_t>& sums,
+      const Rows<stored_t>& grad_x,
+      const Rows<stored_t>& grad_decay,
       const uint8_t* has_sum) {
     const int64_t root = tree.order[0];
-    const scalar_t* u_root = select<scalar_t>(has_sum[root], grad_decay[root], x[root]);
-    const scalar_t* e_root = select<scalar_t>(has_sum[root], grad_x[root], grad_h[root]);
-    std::copy(u_root, u_root + width, h[root]);
-    std::copy(e_root, e_root + width, grad_x[root]);
+    with_either(has_sum[root], sums.x[root], x[root], [&](const auto* u) { copy_row(u, width, sums.h[root]); });
+    with_either(has_sum[root], sums.grad[root], grad_h[root], [&](const auto* e) {
+      copy_row(e, width, grad_x[root]);
+      copy_row(e, width, sums.grad[root]);
+    });
     for (int64_t i = 1; i < tree.vertices; ++i) {
       if (i + kAhead < tree.vertices) {
         prefetch(decay, tree.order[i + kAhead], width);
@@ -175,83 +240,91 @@ struct ScanKernels {
         prefetch(grad_h, tree.order[i + kAhead], width);
       }
       const int64_t v = tree.order[i], p = tree.parent[v];
-      const scalar_t* a = decay[v];
-      const scalar_t* u = select<scalar_t>(has_sum[v], grad_decay[v], x[v]);
-      const scalar_t* e = select<scalar_t>(has_sum[v], grad_x[v], grad_h[v]);
-      const scalar_t* h_above = h[p];
-      const scalar_t* g_above = grad_x[p];
-      scalar_t* h_to = h[v];
-      scalar_t* g_to = grad_x[v];
-      scalar_t* decay_to = grad_decay[v];
+      const stored_t* a = decay[v];
+      const acc_t* h_above = sums.h[p];
+      const acc_t* g_above = sums.grad[p];
+      acc_t* h_to = sums.h[v];
+      acc_t* g_to = sums.grad[v];
+      stored_t* x_to = grad_x[v];
+      stored_t* decay_to = grad_decay[v];
+      with_both(has_sum[v], v, sums.x, x, sums.grad, grad_h, [&](const auto* u, const auto* e) {
 #pragma GCC ivdep
-      for (int64_t c = 0; c < width; ++c) {
-        const scalar_t u_c = u[c], e_c = e[c];
-        const scalar_t h_arriving = h_above[c] - a[c] * u_c;
-        const scalar_t g_arriving = g_above[c] - a[c] * e_c;
-        h_to[c] = u_c + a[c] * h_arriving;
-        g_to[c] = e_c + a[c] * g_arriving;
-        decay_to[c] = e_c * h_arriving + u_c * g_arriving;
-      }
+        for (int64_t c = 0; c < width; ++c) {
+          const acc_t a_c = Rounding::widen(a[c]), u_c = Rounding::widen(u[c]), e_c = Rounding::widen(e[c]);
+          const acc_t h_arriving = h_above[c] - a_c * u_c;
+          const acc_t g_arriving = g_above[c] - a_c * e_c;
+          const acc_t g = e_c + a_c * g_arriving;
+          h_to[c] = u_c + a_c * h_arriving;
+          g_to[c] = g;
+          if constexpr (!std::is_same_v<stored_t, acc_t>) {
+            x_to[c] = Rounding::round<stored_t>(g);
+          }
+          decay_to[c] = Rounding::round<stored_t>(e_c * h_arriving + u_c * g_arriving);
+        }
+      });
     }
-    std::fill(grad_decay[root], grad_decay[root] + width, scalar_t(0));
+    std::fill(grad_decay[root], grad_decay[root] + width, stored_t(0));
   }
 
   // One pass alone is differentiated by the other one: grad_decay_v = (what came up)_v * (what goes down)_p. Here `y`
   // goes down into `z`; `below` (and `has_sum`) hold what has come up from `x`.
-  template <typename scalar_t>
+  template <typename stored_t, typename acc_t>
   static void down_one_backward(
       const Tree& tree,
       int64_t width,
-      const Rows<const scalar_t>& decay,
-      const Rows<const scalar_t>& x,
-      const Rows<const scalar_t>& below,
-      const Rows<const scalar_t>& y,
-      const Rows<scalar_t>& z,
-      const Rows<scalar_t>& grad_decay,
+      const Rows<const stored_t>& decay,
+      const Rows<const stored_t>& x,
+      const Rows<const acc_t>& below,
+      const Rows<const stored_t>& y,
+      const Rows<acc_t>& z,
+      const Rows<stored_t>& grad_decay,
       const uint8_t* has_sum) {
     const int64_t root = tree.order[0];
-    std::copy(y[root], y[root] + width, z[root]);
+    copy_row(y[root], width, z[root]);
     for (int64_t i = 1; i < tree.vertices; ++i) {
       const int64_t v = tree.order[i];
-      const scalar_t* a = decay[v];
-      const scalar_t* from = y[v];
-      const scalar_t* own = select<scalar_t>(has_sum[v], below[v], x[v]);
-      const scalar_t* above = z[tree.parent[v]];
-      scalar_t* to = z[v];
-      scalar_t* decay_to = grad_decay[v];
+      const stored_t* a = decay[v];
+      const stored_t* from = y[v];
+      const acc_t* above = z[tree.parent[v]];
+      acc_t* to = z[v];
+      stored_t* decay_to = grad_decay[v];
+      with_either(has_sum[v], below[v], x[v], [&](const auto* own) {
 #pragma GCC ivdep
-      for (int64_t c = 0; c < width; ++c) {
-        decay_to[c] = own[c] * above[c];
-        to[c] = from[c] + a[c] * above[c];
-      }
+        for (int64_t c = 0; c < width; ++c) {
+          decay_to[c] = Rounding::round<stored_t>(Rounding::widen(own[c]) * above[c]);
+          to[c] = Rounding::widen(from[c]) + Rounding::widen(a[c]) * above[c];
+        }
+      });
     }
-    std::fill(grad_decay[root], grad_decay[root] + width, scalar_t(0));
+    std::fill(grad_decay[root], grad_decay[root] + width, stored_t(0));
   }
 
-  // h is scratch.
-  template <typename scalar_t>
+  // sums: where results are stored as acc_t, those of x and grad_h are grad_decay and grad_x.
+  template <typename stored_t, typename acc_t>
   static void scan_backward(
       const Tree& tree,
       int64_t width,
       Propagation propagation,
-      const Rows<const scalar_t>& grad_h,
-      const Rows<const scalar_t>& decay,
-      const Rows<const scalar_t>& x,
-      const Rows<scalar_t>& grad_x,
-      const Rows<scalar_t>& grad_decay,
-      const Rows<scalar_t>& h,
+      const Rows<const stored_t>& grad_h,
+      const Rows<const stored_t>& decay,
+      const Rows<const stored_t>& x,
+      const ScanSums<acc_t>& sums,
+      const Rows<stored_t>& grad_x,
+      const Rows<stored_t>& grad_decay,
       uint8_t* has_sum) {
     switch (propagation) {
       case Propagation::kAll:
-        up_both(tree, width, decay, x, grad_decay, grad_h, grad_x, has_sum);
-        return down_all_backward(tree, width, grad_h, decay, x, grad_x, grad_decay, h, has_sum);
+        up_both(tree, width, decay, x, sums.x, grad_h, sums.grad, has_sum);
+        return down_all_backward(tree, width, grad_h, decay, x, sums, grad_x, grad_decay, has_sum);
       case Propagation::kUp:
-        up(tree, width, decay, x, grad_decay, has_sum);
-        return down_one_backward<scalar_t>(tree, width, decay, x, grad_decay, grad_h, grad_x, grad_decay, has_sum);
+        up(tree, width, decay, x, sums.x, has_sum);
+        down_one_backward<stored_t, acc_t>(tree, width, decay, x, sums.x, grad_h, sums.grad, grad_decay, has_sum);
+        std::fill(has_sum, has_sum + tree.vertices, uint8_t(1));
+        return finish_sums(tree, width, grad_h, sums.grad, grad_x, has_sum);
       case Propagation::kDown:
-        up(tree, width, decay, grad_h, grad_x, has_sum);
-        down_one_backward<scalar_t>(tree, width, decay, grad_h, grad_x, x, h, grad_decay, has_sum);
-        return copy_leaves(tree, width, grad_h, grad_x, has_sum);
+        up(tree, width, decay, grad_h, sums.grad, has_sum);
+        down_one_backward<stored_t, acc_t>(tree, width, decay, grad_h, sums.grad, x, sums.h, grad_decay, has_sum);
+        return finish_sums(tree, width, grad_h, sums.grad, grad_x, has_sum);
     }
   }
 
@@ -269,16 +342,16 @@ struct ScanKernels {
       uint8_t* flags) {
     if (propagation != Propagation::kDown) {
       std::fill(flags, flags + tree.vertices, uint8_t(1));
-      up<scalar_t>(tree, width, decay, x, x, flags);
+      up<scalar_t, scalar_t>(tree, width, decay, x, x, flags);
     }
     std::fill(flags, flags + tree.vertices, uint8_t(0));
     switch (propagation) {
       case Propagation::kAll:
-        return down<true, scalar_t>(tree, width, decay, x, h, flags);
+        return down<true, scalar_t, scalar_t>(tree, width, decay, x, h, h, flags);
       case Propagation::kUp:
-        return copy_leaves<scalar_t>(tree, width, x, h, flags);
+        return finish_sums<scalar_t>(tree, width, x, h, h, flags);
       case Propagation::kDown:
-        return down<false, scalar_t>(tree, width, decay, x, h, flags);
+        return down<false, scalar_t, scalar_t>(tree, width, decay, x, h, h, flags);
     }
   }
 
@@ -297,13 +370,13 @@ struct ScanKernels {
     std::fill(flags, flags + tree.vertices, uint8_t(1));
     switch (propagation) {
       case Propagation::kAll:
-        up<scalar_t>(tree, width, decay, grad, grad, flags);
+        up<scalar_t, scalar_t>(tree, width, decay, grad, grad, flags);
         return down_all_backward_from_sums<scalar_t>(tree, width, decay, sums, h, grad);
       case Propagation::kUp:
-        down<false, scalar_t>(tree, width, decay, grad, grad, flags);
+        down<false, scalar_t, scalar_t>(tree, width, decay, grad, grad, grad, flags);
         return multiply_by_parent<scalar_t>(tree, width, sums, grad, sums);
       case Propagation::kDown:
-        up<scalar_t>(tree, width, decay, grad, grad, flags);
+        up<scalar_t, scalar_t>(tree, width, decay, grad, grad, flags);
         return multiply_by_parent<scalar_t>(tree, width, grad, h, sums);
     }
   }
@@ -319,9 +392,9 @@ struct ScanKernels {
       const Rows<scalar_t>& grad) {
     for (int64_t i = 1; i < tree.vertices; ++i) {
       if (i + kAhead < tree.vertices) {
-        prefetch<scalar_t>(decay, tree.order[i + kAhead], width);
-        prefetch<scalar_t>(sums, tree.order[i + kAhead], width);
-        prefetch<scalar_t>(grad, tree.order[i + kAhead], width);
+        prefetch(decay, tree.order[i + kAhead], width);
+        prefetch(sums, tree.order[i + kAhead], width);
+        prefetch(grad, tree.order[i + kAhead], width);
       }
       const int64_t v = tree.order[i], p = tree.parent[v];
       const scalar_t* a = decay[v];

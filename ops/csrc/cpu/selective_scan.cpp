@@ -3,17 +3,17 @@
 // order, so results do not depend on the number of threads.
 #include "selective_scan.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <vector>
 
+#include "cpu/dtypes.h"
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
 #include "cpu/trees.h"
 
 namespace grootvl::cpu {
@@ -38,42 +38,37 @@ Rows<scalar_t> rows_of_result(const at::Tensor& tensor, int64_t image) {
   return {tensor.mutable_data_ptr<scalar_t>() + image * tensor.stride(0), tensor.stride(1)};
 }
 
-// The inputs of all images in the form that the kernels take.
+// The inputs of all images in the form that the kernels take: activations as they are stored, parameters, which are
+// small, in the dtype that is computed in.
 struct Prepared {
   explicit Prepared(const SelectiveScanInputs& inputs)
-      : in{evenly_strided(inputs.x),
-           evenly_strided(inputs.dt),
-           evenly_strided(inputs.b),
-           evenly_strided(inputs.c),
-           evenly_strided(inputs.gate),
-           inputs.dt_weight.t().contiguous(),
-           inputs.dt_bias.contiguous(),
-           -inputs.A_log.exp(),
-           inputs.Ds.contiguous(),
-           inputs.h_norm_weight.contiguous(),
-           inputs.h_norm_bias.contiguous(),
-           inputs.out_norm_weight.contiguous(),
-           inputs.out_norm_bias.contiguous()} {}
+      : in(inputs.map_parts(evenly_strided, [&](const at::Tensor& parameter) {
+          return parameter.to(inputs.x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
+        })) {
+    in.dt_weight = in.dt_weight.t().contiguous();
+    in.A_log = -in.A_log.exp();
+  }
 
-  template <typename scalar_t>
-  Selective<scalar_t> of_image(int64_t image, double eps) const {
+  template <typename stored_t>
+  Selective<stored_t> of_image(int64_t image, double eps) const {
+    using acc_t = Accumulated<stored_t>;
     return {
         in.x.size(2),
         in.dt.size(2),
-        static_cast<scalar_t>(eps),
-        rows_of<scalar_t>(in.x, image),
-        rows_of<scalar_t>(in.dt, image),
-        rows_of<scalar_t>(in.b, image),
-        rows_of<scalar_t>(in.c, image),
-        rows_of<scalar_t>(in.gate, image),
-        in.dt_weight.const_data_ptr<scalar_t>(),
-        in.dt_bias.const_data_ptr<scalar_t>(),
-        in.A_log.const_data_ptr<scalar_t>(),
-        in.Ds.const_data_ptr<scalar_t>(),
-        in.h_norm_weight.const_data_ptr<scalar_t>(),
-        in.h_norm_bias.const_data_ptr<scalar_t>(),
-        in.out_norm_weight.const_data_ptr<scalar_t>(),
-        in.out_norm_bias.const_data_ptr<scalar_t>()};
+        static_cast<acc_t>(eps),
+        rows_of<stored_t>(in.x, image),
+        rows_of<stored_t>(in.dt, image),
+        rows_of<stored_t>(in.b, image),
+        rows_of<stored_t>(in.c, image),
+        rows_of<stored_t>(in.gate, image),
+        in.dt_weight.const_data_ptr<acc_t>(),
+        in.dt_bias.const_data_ptr<acc_t>(),
+        in.A_log.const_data_ptr<acc_t>(),
+        in.Ds.const_data_ptr<acc_t>(),
+        in.h_norm_weight.const_data_ptr<acc_t>(),
+        in.h_norm_bias.const_data_ptr<acc_t>(),
+        in.out_norm_weight.const_data_ptr<acc_t>(),
+        in.out_norm_bias.const_data_ptr<acc_t>()};
   }
 
   // As SelectiveScanInputs, but dt_weight is transposed and A_log is the rate -exp(A_log).
@@ -110,37 +105,20 @@ void for_each_share(int64_t channels, const Run& run) {
   });
 }
 
-// Memory of one thread for `count` values a channel and vertex.
-template <typename scalar_t>
-class Scratch {
- public:
-  Scratch(int64_t count, int64_t vertices, int64_t channels)
-      : vertices_(vertices),
-        channels_(channels),
-        memory_(at::empty({count, vertices, channels}, c10::CppTypeToScalarType<scalar_t>::value)) {}
-
-  Rows<scalar_t> operator[](int64_t index) {
-    return {memory_.template mutable_data_ptr<scalar_t>() + index * vertices_ * channels_, channels_};
-  }
-
- private:
-  int64_t vertices_, channels_;
-  at::Tensor memory_;
-};
-
 // h from decay and input, which is scan in place.
-template <typename Kernels, typename scalar_t>
+template <typename Kernels, typename acc_t>
 void scan_in_place(
     Kernels,
     const Tree& tree,
     int64_t channels,
     Propagation propagation,
-    const Rows<scalar_t>& decay,
-    const Rows<scalar_t>& h) {
+    const Rows<acc_t>& decay,
+    const Rows<acc_t>& h) {
   for_each_share(channels, [&](int64_t first, int64_t width) {
     std::vector<uint8_t> has_sum(tree.vertices, 1);
-    Kernels::template scan<scalar_t>(
-        tree, width, propagation, decay.from(first), h.from(first), h.from(first), has_sum.data());
+    const Rows<acc_t> part = h.from(first);
+    Kernels::template scan<acc_t, acc_t, acc_t>(
+        tree, width, propagation, decay.from(first), part, part, part, has_sum.data());
   });
 }
 
@@ -157,23 +135,25 @@ at::Tensor selective_scan_forward(
   }
   const Trees trees(parent, order);
   const Prepared prepared(inputs);
-  const int64_t vertices = y.size(1), channels = y.size(2);
-  AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "tree_selective_scan", [&] {
+  const int64_t vertices = y.size(1), channels = y.size(2), rank = inputs.dt.size(2);
+  with_scalar(y.scalar_type(), [&](auto zero) {
+    using stored_t = decltype(zero);
+    using acc_t = Accumulated<stored_t>;
     with_kernels([&](auto kernels) {
       using Kernels = decltype(kernels);
       for_each_image(y.size(0), [&](int64_t begin, int64_t end) {
-        Scratch<scalar_t> scratch(2, vertices, channels);
-        const Rows<scalar_t> decay = scratch[0], h = scratch[1];
+        const Scratch<acc_t> scratch(2, vertices, channels);
+        const Rows<acc_t> decay = scratch[0], h = scratch[1];
         for (int64_t image = begin; image < end; ++image) {
-          const Selective<scalar_t> s = prepared.of_image<scalar_t>(image, eps);
+          const Selective<stored_t> s = prepared.of_image<stored_t>(image, eps);
           for_each_piece(vertices, [&](int64_t, int64_t first, int64_t last) {
-            std::vector<scalar_t> row(channels);
-            Kernels::template discretise<scalar_t>(s, first, last, decay, h, row.data());
+            std::vector<acc_t> tile(Kernels::tile_size(channels, rank));
+            kernels.discretise(s, first, last, decay, h, tile.data());
           });
           scan_in_place(kernels, trees[image], channels, propagation, decay, h);
           for_each_piece(vertices, [&](int64_t, int64_t first, int64_t last) {
-            std::vector<scalar_t> row(channels);
-            Kernels::template read_out<scalar_t>(s, first, last, h, rows_of_result<scalar_t>(y, image), row.data());
+            std::vector<acc_t> row(channels);
+            kernels.read_out(s, first, last, h, rows_of_result<stored_t>(y, image), row.data());
           });
         }
       });
@@ -189,14 +169,18 @@ class ParameterGradients {
       : channels_(x.size(2)),
         rank_(rank),
         pieces_(at::divup(x.size(1), kPiece)),
-        rows_(at::zeros({x.size(0) * pieces_, (rank + 7) * channels_}, x.options())) {}
+        rows_(
+            at::zeros(
+                {x.size(0) * pieces_, (rank + 7) * channels_},
+                x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat))) {}
 
-  template <typename scalar_t>
-  SelectiveGradients<scalar_t> of_piece(SelectiveGradients<scalar_t> g, int64_t image, int64_t piece) const {
-    scalar_t* row = rows_.mutable_data_ptr<scalar_t>() + (image * pieces_ + piece) * rows_.size(1);
+  template <typename stored_t>
+  SelectiveGradients<stored_t> of_piece(SelectiveGradients<stored_t> g, int64_t image, int64_t piece) const {
+    using acc_t = Accumulated<stored_t>;
+    acc_t* row = rows_.mutable_data_ptr<acc_t>() + (image * pieces_ + piece) * rows_.size(1);
     g.dt_weight = row;
     row += rank_ * channels_;
-    for (scalar_t** part :
+    for (acc_t** part :
          {&g.dt_bias, &g.rate, &g.skip, &g.h_norm_weight, &g.h_norm_bias, &g.out_norm_weight, &g.out_norm_bias}) {
       *part = row;
       row += channels_;
@@ -238,55 +222,60 @@ SelectiveScanInputs selective_scan_backward(
     double eps,
     Propagation propagation) {
   SelectiveScanInputs grads =
-      inputs.map([](const at::Tensor& input) { return at::empty_like(input, at::MemoryFormat::Contiguous); });
+      inputs.map([](const at::Tensor& tensor) { return at::empty(tensor.sizes(), tensor.options()); });
   if (inputs.x.numel() == 0) {
     return grads.map([](const at::Tensor& grad) { return grad.zero_(); });
   }
   const Trees trees(parent, order);
   const Prepared prepared(inputs);
   const at::Tensor grad_rows = evenly_strided(grad_y);
-  const int64_t vertices = inputs.x.size(1), channels = inputs.x.size(2);
-  AT_DISPATCH_FLOATING_TYPES(inputs.x.scalar_type(), "tree_selective_scan_backward", [&] {
-    const ParameterGradients parameters(inputs.x, inputs.dt.size(2));
+  const int64_t vertices = inputs.x.size(1), channels = inputs.x.size(2), rank = inputs.dt.size(2);
+  with_scalar(inputs.x.scalar_type(), [&](auto zero) {
+    using stored_t = decltype(zero);
+    using acc_t = Accumulated<stored_t>;
+    // Where the gradient of x is stored as acc_t, it needs no other rows for what it gets first.
+    constexpr int64_t kMaps = std::is_same_v<stored_t, acc_t> ? 4 : 5;
+    const ParameterGradients parameters(inputs.x, rank);
     with_kernels([&](auto kernels) {
       using Kernels = decltype(kernels);
       for_each_image(inputs.x.size(0), [&](int64_t begin, int64_t end) {
-        Scratch<scalar_t> scratch(4, vertices, channels);
+        const Scratch<acc_t> scratch(kMaps, vertices, channels);
         // On the way back, the gradients of input and decay take the places of those of h and of the sums.
-        const Rows<scalar_t> decay = scratch[0], sums = scratch[1], h = scratch[2], grad = scratch[3];
+        const Rows<acc_t> decay = scratch[0], sums = scratch[1], h = scratch[2], grad = scratch[3];
         for (int64_t image = begin; image < end; ++image) {
           const Tree tree = trees[image];
-          const Selective<scalar_t> s = prepared.of_image<scalar_t>(image, eps);
-          const SelectiveGradients<scalar_t> of_inputs{
-              rows_of_result<scalar_t>(grads.x, image),
-              rows_of_result<scalar_t>(grads.dt, image),
-              rows_of_result<scalar_t>(grads.b, image),
-              rows_of_result<scalar_t>(grads.c, image),
-              rows_of_result<scalar_t>(grads.gate, image)};
+          const Selective<stored_t> s = prepared.of_image<stored_t>(image, eps);
+          SelectiveGradients<stored_t> of_inputs{
+              rows_of_result<stored_t>(grads.x, image),
+              rows_of_result<stored_t>(grads.dt, image),
+              rows_of_result<stored_t>(grads.b, image),
+              rows_of_result<stored_t>(grads.c, image),
+              rows_of_result<stored_t>(grads.gate, image)};
+          of_inputs.x_by_skip = scratch.in_place_of(of_inputs.x, 4);
           for_each_piece(vertices, [&](int64_t, int64_t first, int64_t last) {
-            std::vector<scalar_t> row(channels);
-            Kernels::template discretise<scalar_t>(s, first, last, decay, sums, row.data());
+            std::vector<acc_t> tile(Kernels::tile_size(channels, rank));
+            kernels.discretise(s, first, last, decay, sums, tile.data());
           });
           for_each_share(channels, [&](int64_t first, int64_t width) {
             std::vector<uint8_t> flags(vertices);
-            Kernels::template scan_keeping_sums<scalar_t>(
+            Kernels::template scan_keeping_sums<acc_t>(
                 tree, width, propagation, decay.from(first), sums.from(first), h.from(first), flags.data());
           });
           for_each_piece(vertices, [&](int64_t piece, int64_t first, int64_t last) {
-            std::vector<scalar_t> rows(2 * channels);
-            Kernels::template read_out_backward<scalar_t>(
+            std::vector<acc_t> rows(2 * channels);
+            kernels.read_out_backward(
                 s,
                 first,
                 last,
                 h,
-                rows_of<scalar_t>(grad_rows, image),
+                rows_of<stored_t>(grad_rows, image),
                 grad,
                 parameters.of_piece(of_inputs, image, piece),
                 rows.data());
           });
           for_each_share(channels, [&](int64_t first, int64_t width) {
             std::vector<uint8_t> flags(vertices);
-            Kernels::template scan_backward_from_sums<scalar_t>(
+            Kernels::template scan_backward_from_sums<acc_t>(
                 tree,
                 width,
                 propagation,
@@ -297,22 +286,23 @@ SelectiveScanInputs selective_scan_backward(
                 flags.data());
           });
           for_each_piece(vertices, [&](int64_t piece, int64_t first, int64_t last) {
-            std::vector<scalar_t> rows((Kernels::kTile + 1) * channels);
-            Kernels::template discretise_backward<scalar_t>(
+            std::vector<acc_t> rows(Kernels::tile_size(channels, rank) + channels);
+            kernels.discretise_backward(
                 s, first, last, decay, grad, sums, parameters.of_piece(of_inputs, image, piece), rows.data());
           });
         }
       });
     });
-    const std::vector<at::Tensor> totals = parameters.sums<scalar_t>();
-    grads.dt_weight = totals[0].t().contiguous();
-    grads.dt_bias = totals[1];
-    grads.A_log = totals[2].mul(prepared.in.A_log);
-    grads.Ds = totals[3];
-    grads.h_norm_weight = totals[4];
-    grads.h_norm_bias = totals[5];
-    grads.out_norm_weight = totals[6];
-    grads.out_norm_bias = totals[7];
+    const std::vector<at::Tensor> totals = parameters.sums<acc_t>();
+    const auto as = [](const at::Tensor& grad, const at::Tensor& value) { return grad.to(value.scalar_type()); };
+    grads.dt_weight = as(totals[0].t().contiguous(), grads.dt_weight);
+    grads.dt_bias = as(totals[1], grads.dt_bias);
+    grads.A_log = as(totals[2].mul(prepared.in.A_log), grads.A_log);
+    grads.Ds = as(totals[3], grads.Ds);
+    grads.h_norm_weight = as(totals[4], grads.h_norm_weight);
+    grads.h_norm_bias = as(totals[5], grads.h_norm_bias);
+    grads.out_norm_weight = as(totals[6], grads.out_norm_weight);
+    grads.out_norm_bias = as(totals[7], grads.out_norm_bias);
   });
   return grads;
 }
@@ -320,8 +310,8 @@ SelectiveScanInputs selective_scan_backward(
 struct Cpu {
   using Scope = NoScope;
 
-  static bool computes(const at::Tensor& x) {
-    return !is_16_bit(x);
+  static bool computes(const at::Tensor&) {
+    return true;
   }
 
   static constexpr auto forward = &selective_scan_forward;

@@ -1,141 +1,107 @@
 // What lies around the scan in a tree state space layer: from the projections to decay and input, and from the scanned
-// values through two layer norms and the gate. Rows as in scan_kernels-inl.h; all are `channels` wide.
+// values through two layer norms and the gate. Rows as in scan_kernels-inl.h; all are `channels` wide. Inputs and their
+// gradients are stored as stored_t; all else is acc_t.
 
-struct SelectiveScanKernels : LayerNormKernels {
-  // Channels whose sums over the rank stay in registers.
-  static constexpr int kBlock = 64;
-
-  // pre = bias + W t, the argument of the softplus. weight is (rank, channels), transposed.
-  template <typename scalar_t>
-  static void project(const Selective<scalar_t>& s, const scalar_t* t, scalar_t* __restrict pre) {
-    int64_t first = 0;
-    for (; first + kBlock <= s.channels; first += kBlock) {
-      project_block<kBlock>(s, t, first, pre);
-    }
-    for (; first + kLanes <= s.channels; first += kLanes) {
-      project_block<kLanes>(s, t, first, pre);
-    }
-    for (; first < s.channels; ++first) {
-      project_block<1>(s, t, first, pre);
-    }
-  }
-
-  template <int kWidth, typename scalar_t>
-  static void project_block(const Selective<scalar_t>& s, const scalar_t* t, int64_t first, scalar_t* __restrict pre) {
-    scalar_t sum[kWidth];
-    for (int i = 0; i < kWidth; ++i) {
-      sum[i] = s.dt_bias[first + i];
-    }
-    for (int64_t r = 0; r < s.rank; ++r) {
-      const scalar_t* __restrict weight = s.dt_weight + r * s.channels + first;
-      const scalar_t factor = t[r];
-      for (int i = 0; i < kWidth; ++i) {
-        sum[i] += factor * weight[i];
-      }
-    }
-    for (int i = 0; i < kWidth; ++i) {
-      pre[first + i] = sum[i];
-    }
-  }
-
-  // Decay a = exp(rate * delta), rate = -exp(A_log), and input delta * b * x for vertices begin..end-1. row: scratch.
-  template <typename scalar_t>
+struct SelectiveScanKernels : StepProjectionKernels {
+  // Decay a = exp(rate * delta), rate = -exp(A_log), and input delta * b * x for vertices begin..end-1. scratch: see
+  // Tile.
+  template <typename stored_t, typename acc_t>
   static void discretise(
-      const Selective<scalar_t>& s,
+      const Selective<stored_t>& s,
       int64_t begin,
       int64_t end,
-      const Rows<scalar_t>& decay,
-      const Rows<scalar_t>& input,
-      scalar_t* __restrict row) {
-    for (int64_t v = begin; v < end; ++v) {
-      project(s, s.dt[v], row);
-      const scalar_t b = *s.b[v];
-      const scalar_t* __restrict x = s.x[v];
-      const scalar_t* __restrict rate = s.rate;
-      scalar_t* __restrict a = decay[v];
-      scalar_t* __restrict to = input[v];
+      const Rows<acc_t>& decay,
+      const Rows<acc_t>& input,
+      acc_t* scratch) {
+    for_each_tile(s, begin, end, scratch, [&](const Tile<acc_t>& tile) {
+      for (int64_t i = 0; i < tile.count; ++i) {
+        const int64_t v = tile.first + i;
+        const acc_t b = Rounding::widen(*s.b[v]);
+        const stored_t* __restrict x = s.x[v];
+        const acc_t* __restrict rate = s.rate;
+        const acc_t* __restrict pre = tile.rows + i * s.channels;
+        acc_t* __restrict a = decay[v];
+        acc_t* __restrict to = input[v];
 #pragma GCC ivdep
-      for (int64_t c = 0; c < s.channels; ++c) {
-        const scalar_t delta = softplus(row[c], exponential_of_negative(-std::abs(row[c])));
-        a[c] = exponential_of_negative(rate[c] * delta);
-        to[c] = delta * b * x[c];
+        for (int64_t c = 0; c < s.channels; ++c) {
+          const acc_t delta = softplus(pre[c], exponential_of_negative(-std::abs(pre[c])));
+          a[c] = exponential_of_negative(rate[c] * delta);
+          to[c] = delta * b * Rounding::widen(x[c]);
+        }
       }
-    }
+    });
   }
 
   // mixed = LayerNorm_h(h) * c + Ds * x
-  template <typename scalar_t>
+  template <typename stored_t, typename acc_t>
   static void mix(
-      const Selective<scalar_t>& s,
-      int64_t v,
-      const scalar_t* __restrict h,
-      Moments<scalar_t> m,
-      scalar_t* __restrict mixed) {
-    const scalar_t factor = *s.c[v];
-    const scalar_t* __restrict x = s.x[v];
-    const scalar_t* __restrict weight = s.h_norm_weight;
-    const scalar_t* __restrict bias = s.h_norm_bias;
-    const scalar_t* __restrict skip = s.skip;
+      const Selective<stored_t>& s, int64_t v, const acc_t* __restrict h, Moments<acc_t> m, acc_t* __restrict mixed) {
+    const acc_t factor = Rounding::widen(*s.c[v]);
+    const stored_t* __restrict x = s.x[v];
+    const acc_t* __restrict weight = s.h_norm_weight;
+    const acc_t* __restrict bias = s.h_norm_bias;
+    const acc_t* __restrict skip = s.skip;
 #pragma GCC ivdep
     for (int64_t c = 0; c < s.channels; ++c) {
-      mixed[c] = ((h[c] - m.mean) * m.scale * weight[c] + bias[c]) * factor + skip[c] * x[c];
+      mixed[c] = ((h[c] - m.mean) * m.scale * weight[c] + bias[c]) * factor + skip[c] * Rounding::widen(x[c]);
     }
   }
 
   // y = LayerNorm_out(mixed) * SiLU(gate) for vertices begin..end-1. row: scratch.
-  template <typename scalar_t>
+  template <typename stored_t, typename acc_t>
   static void read_out(
-      const Selective<scalar_t>& s,
+      const Selective<stored_t>& s,
       int64_t begin,
       int64_t end,
-      const Rows<const scalar_t>& h,
-      const Rows<scalar_t>& y,
-      scalar_t* __restrict row) {
+      const Rows<acc_t>& h,
+      const Rows<stored_t>& y,
+      acc_t* __restrict row) {
     for (int64_t v = begin; v < end; ++v) {
-      mix(s, v, h[v], moments(h[v], s.channels, s.eps), row);
-      const Moments<scalar_t> m = moments<scalar_t>(row, s.channels, s.eps);
-      const scalar_t* __restrict gate = s.gate[v];
-      const scalar_t* __restrict weight = s.out_norm_weight;
-      const scalar_t* __restrict bias = s.out_norm_bias;
-      scalar_t* __restrict to = y[v];
+      mix<stored_t, acc_t>(s, v, h[v], moments<acc_t>(h[v], s.channels, s.eps), row);
+      const Moments<acc_t> m = moments<acc_t>(row, s.channels, s.eps);
+      const stored_t* __restrict gate = s.gate[v];
+      const acc_t* __restrict weight = s.out_norm_weight;
+      const acc_t* __restrict bias = s.out_norm_bias;
+      stored_t* __restrict to = y[v];
 #pragma GCC ivdep
       for (int64_t c = 0; c < s.channels; ++c) {
-        to[c] = ((row[c] - m.mean) * m.scale * weight[c] + bias[c]) * gate[c] * sigmoid(gate[c]);
+        const acc_t open = Rounding::widen(gate[c]);
+        to[c] = Rounding::round<stored_t>(((row[c] - m.mean) * m.scale * weight[c] + bias[c]) * open * sigmoid(open));
       }
     }
   }
 
   // Backwards through read_out: gradients of h and gate, of c, the share of x by the skip connection, and the sums for
   // the parameters. rows: scratch of 2 * channels.
-  template <typename scalar_t>
+  template <typename stored_t, typename acc_t>
   static void read_out_backward(
-      const Selective<scalar_t>& s,
+      const Selective<stored_t>& s,
       int64_t begin,
       int64_t end,
-      const Rows<const scalar_t>& h,
-      const Rows<const scalar_t>& grad_y,
-      const Rows<scalar_t>& grad_h,
-      const SelectiveGradients<scalar_t>& g,
-      scalar_t* __restrict rows) {
-    constexpr scalar_t* kNone = nullptr;
-    scalar_t* __restrict mixed = rows;
-    scalar_t* __restrict grad = rows + s.channels;
+      const Rows<acc_t>& h,
+      const Rows<const stored_t>& grad_y,
+      const Rows<acc_t>& grad_h,
+      const SelectiveGradients<stored_t>& g,
+      acc_t* __restrict rows) {
+    constexpr acc_t* kNone = nullptr;
+    acc_t* __restrict mixed = rows;
+    acc_t* __restrict grad = rows + s.channels;
     for (int64_t v = begin; v < end; ++v) {
-      const scalar_t* __restrict of_vertex = h[v];
-      const Moments<scalar_t> of_h = moments(of_vertex, s.channels, s.eps);
-      mix(s, v, of_vertex, of_h, mixed);
-      const Moments<scalar_t> of_mixed = moments<scalar_t>(mixed, s.channels, s.eps);
-      const scalar_t* __restrict gate = s.gate[v];
-      const scalar_t* __restrict grad_out = grad_y[v];
-      const scalar_t* __restrict out_weight = s.out_norm_weight;
-      const scalar_t* __restrict out_bias = s.out_norm_bias;
-      scalar_t* __restrict grad_gate = g.gate[v];
+      const acc_t* __restrict of_vertex = h[v];
+      const Moments<acc_t> of_h = moments<acc_t>(of_vertex, s.channels, s.eps);
+      mix<stored_t, acc_t>(s, v, of_vertex, of_h, mixed);
+      const Moments<acc_t> of_mixed = moments<acc_t>(mixed, s.channels, s.eps);
+      const stored_t* __restrict gate = s.gate[v];
+      const stored_t* __restrict grad_out = grad_y[v];
+      const acc_t* __restrict out_weight = s.out_norm_weight;
+      const acc_t* __restrict out_bias = s.out_norm_bias;
+      stored_t* __restrict grad_gate = g.gate[v];
 #pragma GCC ivdep
       for (int64_t c = 0; c < s.channels; ++c) {
-        const scalar_t normed = (mixed[c] - of_mixed.mean) * of_mixed.scale * out_weight[c] + out_bias[c];
-        const scalar_t sig = sigmoid(gate[c]);
-        grad_gate[c] = grad_out[c] * normed * sig * (1 + gate[c] * (1 - sig));
-        grad[c] = grad_out[c] * gate[c] * sig;
+        const acc_t normed = (mixed[c] - of_mixed.mean) * of_mixed.scale * out_weight[c] + out_bias[c];
+        const acc_t open = Rounding::widen(gate[c]), sig = sigmoid(open), of_y = Rounding::widen(grad_out[c]);
+        grad_gate[c] = Rounding::round<stored_t>(of_y * normed * sig * (1 + open * (1 - sig)));
+        grad[c] = of_y * open * sig;
       }
       norm_backward(
           mixed,
@@ -144,151 +110,96 @@ struct SelectiveScanKernels : LayerNormKernels {
           s.channels,
           grad,
           kNone,
-          scalar_t(1),
+          acc_t(1),
           grad,
           kNone,
           g.out_norm_weight,
           g.out_norm_bias);
-      const scalar_t factor = *s.c[v];
-      const scalar_t* __restrict x = s.x[v];
-      const scalar_t* __restrict skip = s.skip;
-      const scalar_t* __restrict h_weight = s.h_norm_weight;
-      const scalar_t* __restrict h_bias = s.h_norm_bias;
-      *g.c[v] = sum(s.channels, [&](int64_t c) {
-        return grad[c] * ((of_vertex[c] - of_h.mean) * of_h.scale * h_weight[c] + h_bias[c]);
+      const acc_t of_c = sum_vectors<acc_t>(s.channels, [&](auto lanes, int64_t c) __attribute__((always_inline)) {
+        typename decltype(lanes)::Values value, of_mixed, weight, bias;
+        lanes.load(of_vertex + c, value);
+        lanes.load(grad + c, of_mixed);
+        lanes.load(s.h_norm_weight + c, weight);
+        lanes.load(s.h_norm_bias + c, bias);
+        return of_mixed * ((value - of_h.mean) * of_h.scale * weight + bias);
       });
-      scalar_t* __restrict grad_x = g.x[v];
-      scalar_t* __restrict grad_skip = g.skip;
-      scalar_t* __restrict to = grad_h[v];
+      *g.c[v] = Rounding::round<stored_t>(of_c);
+      const acc_t factor = Rounding::widen(*s.c[v]);
+      const stored_t* __restrict x = s.x[v];
+      const acc_t* __restrict skip = s.skip;
+      acc_t* __restrict grad_x = g.x_by_skip[v];
+      acc_t* __restrict grad_skip = g.skip;
+      acc_t* __restrict to = grad_h[v];
 #pragma GCC ivdep
       for (int64_t c = 0; c < s.channels; ++c) {
         grad_x[c] = grad[c] * skip[c];
-        grad_skip[c] += grad[c] * x[c];
+        grad_skip[c] += grad[c] * Rounding::widen(x[c]);
         to[c] = grad[c] * factor;
       }
       norm_backward(
-          of_vertex,
-          of_h,
-          s.h_norm_weight,
-          s.channels,
-          to,
-          kNone,
-          scalar_t(1),
-          to,
-          kNone,
-          g.h_norm_weight,
-          g.h_norm_bias);
+          of_vertex, of_h, s.h_norm_weight, s.channels, to, kNone, acc_t(1), to, kNone, g.h_norm_weight, g.h_norm_bias);
     }
   }
 
-  // Vertices whose gradients are added to that of the step size's weight in one go.
-  static constexpr int64_t kTile = 16;
-
-  // Backwards through discretise: from the gradients of input and decay to those of x (added), b, dt and the
-  // parameters. rows: scratch of (kTile + 1) * channels.
-  template <typename scalar_t>
+  // Backwards through discretise: from the gradients of input and decay to those of x (added to what it gets by the
+  // skip connection), b, dt and the parameters. scratch: see Tile, and channels more.
+  template <typename stored_t, typename acc_t>
   static void discretise_backward(
-      const Selective<scalar_t>& s,
+      const Selective<stored_t>& s,
       int64_t begin,
       int64_t end,
-      const Rows<const scalar_t>& decay,
-      const Rows<const scalar_t>& grad_input,
-      const Rows<const scalar_t>& grad_decay,
-      const SelectiveGradients<scalar_t>& g,
-      scalar_t* rows) {
-    scalar_t* row = rows + kTile * s.channels;
-    for (int64_t first = begin; first < end; first += kTile) {
-      const int64_t count = std::min(kTile, end - first);
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t v = first + i;
-        project(s, s.dt[v], row);
-        step_backward(s, v, decay[v], grad_input[v], grad_decay[v], g, row, rows + i * s.channels);
+      const Rows<acc_t>& decay,
+      const Rows<acc_t>& grad_input,
+      const Rows<acc_t>& grad_decay,
+      const SelectiveGradients<stored_t>& g,
+      acc_t* scratch) {
+    for_each_tile(s, begin, end, scratch + s.channels, [&](const Tile<acc_t>& tile) {
+      for (int64_t i = 0; i < tile.count; ++i) {
+        const int64_t v = tile.first + i;
+        step_backward<stored_t, acc_t>(
+            s, v, decay[v], grad_input[v], grad_decay[v], g, tile.rows + i * s.channels, scratch);
       }
-      project_backward(s, first, count, rows, g);
-    }
+      project_backward(s, tile, g);
+    });
   }
 
-  // For one vertex: the gradients of x (added) and b, and that of the softplus's argument `pre`. pre becomes scratch.
-  template <typename scalar_t>
+  // For one vertex: the gradients of x and b, and that of the softplus's argument in place of it. row: scratch.
+  template <typename stored_t, typename acc_t>
   static void step_backward(
-      const Selective<scalar_t>& s,
+      const Selective<stored_t>& s,
       int64_t v,
-      const scalar_t* __restrict a,
-      const scalar_t* __restrict from_input,
-      const scalar_t* __restrict from_decay,
-      const SelectiveGradients<scalar_t>& g,
-      scalar_t* __restrict pre,
-      scalar_t* __restrict grad_pre) {
-    const scalar_t b = *s.b[v];
-    const scalar_t* __restrict x = s.x[v];
-    const scalar_t* __restrict rate = s.rate;
-    scalar_t* __restrict grad_x = g.x[v];
-    scalar_t* __restrict grad_rate = g.rate;
-    scalar_t* __restrict grad_bias = g.dt_bias;
+      const acc_t* __restrict a,
+      const acc_t* __restrict from_input,
+      const acc_t* __restrict from_decay,
+      const SelectiveGradients<stored_t>& g,
+      acc_t* __restrict pre,
+      acc_t* __restrict row) {
+    const acc_t b = Rounding::widen(*s.b[v]);
+    const stored_t* __restrict x = s.x[v];
+    const acc_t* __restrict rate = s.rate;
+    const acc_t* by_skip = g.x_by_skip[v];  // may be grad_x
+    stored_t* grad_x = g.x[v];
+    acc_t* __restrict grad_rate = g.rate;
+    acc_t* __restrict grad_bias = g.dt_bias;
 #pragma GCC ivdep
     for (int64_t c = 0; c < s.channels; ++c) {
-      const scalar_t e = exponential_of_negative(-std::abs(pre[c]));
-      const scalar_t delta = softplus(pre[c], e);
-      const scalar_t through_input = from_input[c] * delta;
-      const scalar_t through_decay = from_decay[c] * a[c];
-      const scalar_t grad = (from_input[c] * b * x[c] + through_decay * rate[c]) * sigmoid(pre[c], e);
-      grad_pre[c] = grad;
+      const acc_t x_c = Rounding::widen(x[c]);
+      const acc_t e = exponential_of_negative(-std::abs(pre[c]));
+      const acc_t delta = softplus(pre[c], e);
+      const acc_t through_input = from_input[c] * delta;
+      const acc_t through_decay = from_decay[c] * a[c];
+      const acc_t grad = (from_input[c] * b * x_c + through_decay * rate[c]) * sigmoid(pre[c], e);
+      pre[c] = grad;
       grad_bias[c] += grad;
       grad_rate[c] += through_decay * delta;
-      grad_x[c] += through_input * b;
-      pre[c] = through_input * x[c];
+      grad_x[c] = Rounding::round<stored_t>(by_skip[c] + through_input * b);
+      row[c] = through_input * x_c;
     }
-    *g.b[v] = sum(s.channels, [&](int64_t c) { return pre[c]; });
-  }
-
-  // Backwards through project for `count` vertices from `first` on, whose gradients are the first of `rows`.
-  template <typename scalar_t>
-  static void project_backward(
-      const Selective<scalar_t>& s,
-      int64_t first,
-      int64_t count,
-      const scalar_t* rows,
-      const SelectiveGradients<scalar_t>& g) {
-    for (int64_t r = 0; r < s.rank; ++r) {
-      const scalar_t* weight = s.dt_weight + r * s.channels;
-      scalar_t* __restrict grad_weight = g.dt_weight + r * s.channels;
-      for (int64_t i = 0; i < count; ++i) {
-        const scalar_t* grad = rows + i * s.channels;
-        g.dt[first + i][r] = sum(s.channels, [&](int64_t c) { return grad[c] * weight[c]; });
-      }
-      int64_t c = 0;
-      for (; c + kLanes <= s.channels; c += kLanes) {
-        add_products<kLanes>(s, first, count, rows, r, c, grad_weight);
-      }
-      for (; c < s.channels; ++c) {
-        add_products<1>(s, first, count, rows, r, c, grad_weight);
-      }
-    }
-  }
-
-  // Adds the products of gradients and steps to kWidth entries of the weight's gradient.
-  template <int kWidth, typename scalar_t>
-  static void add_products(
-      const Selective<scalar_t>& s,
-      int64_t first,
-      int64_t count,
-      const scalar_t* rows,
-      int64_t r,
-      int64_t c,
-      scalar_t* __restrict grad_weight) {
-    scalar_t total[kWidth];
-    for (int i = 0; i < kWidth; ++i) {
-      total[i] = grad_weight[c + i];
-    }
-    for (int64_t v = 0; v < count; ++v) {
-      const scalar_t factor = s.dt[first + v][r];
-      const scalar_t* grad = rows + v * s.channels + c;
-      for (int i = 0; i < kWidth; ++i) {
-        total[i] += factor * grad[i];
-      }
-    }
-    for (int i = 0; i < kWidth; ++i) {
-      grad_weight[c + i] = total[i];
-    }
+    const acc_t of_b = sum_vectors<acc_t>(s.channels, [&](auto lanes, int64_t c) __attribute__((always_inline)) {
+      typename decltype(lanes)::Values value;
+      lanes.load(row + c, value);
+      return value;
+    });
+    *g.b[v] = Rounding::round<stored_t>(of_b);
   }
 };

@@ -139,13 +139,10 @@ struct TreeKernels : Elementary {
   // Directions from a vertex, ascending in the index of the edge that they follow; bits of a vertex's links.
   enum : uint8_t { kUp = 0, kDown = 1, kLeft = 2, kRight = 3 };
 
-  // Weights as integers of the same order; adding zero makes one of the two zeros. No finite weight becomes kNoEdge.
-  static void ordered_bits(const float* __restrict weight, int64_t count, uint32_t* __restrict key) {
+  // Weights as integers, none of which is kNoEdge.
+  static void to_ordered_bits(const float* __restrict weight, int64_t count, uint32_t* __restrict key) {
     for (int64_t i = 0; i < count; ++i) {
-      const float w = weight[i] + 0.0f;
-      uint32_t bits;
-      std::memcpy(&bits, &w, sizeof(bits));
-      key[i] = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+      key[i] = ordered_bits(weight[i]);
     }
   }
 
@@ -387,10 +384,10 @@ struct TreeKernels : Elementary {
   // Leaves the links of the tree in a slot of the workspace.
   static void spanning_tree(const float* weight, TreeWorkspace& w, int64_t slot) {
     const int64_t height = w.height, width = w.width;
-    ordered_bits(weight, (height - 1) * width, w.vertical.data() + width);
+    to_ordered_bits(weight, (height - 1) * width, w.vertical.data() + width);
     for (int64_t r = 0; r < height; ++r) {
       const float* row = weight + (height - 1) * width + r * (width - 1);
-      ordered_bits(row, width - 1, w.horizontal.data() + r * width + 1);
+      to_ordered_bits(row, width - 1, w.horizontal.data() + r * width + 1);
     }
     choose_neighbours(w);
     int32_t components = join(w, static_cast<int32_t>(height * width), w.labels.data() + width);

@@ -5,6 +5,8 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/dtypes.h"
+
 namespace grootvl::cpu {
 
 // Memory that starts with whatever it holds.
@@ -86,6 +88,12 @@ struct Rows {
   }
 };
 
+// What the backward pass of a scan keeps of one image: the sums of x and of the gradient of h, and h.
+template <typename acc_t>
+struct ScanSums {
+  Rows<acc_t> x, grad, h;
+};
+
 // Mean and 1 / standard deviation of a row.
 template <typename scalar_t>
 struct Moments {
@@ -107,21 +115,27 @@ struct ConvolutionRows {
 
 // The inputs of a selective scan for one image; see selective_scan.h. rate is -exp(A_log), skip is Ds, dt_weight is
 // transposed: (rank, channels).
-template <typename scalar_t>
+template <typename stored_t>
 struct Selective {
+  using acc_t = Accumulated<stored_t>;
+
   int64_t channels, rank;
-  scalar_t eps;
-  Rows<const scalar_t> x, dt, b, c, gate;
-  const scalar_t *dt_weight, *dt_bias, *rate, *skip;
-  const scalar_t *h_norm_weight, *h_norm_bias, *out_norm_weight, *out_norm_bias;
+  acc_t eps;
+  Rows<const stored_t> x, dt, b, c, gate;
+  const acc_t *dt_weight, *dt_bias, *rate, *skip;
+  const acc_t *h_norm_weight, *h_norm_bias, *out_norm_weight, *out_norm_bias;
 };
 
-// Gradients of the same: of the inputs for one image, of the parameters for some of its vertices, to be added up.
-template <typename scalar_t>
+// Gradients of the same: of the inputs for one image, of the parameters for some of its vertices, to be added up. What
+// x gets through the skip connection comes before the rest, in rows that may be those of x.
+template <typename stored_t>
 struct SelectiveGradients {
-  Rows<scalar_t> x, dt, b, c, gate;
-  scalar_t *dt_weight, *dt_bias, *rate, *skip;
-  scalar_t *h_norm_weight, *h_norm_bias, *out_norm_weight, *out_norm_bias;
+  using acc_t = Accumulated<stored_t>;
+
+  Rows<stored_t> x, dt, b, c, gate;
+  Rows<acc_t> x_by_skip;
+  acc_t *dt_weight, *dt_bias, *rate, *skip;
+  acc_t *h_norm_weight, *h_norm_bias, *out_norm_weight, *out_norm_bias;
 };
 
 }  // namespace grootvl::cpu

@@ -156,11 +156,10 @@ struct Cuts {
   }
 };
 
-// ---- steps ----
-
 struct FindPositions {
   static __device__ void run(const Cut& cut, int i) {
     store_relaxed(cut.position() + cut.vertex_at(i), i);
+    cut.pieces.clear(cut.image, i);
   }
 };
 

@@ -48,6 +48,14 @@ struct Pieces {
   int64_t usual_pieces() const {
     return 3 * divide_up<int64_t>(most_criticals, 2) + 1;
   }
+  // A vertex's share of the entries. Pieces and critical vertices take as many as there are of them; with the others
+  // cleared, equal trees have equal cuts.
+  __device__ void clear(int64_t image, int vertex) const {
+    int* const of_image = vertex_array(image, 0);
+    for (int64_t entry = vertex; entry < entries(vertices); entry += vertices) {
+      of_image[entry] = -1;
+    }
+  }
   __device__ int* vertex_array(int64_t image, int array) const {
     return memory + image * entries(vertices) + int64_t{array} * vertices;
   }
