@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from mmengine.model import BaseModule
+from mmengine.model import BaseInit, BaseModule
 from torch import Tensor, nn
+
+INIT_CFG_MODULE = BaseInit.__module__
 
 
 def init_linear(layer: nn.Linear) -> None:
@@ -16,15 +19,22 @@ def init_linear(layer: nn.Linear) -> None:
         nn.init.zeros_(layer.bias)
 
 
-class _Linear(nn.Linear):
-    """An intermediate base: ``init_cfg`` matches layers by the names of their class and of its direct bases."""
+def linear_layer(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
+    """A linear layer whose ``reset_parameters`` is :func:`init_linear`; whoever owns it calls that.
+
+    FSDP's recipes call it for each module by itself, after ``to_empty``. The layer is not of a class of its own:
+    quantization and counters look for ``nn.Linear`` by the exact type.
+    """
+    layer = nn.Linear(in_features, out_features, bias)
+    layer.reset_parameters = partial(init_linear, layer)
+    return layer
 
 
-class StepProjection(_Linear):
+class StepProjection(nn.Linear):
     """The linear layer before the softplus that gives the step sizes of a state space model.
 
-    The initial steps are log-uniform between ``dt_min`` and ``dt_max``. An ``init_cfg`` of a parent model for all
-    ``Linear`` layers leaves it alone: zero biases would start all steps at softplus(0) = 0.69.
+    The steps start log-uniformly between ``dt_min`` and ``dt_max``. An ``init_cfg`` of the enclosing model, for one
+    type of layers or for all of them, leaves them alone: most would start all steps at softplus(0) = 0.69.
     """
 
     dt_min, dt_max = 0.001, 0.1
@@ -37,6 +47,10 @@ class StepProjection(_Linear):
             # In place, which sharded parameters can do too: bias = softplus^-1(dt) = dt + log(1 - exp(-dt)).
             dt = self.bias.uniform_(math.log(self.dt_min), math.log(self.dt_max)).exp_()
             dt.add_(dt.neg().expm1().neg().log())
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> nn.Module:
+        """As in any module, but for the functions by which mmengine carries out an ``init_cfg``."""
+        return self if getattr(fn, "__module__", None) == INIT_CFG_MODULE else super().apply(fn)
 
 
 class InitializedModule(BaseModule):

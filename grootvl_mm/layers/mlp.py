@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from grootvl_mm.layers.initialization import init_linear
+from grootvl_mm.layers.initialization import linear_layer
 
 
 class MLP(nn.Module):
@@ -15,15 +15,15 @@ class MLP(nn.Module):
 
     def __init__(self, channels: int, ratio: int = 4) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(channels, ratio * channels)
+        self.fc1 = linear_layer(channels, ratio * channels)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(ratio * channels, channels)
+        self.fc2 = linear_layer(ratio * channels, channels)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the weights anew."""
-        init_linear(self.fc1)
-        init_linear(self.fc2)
+        self.fc1.reset_parameters()
+        self.fc2.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""

@@ -94,7 +94,7 @@ def check_valid_sizes(valid_sizes: Tensor | Sequence[Sequence[int]], image: Tens
 def crop(image: Tensor, valid_sizes: Tensor) -> Tensor:
     """Zero everything in (B, C, H, W) outside the sizes (B, 2)."""
     valid = _region(valid_sizes, *image.shape[2:])
-    return torch.where(valid.unsqueeze(1), image, 0)
+    return image.masked_fill(~valid.unsqueeze(1), 0)
 
 
 def pyramid(valid_sizes: Tensor, image: Tensor, levels: int) -> list[Padding]:
@@ -110,25 +110,35 @@ def pyramid(valid_sizes: Tensor, image: Tensor, levels: int) -> list[Padding]:
     for level in range(levels):
         # Written as convolutions compute it, so that symbolic shapes are equal.
         valid_sizes, height, width = ((size - 1) // 2 + 1 for size in (valid_sizes, height, width))
-        valid = _region(valid_sizes, height, width)
-        edge_weight = _edge_weight(valid, valid_sizes, height, width) if level else valid.new_empty(0)
-        paddings.append(Padding(valid.unsqueeze(3).float(), edge_weight))
+        paddings.append(map_padding(valid_sizes, height, width, has_tree=level > 0))
     return paddings
 
 
-def _edge_weight(valid: Tensor, sizes: Tensor, height: int, width: int) -> Tensor:
-    """Lower bounds (B, E) of the edge weights of maps with the valid sizes (B, 2) and the valid region (B, H, W).
+def map_padding(sizes: Tensor, height: int, width: int, has_tree: bool = True) -> Padding:
+    """The padding of one feature map.
 
     Of the edges between image and padding, the tree may take only those at the last vertex of the image.
+
+    Args:
+        sizes: (B, 2), heights and widths of the images on this map.
+        height: of the map.
+        width: of the map.
+        has_tree: whether trees are built on the map; otherwise edges get no weights.
     """
+    valid = _region(sizes, height, width)
+    padding = Padding(valid.unsqueeze(3).float(), valid.new_empty(0))
+    if not has_tree:
+        return padding
     above = torch.arange((height - 1) * width, device=sizes.device)
     left = torch.arange(height * (width - 1), device=sizes.device)
     left = left + left // max(width - 1, 1)
     first, second = torch.cat([above, left]), torch.cat([above + width, left + 1])
     last = (sizes[:, :1] - 1) * width + sizes[:, 1:] - 1
     valid = valid.flatten(1)
-    outside = torch.where(valid.index_select(1, first) & (first != last), BORDER_WEIGHT, PADDING_WEIGHT)
-    return torch.where(valid.index_select(1, second), -torch.inf, outside)
+    border = valid.index_select(1, first) & (first != last)
+    # Not by torch.where, which copies numbers to the device and waits for that.
+    weight = torch.full_like(border, PADDING_WEIGHT, dtype=torch.float32).masked_fill(border, BORDER_WEIGHT)
+    return padding._replace(edge_weight=weight.masked_fill(valid.index_select(1, second), -torch.inf))
 
 
 def _region(sizes: Tensor, height: int, width: int) -> Tensor:

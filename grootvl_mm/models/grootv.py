@@ -70,7 +70,7 @@ class Downsample(nn.Module):
 class Block(nn.Module):
     """``x + DropPath(TreeSSM(LN x))``, then ``x + DropPath(MLP(LN x))``, each branch with an optional layer scale.
 
-    The options are those of :class:`GrootV`.
+    The options are those of :class:`GrootV` and :class:`TreeSSM`.
     """
 
     def __init__(
@@ -83,12 +83,13 @@ class Block(nn.Module):
         tree_root: str = "first",
         propagation: str = "all",
         scan: str = "tree",
+        scan_seed: int = 0,
     ) -> None:
         super().__init__()
         self.with_cp = with_cp
         self.layer_scale = layer_scale
         self.norm1 = layer_norm(channels)
-        self.mixer = TreeSSM(channels, tree_metric, tree_root, propagation, scan)
+        self.mixer = TreeSSM(channels, tree_metric, tree_root, propagation, scan, scan_seed)
         self.norm2 = layer_norm(channels)
         self.mlp = MLP(channels)
         self.drop_path = DropPath(drop_path)
@@ -170,7 +171,8 @@ class GrootV(InitializedModule):
         tree_sharing: ``block``: each block has trees of its own. ``stage``: the blocks of a stage share the trees that
             its first block builds from its own SSM input (after in-projection, depth-wise convolution and SiLU). The
             paper does not say which feature builds the shared tree.
-        scan: ``tree``, or ``raster`` or ``cross``, with which the paper compares it, see :class:`TreeSSM`.
+        scan: ``tree``, ``raster`` or ``cross``, with which the paper compares it, or ``random`` or ``maximum``: other
+            spanning trees, for ablations; see :class:`TreeSSM`.
         ignore_padding: what a picture yields does not depend on the padding to its right and below, with which a batch
             of pictures of different sizes is filled up: see :mod:`grootvl_mm.layers.padding`. Where pictures end is
             told by their zero margins, unless ``forward`` gets their sizes. Maps are zero at padding.
@@ -232,8 +234,9 @@ class GrootV(InitializedModule):
         last = self.out_indices[-1]
         self.stages = nn.ModuleList()
         for i, width in enumerate(self.num_features[: last + 1]):
-            rates = drop_paths[sum(depths[:i]) : sum(depths[: i + 1])]
-            blocks = [Block(width, rate, *options) for rate in rates]
+            first = sum(depths[:i])
+            numbers = range(first, first + depths[i])
+            blocks = [Block(width, drop_paths[number], *options, scan_seed=number) for number in numbers]
             self.stages.append(Stage(blocks, width, downsample=i < last, share_tree=tree_sharing == "stage"))
         self._freeze_stages()
 

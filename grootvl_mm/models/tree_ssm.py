@@ -7,15 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from grootvl_mm.layers.conv import conv_silu
-from grootvl_mm.layers.initialization import InitializedModule, StepProjection, init_linear
+from grootvl_mm.layers.initialization import InitializedModule, StepProjection, linear_layer
 from grootvl_mm.layers.padding import Padding
+from grootvl_mm.layers.tracing import with_known_size
 from grootvl_mm.layers.untouched import untouched
 from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_scan, tree_selective_scan
 from grootvl_mm.ops.scan import PROPAGATIONS, selective_scan
 from grootvl_mm.ops.tree import METRICS
 
 ROOTS = ("first", "last")
-SCANS = ("tree", "raster", "cross")
+SCANS = ("tree", "raster", "cross", "random", "maximum")
 
 
 def raster_path(
@@ -54,6 +55,35 @@ def raster_path(
     return Tree(parent, order)
 
 
+def scattered_weight(height: int, width: int, seed: int, device: torch.device) -> Tensor:
+    """Edge weights of a pseudorandom spanning tree, which is always the same.
+
+    A weight depends on the seed and on where its edge lies, not on the map's size, so that padding changes nothing.
+
+    Args:
+        height: number of rows.
+        width: number of columns.
+        seed: any number from 0.
+        device: device of the weights.
+
+    Returns:
+        (E,) float32, in the order of :func:`grootvl_mm.ops.grid_edge_weight`.
+    """
+    row, column = torch.arange(height, device=device).unsqueeze(1), torch.arange(width, device=device)
+    key = 1 + seed
+    for number in (row, column):
+        # The fifth power permutes the numbers below this prime, and scatters them.
+        key = (key * _SCATTER + number + 1) % _PRIME
+        square = key * key % _PRIME
+        key = square * square % _PRIME * key % _PRIME
+    vertical = key[: height - 1].flatten()
+    horizontal = (key * _SCATTER % _PRIME)[:, : width - 1].flatten()
+    return torch.cat([vertical, horizontal]).float()
+
+
+_PRIME, _SCATTER = 2**31 - 1, 1_103_515_245
+
+
 class TreeSSM(InitializedModule):
     """Selective state space model along a minimum spanning tree of the feature map; state size 1.
 
@@ -62,9 +92,12 @@ class TreeSSM(InitializedModule):
         tree_metric: dissimilarity that the tree minimises, ``cosine``, ``euclidean`` or ``manhattan``.
         tree_root: ``first`` or ``last`` vertex.
         propagation: ``all``, ``up`` or ``down``, see :func:`grootvl_mm.ops.tree_scan`.
-        scan: ``tree``, or what the paper compares it with, for which the metric means nothing. ``raster``: the path
-            row by row takes the place of the tree. ``cross``: the mean of the outputs for the path row by row and the
-            path column by column. With ``propagation='all'`` a path is scanned in both directions.
+        scan: ``tree``, or what it is compared with. ``raster``: the path row by row takes the place of the tree.
+            ``cross``: the mean of the outputs for the path row by row and the path column by column. With
+            ``propagation='all'`` a path is scanned in both directions. ``random``: the spanning tree of random
+            weights, in training a new one for each image and call, in evaluation always the same. ``maximum``: the
+            maximum spanning tree, which joins what differs most. The metric matters for ``tree`` and ``maximum``.
+        scan_seed: number that the trees of ``random`` in evaluation come from; :class:`GrootV` numbers its blocks.
         init_cfg: mmengine's.
 
     Raises:
@@ -78,6 +111,7 @@ class TreeSSM(InitializedModule):
         tree_root: str = "first",
         propagation: str = "all",
         scan: str = "tree",
+        scan_seed: int = 0,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -93,25 +127,25 @@ class TreeSSM(InitializedModule):
         self.tree_root = tree_root
         self.propagation = propagation
         self.scan = scan
+        self.scan_seed = scan_seed
 
         inner = 2 * channels
         self.dt_rank = math.ceil(channels / 16)
-        self.in_proj = nn.Linear(channels, 2 * inner, bias=False)
+        self.in_proj = linear_layer(channels, 2 * inner, bias=False)
         self.conv2d = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, bias=False)
-        self.x_proj = nn.Linear(inner, self.dt_rank + 2, bias=False)
+        self.x_proj = linear_layer(inner, self.dt_rank + 2, bias=False)
         self.dt_proj = StepProjection(self.dt_rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner))
         self.Ds = nn.Parameter(torch.empty(inner))
         self.h_norm = nn.LayerNorm(inner)
         self.out_norm = nn.LayerNorm(inner)
-        self.out_proj = nn.Linear(inner, channels, bias=False)
+        self.out_proj = linear_layer(inner, channels, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the weights anew: the state matrix starts as -1, the skip connection as 1."""
-        for projection in (self.in_proj, self.x_proj, self.out_proj):
-            init_linear(projection)
-        self.dt_proj.reset_parameters()
+        for projection in (self.in_proj, self.x_proj, self.out_proj, self.dt_proj):
+            projection.reset_parameters()
         nn.init.zeros_(self.A_log)
         nn.init.ones_(self.Ds)
 
@@ -140,19 +174,28 @@ class TreeSSM(InitializedModule):
 
     def build_tree(self, feature: Tensor, padding: Padding | None = None) -> Tree:
         """The trees of (B, D, H, W) features."""
-        height, width = feature.shape[2:]
-        if torch.jit.is_tracing():
-            height, width = int(height), int(width)
-            # torch.jit.trace turns sizes into constants: a program must refuse other images than those of its size.
-            feature = feature.split([height], dim=2)[0].split([width], dim=3)[0]
-        if self.scan != "tree":
+        feature, height, width = with_known_size(feature)
+        if self.scan in ("raster", "cross"):
             batch = feature.shape[0]
             return raster_path(batch, height, width, self.tree_root, False, feature.device, padding)
-        # exp cannot overflow for the cosine; for the distances it does, so their exponents are compared.
-        weight = grid_edge_weight(feature.detach(), self.tree_metric, log=self.tree_metric != "cosine")
+        weight = self.edge_weight(feature.detach())
         if padding is not None:
             weight = padding.cut(weight)
         return grid_tree(weight, height, width, root=0 if self.tree_root == "first" else height * width - 1)
+
+    def edge_weight(self, feature: Tensor) -> Tensor:
+        """What the trees of (B, D, H, W) features minimise: (B, E), see :func:`grootvl_mm.ops.grid_edge_weight`."""
+        if self.scan == "random":
+            return self._random_weight(feature)
+        # exp cannot overflow for the cosine; for the distances it does, so their exponents are compared.
+        weight = grid_edge_weight(feature, self.tree_metric, log=self.tree_metric != "cosine")
+        return -weight if self.scan == "maximum" else weight
+
+    def _random_weight(self, feature: Tensor) -> Tensor:
+        batch, _, height, width = feature.shape
+        if self.training:  # activation checkpointing restores the state of the generator, and so the trees
+            return torch.rand(batch, (height - 1) * width + height * (width - 1), device=feature.device)
+        return scattered_weight(height, width, self.scan_seed, feature.device).repeat(batch, 1)
 
     def selective_scan(
         self,
@@ -196,7 +239,13 @@ class TreeSSM(InitializedModule):
                 eps=self.h_norm.eps,
                 propagation=self.propagation,
             )
-        scan = partial(tree_scan, tree=tree, propagation=self.propagation)
         return selective_scan(
-            scan, self.dt_proj, self.h_norm, self.out_norm, x, dt, b, c, gate, A_log=self.A_log, Ds=self.Ds
+            partial(self._tree_scan, tree=tree),
+            *(self.dt_proj, self.h_norm, self.out_norm),
+            *(x, dt, b, c, gate),
+            A_log=self.A_log,
+            Ds=self.Ds,
         )
+
+    def _tree_scan(self, x: Tensor, decay: Tensor, tree: Tree) -> Tensor:
+        return tree_scan(x, decay, tree, self.propagation)

@@ -1,5 +1,9 @@
 """Initial values, and who may change them."""
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 from mmengine.model import BaseModule
@@ -51,6 +55,37 @@ def test_the_state_space_survives_the_recipes_of_a_larger_model() -> None:
     assert not torch.equal(network.backbone.stages[0].blocks[0].mixer.in_proj.weight, in_proj)
 
 
+OF_ALL_LAYERS = [
+    {"type": "Constant", "val": 0.3, "bias": 0.2},
+    {"type": "Normal", "std": 0.3, "bias": 0.2},
+    {"type": "TruncNormal", "std": 0.3, "bias": 0.2},
+    {"type": "Uniform", "a": 0.1, "b": 0.3, "bias": 0.2},
+]
+
+
+@pytest.mark.parametrize("recipe", OF_ALL_LAYERS, ids=lambda recipe: recipe["type"])
+def test_the_state_space_survives_recipes_without_a_type(recipe: dict) -> None:
+    """One for a part by its name reaches all layers of it."""
+
+    class Around(BaseModule):
+        def __init__(self) -> None:
+            super().__init__({"type": "Constant", "val": 0, "layer": "Conv1d", "override": {"name": "mixer", **recipe}})
+            self.mixer = TreeSSM(8)
+
+    network = Around()
+    before = state_space(network)
+    in_proj = network.mixer.in_proj.weight.detach().clone()
+    network.init_weights()
+    torch.testing.assert_close(state_space(network), before, rtol=0, atol=0)
+    assert not torch.equal(network.mixer.in_proj.weight, in_proj)
+
+
+def test_other_functions_reach_the_state_space() -> None:
+    seen = []
+    GrootV("pico").apply(lambda module: seen.append(type(module).__name__))
+    assert seen.count("StepProjection") == 5
+
+
 def test_a_file_of_a_larger_model_survives(tmp_path) -> None:
     source = Network([])
     nn.init.constant_(source.backbone.stages[0].blocks[0].mixer.dt_proj.bias, -3.0)
@@ -60,15 +95,36 @@ def test_a_file_of_a_larger_model_survives(tmp_path) -> None:
     torch.testing.assert_close(dict(network.named_parameters()), dict(source.named_parameters()))
 
 
-@pytest.mark.parametrize("inside", [False, True])
-def test_a_model_from_meta_starts_as_a_fresh_one(inside: bool) -> None:
+def init_whole(network: Network) -> None:
+    network.init_weights()
+
+
+def init_parts(network: Network) -> None:
+    for part in (network.backbone, network.neck):
+        part.init_weights()
+
+
+def reset_all(network: Network) -> None:
+    for module in network.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+def reset_all_copied(network: Network) -> None:
+    """Of a copy, whose functions must not be those of the original."""
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(network)))
+    reset_all(copied)
+    network.load_state_dict(copied.state_dict())
+
+
+@pytest.mark.parametrize("start", [init_whole, init_parts, reset_all, reset_all_copied])
+def test_a_model_from_meta_starts_as_a_fresh_one(start: Callable[[Network], None]) -> None:
     with torch.device("meta"):
         network = Network([])
     network = network.to_empty(device="cpu")
     for value in network.state_dict().values():
         value.fill_(77)
-    for model in [network] if inside else [network.backbone, network.neck]:
-        model.init_weights()
+    start(network)
     fresh = Network([]).state_dict()
     for name, value in network.state_dict().items():
         expected = fresh[name].float()

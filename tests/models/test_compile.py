@@ -40,6 +40,8 @@ def assert_trains_alike(model: GrootV, compiled: torch.nn.Module, image: Tensor)
         {"tree_metric": "manhattan", "tree_root": "last", "propagation": "up", "drop_path_rate": 0.3},
         {"scan": "raster", "propagation": "down", "frozen_stages": 0},
         {"scan": "cross", "with_cp": True},
+        {"scan": "random", "with_cp": True},
+        {"scan": "maximum", "tree_metric": "euclidean"},
         {
             "arch": {"channels": 8, "depths": [2]},
             "tree_sharing": "stage",

@@ -52,6 +52,8 @@ def test_every_size(arch: str) -> None:
         {"tree_metric": "euclidean", "propagation": "down", "layer_scale": 0.5},
         {"scan": "raster", "tree_root": "last"},
         {"scan": "cross"},
+        {"scan": "random"},
+        {"scan": "maximum"},
         {"arch": {"channels": 8, "depths": [2, 1]}, "out_indices": (0, 1), "tree_sharing": "stage"},
     ],
     ids=lambda options: "-".join(options),
@@ -61,9 +63,11 @@ def test_options(strict: bool, options: dict) -> None:
     model, image = make(**options), torch.randn(2, 3, 18, 21)
     program = torch.export.export(model, (image,), strict=strict)
     assert_equal_maps(program, model, torch.randn(2, 3, 18, 21))
-    trees = 0 if "scan" in options else len(options.get("arch", NANO)["depths"])
-    scans = {"cross": 2}.get(options.get("scan"), sum(options.get("arch", NANO)["depths"]))
-    assert count_operators(program) == dict(zip(OPERATORS, (trees, trees, scans), strict=True))
+    scan = options.get("scan", "tree")
+    trees = 0 if scan in ("raster", "cross") else len(options.get("arch", NANO)["depths"])
+    weights = 0 if scan == "random" else trees
+    scans = {"cross": 2}.get(scan, sum(options.get("arch", NANO)["depths"]))
+    assert count_operators(program) == dict(zip(OPERATORS, (weights, trees, scans), strict=True))
 
 
 def test_any_number_of_images_of_any_size() -> None:

@@ -6,13 +6,14 @@ from itertools import product
 import pytest
 import torch
 from mmengine.registry import MODELS, DefaultScope
-from torch import nn
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from grootvl_mm.models import GrootV, TreeSSM
-from tests.helpers.marks import needs_compiler
+from grootvl_mm.models.grootv import Block
+from tests.helpers.marks import needs_compiler, needs_float16_on_the_cpu
 
 MICRO = {"channels": 8, "depths": [1, 2, 1]}
 
@@ -179,6 +180,8 @@ def test_layer_scale() -> None:
         {"tree_sharing": "stage"},
         {"scan": "raster"},
         {"scan": "cross"},
+        {"scan": "random"},
+        {"scan": "maximum"},
     ],
 )
 def test_options_change_the_result(option: dict) -> None:
@@ -266,6 +269,35 @@ def test_autocast_uses_the_same_precision_for_the_scan(device: torch.device) -> 
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        (torch.float32, torch.bfloat16),
+        pytest.param(torch.float32, torch.float16, marks=needs_float16_on_the_cpu),
+    ],
+)
+def test_a_block_keeps_12_maps(device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None) -> None:
+    """Input and sum of the residual stream, the projection (4), what is scanned (2), and the hidden layer (4)."""
+    block = Block(channels=32).to(device, dtype)
+    x = torch.randn(2, 16, 17, 32, device=device, dtype=dtype, requires_grad=True)
+    kept = {}
+
+    def pack(value: Tensor) -> Tensor:
+        kept[value.untyped_storage().data_ptr()] = value
+        return value
+
+    precision = torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), precision:
+        y, _ = block(x)
+    assert y.requires_grad
+    sizes = [value.untyped_storage().nbytes() // value.element_size() for value in kept.values()]
+    # The others are weights, which autocast copies, trees, and the few channels of the scan's inputs.
+    assert sum(size for size in sizes if size >= x.numel()) <= 12 * x.numel()
+
+
 def test_features_that_are_not_numbers_neither_hang_nor_crash(device: torch.device) -> None:
     model = make().to(device).eval()
     image = torch.randn(2, 3, 32, 32, device=device)
@@ -276,7 +308,7 @@ def test_features_that_are_not_numbers_neither_hang_nor_crash(device: torch.devi
 
 
 @needs_compiler
-@pytest.mark.parametrize("scan", ["tree", "cross"])
+@pytest.mark.parametrize("scan", ["tree", "cross", "random", "maximum"])
 def test_is_one_graph_for_the_compiler(device: torch.device, scan: str) -> None:
     model = make(scan=scan).to(device).eval()
     image = torch.randn(1, 3, 32, 32, device=device)
@@ -333,7 +365,7 @@ def test_layer_depth() -> None:
         ({"tree_root": "centre"}, "tree_root must be one of first, last, got 'centre'"),
         ({"propagation": "both"}, "propagation must be one of all, up, down, got 'both'"),
         ({"tree_sharing": "model"}, "tree_sharing must be one of block, stage, got 'model'"),
-        ({"scan": "spiral"}, "scan must be one of tree, raster, cross, got 'spiral'"),
+        ({"scan": "spiral"}, "scan must be one of tree, raster, cross, random, maximum, got 'spiral'"),
     ],
 )
 def test_bad_options_are_explained(options: dict, message: str) -> None:

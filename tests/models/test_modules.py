@@ -220,7 +220,7 @@ def test_dynamic_quantization() -> None:
 
 
 def test_counting_by_hooks_on_types() -> None:
-    """As thop, ptflops and torchinfo do: within 10 % of PyTorch's own counter."""
+    """As thop does: within 10 % of PyTorch's own counter."""
     model, image = GrootV("pico").eval(), torch.randn(1, 3, 64, 64)
     counts = []
 

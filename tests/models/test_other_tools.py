@@ -1,5 +1,6 @@
 """What other people's tools see of the backbone: Grad-CAM, hooks, graphs of torch.fx."""
 
+import copy
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ import torch
 from mmengine.utils import get_installed_path
 from mmengine.utils.dl_utils import is_norm
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from grootvl_mm.models import GrootV, TreeSSM
 from tests.helpers.config_cases import ROOT
@@ -146,6 +148,23 @@ def test_feature_extraction_needs_the_leaf() -> None:
     extraction = pytest.importorskip("torchvision.models.feature_extraction")
     with pytest.raises(TypeError, match=r"feature must be a tensor .* got Proxy"):
         extraction.create_feature_extractor(make(), ["stages.0.norm"])
+
+
+def test_counters_that_are_wrong() -> None:
+    """And the one of them that is not; should this fail, the page is to be changed."""
+    ptflops, torchinfo = pytest.importorskip("ptflops"), pytest.importorskip("torchinfo")
+    backbone, image = GrootV("pico").eval(), torch.randn(1, 3, 64, 64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone(image)
+    right = counter.get_total_flops() / 2
+
+    def count(backend: str) -> int:
+        options = {"as_strings": False, "print_per_layer_stat": False, "verbose": False, "backend": backend}
+        return ptflops.get_model_complexity_info(copy.deepcopy(backbone), (3, 64, 64), **options)[0]
+
+    assert count("aten") == pytest.approx(right, rel=0.1)
+    assert count("pytorch") > 1.5 * right
+    assert torchinfo.summary(backbone, input_data=image, verbose=0).total_mult_adds < 0.5 * right
 
 
 def test_torch_jit_script_is_refused() -> None:
