@@ -1,4 +1,4 @@
-"""Make the demo data, train a GrootV-pico model on them, evaluate it and draw what it found.
+"""Make the demo data, train a GrootV-pico model on them, evaluate it, draw what it found and let its trees be explored.
 
 A run that was interrupted goes on from its last checkpoint when the same command is given again.
 """
@@ -22,6 +22,7 @@ from grootvl_mm.apis.resume import find_resumable_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools"
 CONFIG_DATA = "data/demo/"  # data_root of the demo configs
+EXPLORED = 4  # images in the explorer
 
 
 class Metric(NamedTuple):
@@ -38,6 +39,7 @@ class Task(NamedTuple):
 
     title: str
     config: str
+    scenes: str  # folder of held-out images in the data
     metrics: tuple[Metric, ...]
 
 
@@ -45,10 +47,16 @@ TASKS = {
     "det": Task(
         "Mask R-CNN",
         "mask-rcnn_grootv-pico_fpn_demo.py",
+        "images/val",
         (Metric("box AP50", "coco/bbox_mAP_50", 1, 0.75), Metric("mask AP50", "coco/segm_mAP_50", 1, 0.65)),
     ),
-    "seg": Task("UperNet", "grootv-pico_upernet_demo-seg.py", (Metric("mIoU", "mIoU", 100, 0.50),)),
-    "cls": Task("classification", "grootv-pico_demo-cls.py", (Metric("top-1", "accuracy/top1", 100, 0.85),)),
+    "seg": Task("UperNet", "grootv-pico_upernet_demo-seg.py", "images/val", (Metric("mIoU", "mIoU", 100, 0.50),)),
+    "cls": Task(
+        "classification",
+        "grootv-pico_demo-cls.py",
+        "classification/val",
+        (Metric("top-1", "accuracy/top1", 100, 0.85),),
+    ),
 }
 
 
@@ -78,13 +86,13 @@ def run(script: str, *arguments: object) -> None:
         cli.fail(f"{script} ended with status {status} (command: {' '.join(command)})")
 
 
-def moved_paths(node: object, data: Path, key: str = "") -> Iterator[str]:
-    """Yield the overrides that turn the config's paths below ``CONFIG_DATA`` into paths below ``data``."""
+def moved_paths(node: object, data: Path, key: str = "", root: str = CONFIG_DATA) -> Iterator[str]:
+    """Yield the overrides that turn the config's paths below ``root`` into paths below ``data``."""
     if isinstance(node, dict):
         for name, child in node.items():
-            yield from moved_paths(child, data, f"{key}.{name}" if key else name)
-    elif isinstance(node, str) and node.startswith(CONFIG_DATA):
-        yield f"{key}={data}/{node.removeprefix(CONFIG_DATA)}"
+            yield from moved_paths(child, data, f"{key}.{name}" if key else name, root)
+    elif isinstance(node, str) and node.startswith(root):
+        yield f"{key}={data}/{node.removeprefix(root)}"
 
 
 def read_metrics(folder: Path, metrics: tuple[Metric, ...]) -> dict[str, float]:
@@ -102,9 +110,9 @@ def main() -> None:
     start = time.monotonic()
 
     if (args.data / "meta.json").is_file():
-        logger.info("1/4 Data: %s is there.", args.data)
+        logger.info("1/5 Data: %s is there.", args.data)
     else:
-        logger.info("1/4 Data: composing scenes in %s.", args.data)
+        logger.info("1/5 Data: composing scenes in %s.", args.data)
         run("dataset_converters/make_demo_data.py", "--out", args.data)
 
     config = ROOT / "configs" / "demo" / task.config
@@ -116,10 +124,10 @@ def main() -> None:
     final = args.work_dir / f"iter_{iters}.pth"
     found = find_resumable_checkpoint(args.work_dir)
     if found == final:
-        logger.info("2/4 Training: %s is there.", final)
+        logger.info("2/5 Training: %s is there.", final)
     else:
         progress = f"going on from {found}" if found else "from the start"
-        logger.info("2/4 Training: %s, %d iterations on the %s, %s.", task.title, iters, get_device(), progress)
+        logger.info("2/5 Training: %s, %d iterations on the %s, %s.", task.title, iters, get_device(), progress)
         # Step 3 evaluates; doing so at the end of the training too would only cost time.
         unevaluated = ["val_cfg=None", "val_dataloader=None", "val_evaluator=None"]
         kept = [override for override in overrides if not override.startswith("val_")]
@@ -127,13 +135,19 @@ def main() -> None:
         run("train.py", config, "--work-dir", args.work_dir, "--resume", "auto", "--cfg-options", *shortened)
     trained = time.monotonic()
 
-    logger.info("3/4 Evaluation on the held-out scenes.")
+    logger.info("3/5 Evaluation on the held-out scenes.")
     run("test.py", config, final, "--work-dir", args.work_dir / "test", *options)
     values = read_metrics(args.work_dir / "test", task.metrics)
 
-    picture = args.work_dir / "predictions.png"
-    logger.info("4/4 Picture: ground truth and prediction side by side.")
+    scenes = sorted((args.data / task.scenes).rglob("*.png"))[:EXPLORED]
+    picture, trees = args.work_dir / "predictions.png", args.work_dir / "trees.png"
+    logger.info("4/5 Pictures: ground truth and prediction side by side, and the trees of a held-out scene.")
     run("visualization/draw_predictions.py", config, final, picture, *options)
+    run("visualization/draw_trees.py", config, final, scenes[0], "-o", trees, *options)
+
+    explorer = args.work_dir / "explorer.html"
+    logger.info("5/5 Explorer: the trees of some held-out scenes, to look at in a browser.")
+    run("visualization/explore_trees.py", config, final, *scenes, "--out", explorer, *options)
 
     for metric in task.metrics:
         floor = "" if args.iters else f" (floor {metric.floor:.2f})"
@@ -141,6 +155,8 @@ def main() -> None:
     minutes = (time.monotonic() - start) / 60
     logger.info("Time: %.1f minutes, %.1f until trained", minutes, (trained - start) / 60)
     logger.info("Picture: %s", picture)
+    logger.info("Trees: %s", trees)
+    logger.info("Explorer: %s", explorer)
     # Written so that a NaN misses its floor too.
     missed = [metric.name for metric in task.metrics if not values[metric.name] >= metric.floor]
     if missed and not args.iters:

@@ -13,6 +13,8 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_distributed
+from mmengine.runner import load_checkpoint
+from torch import nn
 
 from grootvl_mm.apis.cfg_options import CfgOptions
 from grootvl_mm.apis.checkpoint_files import CheckpointError, read_checkpoint
@@ -26,6 +28,7 @@ from grootvl_mm.engine.hooks import (
     UntrustedCheckpointHook,
 )
 from grootvl_mm.utils.host_loaders import use_safe_loaders
+from grootvl_mm.utils.loaded_weights import all_weights_loaded
 from grootvl_mm.utils.processes import end_children_with_this_process, end_with_parent
 
 # default_scope of the config -> pip names of the package that serves the task: OpenMMLab's and that of the onedl stack
@@ -114,6 +117,17 @@ def checkpoint_errors(path: str | None = None) -> Iterator[None]:
         raise
 
 
+def load_weights(model: nn.Module, checkpoint: str) -> None:
+    """Load a checkpoint into a model, or fail with one clear line; what it leaves random is a failure.
+
+    Args:
+        model: Loaded in place.
+        checkpoint: Path or address of the file.
+    """
+    with checkpoint_errors(checkpoint), all_weights_loaded(model):
+        load_checkpoint(model, checkpoint, map_location="cpu", logger="silent")
+
+
 @contextmanager
 def file_errors(path: str | Path) -> Iterator[None]:
     """Fail with one clear line where a file cannot be written.
@@ -125,6 +139,37 @@ def file_errors(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         fail(f"cannot write {path}: {error.strerror or error}")
+
+
+@contextmanager
+def language_errors() -> Iterator[None]:
+    """Fail with one clear line where packages for language models are missing, or recipe, data or model are wrong."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        if not isinstance(error, ImportError) and type(error).__module__.partition(".")[0] != "grootvl_mm":
+            raise
+        fail(str(error))
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            fail(f"{error.filename or 'cannot write a file'}: {error.strerror}")
+        if error.errno is None:  # how transformers says that it finds no model
+            fail(" ".join(str(error).split()))
+        raise
+
+
+def read_config(path: str, cfg_options: dict | None = None) -> Config:
+    """Read a config of any kind and merge the overrides of the command line.
+
+    Args:
+        path: Path of the config file.
+        cfg_options: Overrides, dotted key to value.
+    """
+    check_file(path, "config", "give the path of a config file, e.g. one in configs/")
+    cfg = Config.fromfile(path)
+    if cfg_options:
+        cfg.merge_from_dict(cfg_options)
+    return cfg
 
 
 def load_config(path: str, cfg_options: dict | None = None) -> Config:
@@ -140,13 +185,12 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
         The config; its ``default_scope`` is a key of :data:`HOSTS` whose package is installed.
     """
     use_safe_loaders()
-    check_file(path, "config", "give the path of a config file, e.g. one in configs/")
-    cfg = Config.fromfile(path)
-    if cfg_options:
-        cfg.merge_from_dict(cfg_options)
+    cfg = read_config(path, cfg_options)
     scope = cfg.get("default_scope")
     if scope not in HOSTS:
         came = "no default_scope" if scope is None else f"default_scope={scope!r}"
+        if "trainer" in cfg:
+            fail(f"{path} is a recipe for a language model; run tools/language/finetune.py with it")
         fail(
             f"{path} has {came}; expected one of {', '.join(map(repr, HOSTS))}, which says whether "
             "the config is about detection, segmentation or classification"

@@ -56,7 +56,9 @@ def register_in_mmpretrain() -> None:
 
 @cache
 def _configs() -> dict[str, Path]:
-    return {path.stem: path for path in (_folder() / "configs").glob("[!_]*/*.py")}
+    # Those of language models are recipes for tools/language, not for a Runner.
+    paths = (_folder() / "configs").glob("[!_]*/*.py")
+    return {path.stem: path for path in paths if path.parent.name != "language"}
 
 
 def _folder() -> Path:

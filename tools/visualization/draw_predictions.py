@@ -17,14 +17,13 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
 from mmengine.logging import MMLogger
-from mmengine.registry import DATASETS, MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
+from mmengine.registry import DATASETS
 from mmengine.structures import BaseDataElement
 from PIL import Image
 
 from grootvl_mm.apis import cli
+from grootvl_mm.apis.models import load_model
 from grootvl_mm.apis.whole_files import whole_file
-from grootvl_mm.utils.loaded_weights import all_weights_loaded
 
 PANEL = 2.2  # inches
 MASK_OPACITY = 0.45
@@ -56,15 +55,8 @@ def predict(cfg: Config, checkpoint: str, num: int) -> tuple[list[BaseDataElemen
     Returns:
         The data samples, with ground truth and prediction, and the metainfo of the data set.
     """
-    init_default_scope(cfg.default_scope)
+    model = load_model(cfg, checkpoint).to(get_device())
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
-    model_cfg = cfg.model
-    if "data_preprocessor" in cfg:
-        model_cfg.setdefault("data_preprocessor", cfg.data_preprocessor)
-    model = MODELS.build(model_cfg)
-    with cli.checkpoint_errors(checkpoint), all_weights_loaded(model):
-        load_checkpoint(model, checkpoint, map_location="cpu", logger="silent")
-    model = model.to(get_device()).eval()
     samples = []
     for index in np.linspace(0, len(dataset) - 1, min(num, len(dataset))).round().astype(int):
         with torch.no_grad():
@@ -177,7 +169,6 @@ def main() -> None:
     args = parse_args()
     logger = MMLogger.get_instance("draw_predictions")
     cfg = cli.load_config(args.config, args.cfg_options)
-    cli.check_file(args.checkpoint, "checkpoint", "give the path of a .pth file, e.g. from work_dirs/")
     samples, meta = predict(cfg, args.checkpoint, args.num)
     with cli.file_errors(args.output):
         draw_grid(samples, meta, cfg.default_scope, args.score_thr, args.output)

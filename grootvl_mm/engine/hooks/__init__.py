@@ -6,6 +6,7 @@ from grootvl_mm.engine.hooks.published_checkpoint_hook import PublishedCheckpoin
 from grootvl_mm.engine.hooks.ranks_agree_hook import RanksAgreeHook, RanksDifferError
 from grootvl_mm.engine.hooks.resumed_validation_hook import ResumedValidationHook
 from grootvl_mm.engine.hooks.step_seed_hook import StepSeedHook
+from grootvl_mm.engine.hooks.tree_visualization_hook import TreeVisualizationHook
 from grootvl_mm.engine.hooks.untrusted_checkpoint_hook import UntrustedCheckpointHook
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "RanksDifferError",
     "ResumedValidationHook",
     "StepSeedHook",
+    "TreeVisualizationHook",
     "UntrustedCheckpointHook",
 ]

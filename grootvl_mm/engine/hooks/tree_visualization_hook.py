@@ -1,0 +1,118 @@
+"""Shows the trees of an image while a model is trained."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from grootvl_mm.registry import HOOKS
+from grootvl_mm.visualization import TreeRecord, record_trees
+from grootvl_mm.visualization.figures import COLORS, Picture, draw_trees, to_array
+
+
+@HOOKS.register_module()
+class TreeVisualizationHook(Hook):
+    """Draw the trees of the first validation image every few iterations, so that one can watch them form.
+
+    They go to the run's visualizer under the name ``trees``: with ``LocalVisBackend`` as PNG files into ``vis_image``
+    in the folder of the run, with ``TensorboardVisBackend`` to TensorBoard. They are drawn before the first iteration,
+    every ``interval`` iterations and after each validation. The model is in evaluation mode for it, and the training
+    stays the same. In a distributed run all processes must have the hook, as they have by one config.
+
+    Args:
+        interval: iterations between two drawings.
+        stages: stages to draw, from 0; None for all.
+        color: what the colour of an edge says, see :func:`grootvl_mm.visualization.figures.draw_trees`.
+        cut_share: share of the edges that are cut for the segments.
+        dpi: pixels to an inch; a panel has 3.2 inches.
+
+    Raises:
+        ValueError: an interval below 1, an unknown color, or a share outside of 0..1; at the start of a run that has no
+            validation data or no GrootV.
+    """
+
+    priority = "LOW"
+
+    def __init__(
+        self,
+        interval: int = 500,
+        stages: Sequence[int] | None = None,
+        color: str = "order",
+        cut_share: float = 0.05,
+        dpi: int = 80,
+    ) -> None:
+        if interval < 1:
+            raise ValueError(f"interval must be at least 1, got {interval}")
+        if color not in COLORS:
+            raise ValueError(f"color must be one of {', '.join(COLORS)}, got {color!r}")
+        if not 0 <= cut_share <= 1:
+            raise ValueError(f"cut_share must be within 0..1, got {cut_share}")
+        self.interval = interval
+        self.stages = None if stages is None else tuple(stages)
+        self.color = color
+        self.cut_share = cut_share
+        self.dpi = dpi
+        self._batch: dict[str, Any] | None = None
+        self._last: int | None = None
+
+    def before_train(self, runner: Runner) -> None:
+        """Draw what the training starts from."""
+        self._draw(runner, runner.iter)
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """Draw every few iterations."""
+        if self.every_n_train_iters(runner, self.interval):
+            self._draw(runner, runner.iter + 1)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Draw what was validated."""
+        self._draw(runner, runner.iter)
+
+    def _draw(self, runner: Runner, step: int) -> None:
+        if step == self._last:
+            return
+        self._last = step
+        batch = self._first_batch(runner)
+        records = _record(runner.model, deepcopy(batch))
+        if self.stages is not None:
+            records = [record for record in records if record.stage in self.stages]
+            if not records:
+                raise ValueError(f"{type(self).__name__}: the model has none of the stages {self.stages}")
+        if is_main_process():
+            # Of a large image, a segmenter that slides over it sees a part first.
+            height, width = records[0].height * records[0].stride, records[0].width * records[0].stride
+            picture = Picture.of(batch["inputs"][0][:, :height, :width])
+            picture = picture.padded(max(height, picture.size[0]), max(width, picture.size[1]))
+            figure = draw_trees(records, picture, self.color, self.cut_share, title=f"iteration {step}")
+            runner.visualizer.add_image("trees", to_array(figure, self.dpi), step)
+
+    def _first_batch(self, runner: Runner) -> dict[str, Any]:
+        """The first image of the validation, before the data preprocessor."""
+        if self._batch is None:
+            if runner.val_loop is None:
+                raise ValueError(f"{type(self).__name__} draws a validation image: the run needs a val_dataloader")
+            loader = runner.val_loop.dataloader
+            self._batch = loader.collate_fn([loader.dataset[0]])
+        return self._batch
+
+
+def _record(model: torch.nn.Module, batch: dict[str, Any]) -> list[TreeRecord]:
+    """The trees of the first call of each block, in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), record_trees(model) as records:
+            model.val_step(batch)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    first: dict[str, TreeRecord] = {}
+    for record in records:
+        first.setdefault(record.name, record)
+    return list(first.values())

@@ -1,0 +1,162 @@
+/**
+ * Trees over the positions of a feature map: affinities, paths and segments. Nothing here knows of the page.
+ *
+ * A position is its index in reading order, `row * columns + column`. The cost of a position is -ln of its decay, which
+ * lies on the edge to its parent: the affinity of two positions is exp(-(sum of the costs on the path between them)).
+ */
+
+/** The parents of a tree whose edges are stored as two bits a position: 0 up, 1 down, 2 left, 3 right. */
+export function parentsFromDirections(packed, rows, columns, root) {
+  const steps = [-columns, columns, -1, 1];
+  const parent = new Int32Array(rows * columns);
+  for (let v = 0; v < parent.length; v++) parent[v] = v + steps[(packed[v >> 2] >> (2 * (v & 3))) & 3];
+  parent[root] = root;
+  return parent;
+}
+
+/**
+ * The path through all positions, row by row or column by column, as a tree whose root is its first position, or its
+ * last one if `fromLast`. Padding that is ignored, outside of the `valid` rows and columns, comes at the other end.
+ */
+export function pathTree(rows, columns, valid, fromLast, byColumns) {
+  const inside = [];
+  const outside = [];
+  const [lines, length] = byColumns ? [columns, rows] : [rows, columns];
+  for (let line = 0; line < lines; line++) {
+    for (let i = 0; i < length; i++) {
+      const [row, column] = byColumns ? [i, line] : [line, i];
+      (row < valid[0] && column < valid[1] ? inside : outside).push(row * columns + column);
+    }
+  }
+  if (fromLast) [inside, outside].forEach((part) => part.reverse());
+  const order = inside.concat(outside);
+  const parent = new Int32Array(order.length);
+  order.forEach((v, i) => (parent[v] = order[Math.max(0, i - 1)]));
+  return new ScanTree(parent, order[0]);
+}
+
+export class ScanTree {
+  /** @param {Int32Array} parent the neighbour of each position on the way to the root, which is its own parent */
+  constructor(parent, root) {
+    this.parent = parent;
+    this.root = root;
+    this.size = parent.length;
+    this.order = topologicalOrder(parent, root);
+    this.depth = new Int32Array(this.size);
+    this.below = new Int32Array(this.size).fill(1); // positions in the subtree, itself included
+    for (const v of this.order) if (v !== root) this.depth[v] = this.depth[parent[v]] + 1;
+    for (let i = this.size - 1; i > 0; i--) this.below[parent[this.order[i]]] += this.below[this.order[i]];
+    this.isAbove = new Uint8Array(this.size);
+  }
+
+  /**
+   * How much every position contributes to what the scan yields at `source`.
+   *
+   * @param {Float32Array} cost of each position
+   * @param {"all" | "up" | "down"} propagation what reaches the source: everything, the subtree below it, or the
+   *   positions between it and the root
+   * @param {Float32Array} out the affinities
+   */
+  affinity(cost, source, propagation, out) {
+    const { parent, root, order, isAbove } = this;
+    const fromAbove = propagation === "up" ? Infinity : 0;
+    const fromBelow = propagation === "down" ? Infinity : 0;
+    // The sums go into `out` and become affinities in place. Float32 sums of a few hundred costs are good to 1e-5.
+    let sum = 0;
+    for (let v = source; ; v = parent[v]) {
+      isAbove[v] = 1;
+      out[v] = v === source ? 0 : sum + fromAbove;
+      if (v === root) break;
+      sum += cost[v];
+    }
+    for (let i = 0; i < order.length; i++) {
+      const v = order[i];
+      if (isAbove[v] === 0) out[v] = out[parent[v]] + cost[v] + fromBelow;
+    }
+    for (let v = source; ; v = parent[v]) {
+      isAbove[v] = 0;
+      if (v === root) break;
+    }
+    for (let v = 0; v < out.length; v++) out[v] = Math.exp(-out[v]);
+  }
+
+  /** The positions between two, both included. */
+  path(from, to) {
+    const { parent, depth } = this;
+    const ahead = [from];
+    const back = [to];
+    while (from !== to) {
+      if (depth[from] >= depth[to]) ahead.push((from = parent[from]));
+      else back.push((to = parent[to]));
+    }
+    back.pop();
+    return ahead.concat(back.reverse());
+  }
+}
+
+/** All positions, every parent before its children, the children of one parent next to each other. */
+function topologicalOrder(parent, root) {
+  const start = new Int32Array(parent.length + 1);
+  for (let v = 0; v < parent.length; v++) if (v !== root) start[parent[v] + 1]++;
+  for (let v = 0; v < parent.length; v++) start[v + 1] += start[v];
+  const next = start.slice();
+  const children = new Int32Array(parent.length - 1);
+  for (let v = 0; v < parent.length; v++) if (v !== root) children[next[parent[v]]++] = v;
+  const order = new Int32Array(parent.length);
+  order[0] = root;
+  let length = 1;
+  for (let i = 0; i < length; i++) {
+    for (let j = start[order[i]]; j < start[order[i] + 1]; j++) order[length++] = children[j];
+  }
+  return order;
+}
+
+/** The segments that the first edges of a tree join: union-find, forwards from where it stands. */
+export class Segments {
+  /** @param {Int32Array} sequence the positions but the root, in the order of the edges to their parents */
+  constructor(parent, sequence) {
+    this.parent = parent;
+    this.sequence = sequence;
+    this.leader = new Int32Array(parent.length);
+    this.members = new Int32Array(parent.length);
+    this.restart();
+  }
+
+  restart() {
+    this.joined = 0;
+    this.members.fill(1);
+    for (let v = 0; v < this.leader.length; v++) this.leader[v] = v;
+  }
+
+  /** Number of segments. */
+  get count() {
+    return this.parent.length - this.joined;
+  }
+
+  /** Have exactly the first `edges` edges joined. */
+  moveTo(edges) {
+    if (edges < this.joined) this.restart();
+    for (; this.joined < edges; this.joined++) {
+      const v = this.sequence[this.joined];
+      let [a, b] = [this.find(v), this.find(this.parent[v])];
+      if (this.members[a] < this.members[b]) [a, b] = [b, a];
+      this.leader[b] = a;
+      this.members[a] += this.members[b];
+    }
+  }
+
+  /** The position by which the segment of `v` is known: that of the larger part whenever two are joined. */
+  find(v) {
+    const { leader } = this;
+    while (leader[v] !== v) {
+      leader[v] = leader[leader[v]];
+      v = leader[v];
+    }
+    return v;
+  }
+
+  /** The number of positions in the segment of `v`. */
+  sizeAt(v) {
+    return this.members[this.find(v)];
+  }
+}
