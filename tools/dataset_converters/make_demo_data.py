@@ -288,8 +288,8 @@ def write_split(
     return len(annotations), crops
 
 
-def is_made(out: Path, meta: dict[str, Any], force: bool) -> bool:
-    """Tell whether ``out`` holds the set that ``meta`` describes already.
+def is_made(out: Path, meta: dict[str, Any], force: bool, kind: str = "demo data") -> bool:
+    """Tell whether ``out`` holds the set of a kind that ``meta`` describes already.
 
     Raises:
         FileExistsError: something else is there, and ``force`` is not set or too dangerous.
@@ -305,11 +305,11 @@ def is_made(out: Path, meta: dict[str, Any], force: bool) -> bool:
         changed = [f"{k} {found[k]} (asked: {v})" for k, v in meta.items() if found[k] != v]
     except (OSError, ValueError, KeyError, TypeError):
         raise FileExistsError(
-            f"{out} holds something else than demo data; give another --out, or --force to replace the whole folder"
+            f"{out} holds something else than {kind}; give another --out, or --force to replace the whole folder"
         ) from None
     if changed:
         raise FileExistsError(
-            f"{out} holds demo data made with {', '.join(changed)}; give another --out, or --force to replace it"
+            f"{out} holds {kind} made with {', '.join(changed)}; give another --out, or --force to replace it"
         )
     return True
 
@@ -362,16 +362,19 @@ def make_demo_data(
     return True
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """A type for argparse: integers from ``least``."""
+
+    def integer(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"expected {least} or more, got {value}")
+        return value
+
+    return integer
+
+
 def parse_args() -> argparse.Namespace:
     """Parse and check the command line."""
-
-    def at_least(least: int) -> Callable[[str], int]:
-        def integer(text: str) -> int:
-            if (value := int(text)) < least:
-                raise argparse.ArgumentTypeError(f"expected {least} or more, got {value}")
-            return value
-
-        return integer
 
     def height_and_width(text: str) -> tuple[int, int]:
         if not re.fullmatch(r"\d+x\d+", text):

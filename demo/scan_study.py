@@ -1,0 +1,307 @@
+"""Compare what a backbone scans along, with the same budget for all: trees, paths, and backbones without a scan.
+
+Every arm is trained on every task with every seed and evaluated at the end. An arm is GrootV with one option changed,
+or a ConvNeXt or Swin Transformer of the same depths and widths. Tasks: instance segmentation (det) and semantic
+segmentation (seg) of the demo scenes, and curves, which take long connections: the pixels of the marked curve (curves,
+curves-long, curves-dashed), and whether two marks are joined (curves-cls).
+
+A run that was interrupted goes on where it stopped when the same command is given again; what is finished is not
+repeated. The tables are written to WORK_DIR/README.md, all numbers to WORK_DIR/results.json.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from scipy.stats import t as student
+from train_on_digits import CONFIG_DATA, ROOT, moved_paths, run
+
+from grootvl_mm.apis.resume import find_resumable_checkpoint
+
+CURVES_DATA = "data/curves/"  # data_root of the configs for curves
+CONFIDENCE = 0.95
+
+
+class Arm(NamedTuple):
+    """One backbone of the study: options of GrootV, or the name of another one."""
+
+    title: str
+    options: dict[str, Any] = {}
+    peer: str | None = None
+
+
+class Task(NamedTuple):
+    """One task of the study."""
+
+    title: str
+    config: str
+    iters: int
+    metrics: dict[str, tuple[str, float]]  # title to key in the log, and scale of the value there
+    data: tuple[object, ...]  # arguments of the tool that makes them
+    scale: int | None = None  # side to which pictures of curves are scaled
+
+
+ARMS = {
+    "tree": Arm("tree (cosine, per block)"),
+    "raster": Arm("raster", {"scan": "raster"}),
+    "cross": Arm("cross", {"scan": "cross"}),
+    "random": Arm("random spanning tree", {"scan": "random"}),
+    "maximum": Arm("maximum spanning tree", {"scan": "maximum"}),
+    "stage-tree": Arm("tree per stage", {"tree_sharing": "stage"}),
+    "euclidean": Arm("tree, Euclidean", {"tree_metric": "euclidean"}),
+    "manhattan": Arm("tree, Manhattan", {"tree_metric": "manhattan"}),
+    "last-root": Arm("tree, last vertex is the root", {"tree_root": "last"}),
+    "up": Arm("tree, to the first vertex only", {"propagation": "up"}),
+    "down": Arm("tree, from the first vertex only", {"propagation": "down"}),
+    "convnext": Arm("ConvNeXt", peer="convnext"),
+    "swin": Arm("Swin Transformer", peer="swin"),
+}
+AP = {"box AP": ("coco/bbox_mAP", 1), "mask AP": ("coco/segm_mAP", 1)}
+ON_CURVES = {"accuracy on the pixels of curves": ("aAcc", 100)}
+CURVES = "grootv-flat_demo-curves-seg.py"
+TASKS = {
+    "det": Task("Mask R-CNN on the demo scenes", "mask-rcnn_grootv-pico_fpn_demo.py", 600, AP, ()),
+    "seg": Task("UperNet on the demo scenes", "grootv-pico_upernet_demo-seg.py", 1500, {"mIoU": ("mIoU", 100)}, ()),
+    "curves": Task("the marked one of two curves of 18 pixels in 32x32", CURVES, 250, ON_CURVES, (), 64),
+    "curves-long": Task(
+        "the marked one of two curves of 40 pixels in 48x48",
+        CURVES, 600, ON_CURVES, ("--size", 48, "--length", 40), 96,
+    ),
+    "curves-dashed": Task(
+        "the marked one of two dashed curves of 36 pixels, among two more, in 48x48",
+        CURVES, 600, ON_CURVES, ("--size", 48, "--length", 36, "--distractors", 2, "--dash", 3), 96,
+    ),
+    "curves-cls": Task(
+        "whether two marks are joined, curves of 18 pixels in 32x32",
+        "grootv-flat_demo-curves-cls.py", 1500, {"accuracy": ("accuracy/top1", 100)}, (), 64,
+    ),
+}  # fmt: skip
+# What gives most for a given time, on one core.
+PRESETS = {
+    "minutes": {"tasks": ["curves"], "arms": ["tree", "raster"], "seeds": [0], "iters": 100, "train": 1000, "val": 200},
+    "short": {
+        "tasks": ["curves"],
+        "arms": ["tree", "raster", "cross", "random", "maximum", "convnext", "swin", "stage-tree"],
+        "seeds": [0, 1, 2, 3],
+        "iters": 250,
+        "train": 4000,
+        "val": 512,
+    },
+}
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--work-dir", type=Path, default=Path("work_dirs/scan-study"), help="default: %(default)s")
+    add("--preset", choices=PRESETS, help="values for all that is not given: "
+        "minutes, to see it work; short, for about half an hour of one quiet core")  # fmt: skip
+    add("--arms", nargs="+", choices=ARMS, metavar="NAME", help=f"some of {', '.join(ARMS)} (default: all)")
+    add("--tasks", nargs="+", choices=TASKS, metavar="NAME", help=f"some of {', '.join(TASKS)} (default: all)")
+    add("--seeds", nargs="+", type=int, metavar="N", help="default: 0 1 2")
+    add("--iters", type=int, metavar="N", help="length of each training (default: that of the task)")
+    add("--train", type=int, metavar="N", help="training scenes (default: 1500 digits, 4000 curves)")
+    add("--val", type=int, metavar="N", help="validation scenes (default: 400 digits, 1000 curves)")
+    args = parser.parse_args()
+    preset = PRESETS.get(args.preset, {"arms": list(ARMS), "tasks": list(TASKS), "seeds": [0, 1, 2]})
+    for name, value in preset.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if min(value for value in (args.iters, args.train, args.val, 2) if value is not None) < 2:
+        parser.error("--iters, --train and --val must be at least 2")
+    return args
+
+
+def is_curves(task: str) -> bool:
+    """Whether a task has the pictures of curves."""
+    return task.startswith("curves")
+
+
+def make_data(task: str, args: argparse.Namespace) -> Path:
+    """Make the data of a task, if they are not there; the classifier of curves shares those of the segmenter."""
+    train, val = (4000, 1000) if is_curves(task) else (1500, 400)
+    counts = ("--train", args.train or train, "--val", args.val or val)
+    if is_curves(task):
+        folder = args.work_dir / "data" / task.removesuffix("-cls")
+        run("dataset_converters/make_curve_data.py", "--out", folder, *counts, *TASKS[task].data)
+    else:
+        folder = args.work_dir / "data" / "digits"
+        run("dataset_converters/make_demo_data.py", "--out", folder, *counts)
+    return folder
+
+
+def peer_backbone(peer: str, channels: int, depths: Sequence[int], out_indices: Sequence[int]) -> dict[str, Any]:
+    """The config of a backbone of the hosts with the depths and widths of a GrootV."""
+    widths = [channels * 2**stage for stage in range(len(depths))]
+    if peer == "convnext":
+        return {
+            "type": "mmpretrain.ConvNeXt",
+            "arch": {"depths": list(depths), "channels": widths},
+            "out_indices": list(out_indices),
+            "gap_before_final_norm": False,
+            # As GrootV, whose residual branches start at full strength.
+            "layer_scale_init_value": 1.0,
+        }
+    return {
+        "type": "mmseg.SwinTransformer",
+        "embed_dims": channels,
+        "depths": list(depths),
+        "strides": [4, 2, 2, 2][: len(depths)],
+        "num_heads": [max(width // 24, 1) for width in widths],
+        "window_size": 7,
+        "drop_path_rate": 0.0,
+        "out_indices": list(out_indices),
+    }
+
+
+def write_config(arm: str, task: str, folder: Path) -> Path:
+    """Write the config of an arm: that of the task with another backbone."""
+    base = ROOT / "configs" / "demo" / TASKS[task].config
+    cfg = Config.fromfile(base)
+    backbone = dict(ARMS[arm].options)
+    imports = list(cfg.custom_imports.imports)
+    if peer := ARMS[arm].peer:
+        arch = cfg.model.backbone.arch
+        arch = {"channels": 24, "depths": (1, 1, 2, 1)} if arch == "pico" else arch
+        out_indices = cfg.model.backbone.get("out_indices", range(len(arch["depths"])))
+        backbone = {"_delete_": True, **peer_backbone(peer, arch["channels"], arch["depths"], out_indices)}
+        imports.append("mmpretrain.models" if peer == "convnext" else "mmseg.models")
+    text = f"_base_ = {str(base)!r}\nmodel = dict(backbone={backbone!r})\n"
+    text += f"custom_imports = dict(imports={imports!r}, allow_failed_imports=False)\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{task}_{arm}.py"
+    path.write_text(text)
+    return path
+
+
+def overrides(cfg: Config, task: str, data: Path) -> Iterator[str]:
+    """Yield the overrides of a config for the data of a task."""
+    yield from moved_paths(cfg.to_dict(), data, root=CURVES_DATA if is_curves(task) else CONFIG_DATA)
+    scale = TASKS[task].scale
+    if scale is None:
+        return
+    for part in ("train", "val", "test"):
+        pipeline = cfg[f"{part}_dataloader"].dataset.pipeline
+        (index,) = (index for index, transform in enumerate(pipeline) if transform.type == "Resize")
+        yield f"{part}_dataloader.dataset.pipeline.{index}.scale=({scale},{scale})"
+    if "size" in cfg.model.get("data_preprocessor", {}):
+        yield f"model.data_preprocessor.size=({scale},{scale})"
+
+
+def train(arm: str, task: str, seed: int, data: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Train and evaluate one arm; what is returned are its metrics, from 0 to 1, and the seconds that it took."""
+    iters = args.iters or TASKS[task].iters
+    config = write_config(arm, task, args.work_dir / "configs")
+    folder = args.work_dir / f"{task}-{arm}-{iters}-{seed}"
+    warm_up = max(min(50, iters // 5), 1)
+    schedule = [
+        *(f"train_cfg.max_iters={iters}", f"train_cfg.val_interval={iters}", f"randomness.seed={seed}"),
+        *(f"param_scheduler.0.end={warm_up}", f"param_scheduler.1.begin={warm_up}", f"param_scheduler.1.end={iters}"),
+        "default_hooks.checkpoint.max_keep_ckpts=1",
+    ]
+    start = time.monotonic()
+    if find_resumable_checkpoint(folder) != folder / f"iter_{iters}.pth" or read_metrics(task, folder) is None:
+        options = overrides(Config.fromfile(config), task, data)
+        run("train.py", config, "--work-dir", folder, "--resume", "auto", "--cfg-options", *schedule, *options)
+    return {**read_metrics(task, folder), "seconds": round(time.monotonic() - start)}
+
+
+def read_metrics(task: str, folder: Path) -> dict[str, float] | None:
+    """The evaluation at the end of a training, or None without one."""
+    for path in sorted(folder.glob("*/vis_data/scalars.json"), reverse=True):
+        for line in reversed(path.read_text().splitlines()):
+            values = json.loads(line)
+            found = {title: values.get(key) for title, (key, _) in TASKS[task].metrics.items()}
+            if None not in found.values():
+                return {title: found[title] / scale for title, (_, scale) in TASKS[task].metrics.items()}
+    return None
+
+
+def difference(values: dict[int, float], reference: dict[int, float]) -> tuple[float, float] | None:
+    """The mean difference to another arm with the same seeds, and half the width of its interval (Student's t)."""
+    seeds = sorted(set(values) & set(reference))
+    if len(seeds) < 2:
+        return None
+    gaps = [values[seed] - reference[seed] for seed in seeds]
+    half = student.ppf((1 + CONFIDENCE) / 2, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return statistics.mean(gaps), float(half)
+
+
+def make_table(task: str, results: dict[str, dict[int, dict[str, float]]]) -> str:
+    """The arms of one task as Markdown: means, standard deviations, and whether they can be told apart from the tree.
+
+    Args:
+        task: name of the task.
+        results: metrics by arm and seed.
+    """
+    header = ["backbone", "seeds"]
+    for title in TASKS[task].metrics:
+        header += [title, "minus the tree's", "told apart"]
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    for arm in (name for name in ARMS if results.get(name)):
+        cells = [ARMS[arm].title, str(len(results[arm]))]
+        for title in TASKS[task].metrics:
+            values, trees = (
+                {seed: found[title] for seed, found in results.get(name, {}).items()} for name in (arm, "tree")
+            )
+            gap = None if arm == "tree" else difference(values, trees)
+            told = "-" if gap is None else "yes" if abs(gap[0]) > gap[1] else "no"
+            cells += [summary(list(values.values())), f"{gap[0]:+.3f} ± {gap[1]:.3f}" if gap else "-", told]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def summary(values: Sequence[float]) -> str:
+    """Mean and, of several values, standard deviation."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def make_page(results: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
+    """The tables of all tasks."""
+    page = []
+    for task in args.tasks:
+        iters = args.iters or TASKS[task].iters
+        chosen: dict[str, dict[int, dict[str, float]]] = {}
+        for key, values in results.items():
+            name, arm, length, seed = key.split("/")
+            if (name, int(length)) == (task, iters):
+                chosen.setdefault(arm, {})[int(seed)] = values
+        if chosen:
+            page.append(f"## {task}: {TASKS[task].title}, {iters} iterations\n\n{make_table(task, chosen)}")
+    note = "Mean ± standard deviation over the seeds; differences with the same seed, ± half of their 95 % interval.\n"
+    return "\n".join([*page, note])
+
+
+def main() -> None:
+    """Run the command."""
+    args = parse_args()
+    logger = MMLogger.get_instance("scan_study")
+    args.work_dir = args.work_dir.resolve()
+    path = args.work_dir / "results.json"
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    data = {task: make_data(task, args) for task in args.tasks}
+    for seed in args.seeds:
+        for task in args.tasks:
+            for arm in args.arms:
+                key = f"{task}/{arm}/{args.iters or TASKS[task].iters}/{seed}"
+                if key not in results:
+                    results[key] = train(arm, task, seed, data[task], args)
+                    path.write_text(json.dumps(results, indent=2) + "\n")
+                    (args.work_dir / "README.md").write_text(make_page(results, args))
+                logger.info("%s: %s", key, results[key])
+    page = make_page(results, args)
+    (args.work_dir / "README.md").write_text(page)
+    logger.info("\n%s", page)
+
+
+if __name__ == "__main__":
+    main()

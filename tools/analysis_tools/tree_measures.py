@@ -1,0 +1,300 @@
+"""What the studies of trees share: models and pictures, the features and trees of all blocks, and measures of trees."""
+
+import argparse
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import mmcv
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from scipy import ndimage
+from torch import Tensor, nn
+
+from grootvl_mm.apis import cli
+from grootvl_mm.apis.models import NO_CHECKPOINT, load_model
+from grootvl_mm.models import TreeSSM
+from grootvl_mm.models.tree_ssm import raster_path
+from grootvl_mm.ops import Tree, graph_tree, grid_edge_weight, grid_tree
+from grootvl_mm.ops.reference import grid_edges
+from grootvl_mm.visualization import find_backbone
+
+OUTSIDE = -1  # label of positions outside of the picture
+RESAMPLES = 2000
+
+
+class Level(NamedTuple):
+    """What one block builds its trees from.
+
+    Attributes:
+        stage: index of the stage.
+        block: index of the block in its stage.
+        feature: (B, D, H, W), the input of the state space model.
+        tree: the trees that were scanned along.
+    """
+
+    stage: int
+    block: int
+    feature: Tensor
+    tree: Tree
+
+    @property
+    def name(self) -> str:
+        """As in tables."""
+        return f"stage {self.stage}, block {self.block}"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the config and the checkpoints, of which ``random`` is one."""
+    cli.add_config_arguments(parser)
+    parser.add_argument(
+        "--checkpoints", nargs="+", default=[NO_CHECKPOINT], metavar="FILE",
+        help=f"checkpoints of the config, in the order of their training; {NO_CHECKPOINT}, or {NO_CHECKPOINT}-SEED, "
+        "for weights as they are drawn (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--longest", type=int, metavar="N", help="scale pictures to this longer side (default: keep)")
+
+
+def build_model(config: Config, checkpoint: str) -> nn.Module:
+    """The model of a config on the CPU, ready for evaluation, with the weights of a checkpoint or of ``none-SEED``.
+
+    The command ends with an error if there is no such file or no GrootV in the model.
+    """
+    name, _, seed = checkpoint.partition("-")
+    initial = is_initial(checkpoint)
+    model = load_model(config, name if initial else checkpoint, int(seed or 0) if initial else 0)
+    try:
+        find_backbone(model)
+    except ValueError as error:
+        cli.fail(str(error))
+    model.cfg = config
+    return model
+
+
+def is_initial(checkpoint: str) -> bool:
+    """Whether the name stands for weights as they are drawn."""
+    return re.fullmatch(rf"{NO_CHECKPOINT}(-\d+)?", checkpoint) is not None
+
+
+def read_picture(path: Path, longest: int | None) -> np.ndarray:
+    """(H, W, 3) uint8, BGR, scaled to a longer side."""
+    picture = mmcv.imread(str(path))
+    if longest:
+        picture = mmcv.imrescale(picture, longest / max(picture.shape[:2]))
+    return picture
+
+
+def normalize(model: nn.Module, picture: np.ndarray) -> Tensor:
+    """(H, W, 3), BGR from 0 to 255, to the backbone's input (1, 3, H, W), as the model's preprocessor does it."""
+    mean, std = pixel_statistics(model)
+    rgb = torch.from_numpy(picture[..., ::-1].copy()).permute(2, 0, 1).float()
+    return ((rgb - mean) / std)[None]
+
+
+def pixel_statistics(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the preprocessor, (3, 1, 1) each."""
+    preprocessor = model.data_preprocessor
+    return preprocessor.mean.cpu().view(3, 1, 1), preprocessor.std.cpu().view(3, 1, 1)
+
+
+@contextmanager
+def watch_levels(model: nn.Module, choose: Callable[[int, Tree], Tree] | None = None) -> Iterator[list[Level]]:
+    """Collect features and trees of all blocks while the backbone runs, in the order of the blocks.
+
+    Args:
+        model: a model with a GrootV, none of whose stages shares its trees.
+        choose: gets the number of the block and its tree, and returns the tree to scan along.
+    """
+    levels: list[Level] = []
+    mixers: list[TreeSSM] = []
+    for stage, blocks in enumerate(stage.blocks for stage in find_backbone(model).stages):
+        for block, module in enumerate(blocks):
+            number, mixer = len(mixers), module.mixer
+
+            def build(feature, padding=None, *, where=(stage, block), number=number, mixer=mixer) -> Tree:
+                tree = TreeSSM.build_tree(mixer, feature, padding)
+                tree = choose(number, tree) if choose else tree
+                levels.append(Level(*where, feature, tree))
+                return tree
+
+            mixer.build_tree = build
+            mixers.append(mixer)
+    try:
+        yield levels
+    finally:
+        for mixer in mixers:
+            del mixer.build_tree
+
+
+def find_levels(model: nn.Module, image: Tensor, choose: Callable[[int, Tree], Tree] | None = None) -> list[Level]:
+    """Features and trees of all blocks for an image (1, 3, H, W)."""
+    with watch_levels(model, choose) as levels, torch.no_grad():
+        find_backbone(model)(image)
+    return levels
+
+
+def metric_weight(feature: Tensor, metric: str) -> Tensor:
+    """Weights (B, E) that cannot overflow."""
+    return grid_edge_weight(feature, metric, log=metric != "cosine")
+
+
+def eight_neighbours(height: int, width: int) -> Tensor:
+    """The edges (2, E) of the grid whose positions have eight neighbours: those of the grid, then the diagonals."""
+    vertex = torch.arange(height * width).view(height, width)
+    diagonals = [(vertex[:-1, :-1], vertex[1:, 1:]), (vertex[:-1, 1:], vertex[1:, :-1])]
+    ends = [torch.cat([pair[end].flatten() for pair in diagonals]) for end in (0, 1)]
+    return torch.cat([torch.stack(grid_edges(height, width)), torch.stack(ends)], dim=1)
+
+
+def eight_connected_tree(feature: Tensor) -> Tree:
+    """The minimum spanning trees of features (B, D, H, W) with eight neighbours to a position, by the cosine."""
+    height, width = feature.shape[2:]
+    edges = eight_neighbours(height, width)
+    values = F.normalize(feature.flatten(2), dim=1)
+    weight = -(values[:, :, edges[0]] * values[:, :, edges[1]]).sum(1)
+    return graph_tree(edges, weight, height * width)
+
+
+def other_trees(feature: Tensor, metric: str, generator: torch.Generator, count: int) -> dict[str, Tree]:
+    """What the tree of features (1, D, H, W) is compared with, by name; there are ``count`` random ones."""
+    height, width = feature.shape[2:]
+    weight = metric_weight(feature, metric)
+    random = torch.rand(count, weight.shape[1], generator=generator)
+    return {
+        "maximum": grid_tree(-weight, height, width),
+        "random": grid_tree(random, height, width),
+        "raster": raster_path(1, height, width, "first", False, torch.device("cpu")),
+        "8-connected": eight_connected_tree(feature),
+    }
+
+
+def edge_mask(tree: Tree, width: int) -> Tensor:
+    """Which edges of the grid are in trees (B, E) bool; for spanning trees of the 4-connected grid."""
+    batch, vertices = tree.parent.shape
+    height = vertices // width
+    low, high = tree.edges().long().unbind(2)
+    vertical = (high - low == width) & ((width > 1) | (high > low))
+    index = torch.where(vertical, low, (height - 1) * width + low // width * (width - 1) + low % width)
+    mask = torch.zeros(batch, (height - 1) * width + height * (width - 1), dtype=torch.bool)
+    return mask.scatter_(1, index, True)
+
+
+def edge_keys(edges: Tensor, vertices: int) -> Tensor:
+    """One number for each edge (..., 2), whichever end comes first."""
+    low, high = edges.long().sort(dim=-1).values.unbind(-1)
+    return low * vertices + high
+
+
+def agreement(first: Tree, second: Tree) -> float:
+    """The share of edges that two spanning trees of one graph have in common, mean over the batch."""
+    return shared_edges(first.edges(), second.edges())
+
+
+def shared_edges(first: Tensor, second: Tensor) -> float:
+    """The share of edges (B, L - 1, 2) that are among others."""
+    vertices = first.shape[1] + 1
+    keys = (edge_keys(edges, vertices) for edges in (first, second))
+    shares = [torch.isin(one, other).float().mean() for one, other in zip(*keys, strict=True)]
+    return float(torch.stack(shares).nan_to_num(1.0).mean())
+
+
+def coarse_agreement(fine: Tree, coarse: Tree, sizes: tuple[tuple[int, int], tuple[int, int]]) -> float:
+    """The share of a tree's edges at which the tree of the map of twice the size crosses between the same positions.
+
+    Args:
+        fine: the tree of the larger map.
+        coarse: that of the smaller one, whose positions are the squares of four of the larger map.
+        sizes: height and width of both.
+    """
+    (_, fine_width), (_, width) = sizes
+    low, high = fine.edges()[0].long().unbind(1)
+    cell = [(ends // fine_width // 2) * width + ends % fine_width // 2 for ends in (low, high)]
+    crossed = {pair for pair in zip(*(ends.tolist() for ends in cell), strict=True) if pair[0] != pair[1]}
+    edges = [tuple(pair) for pair in coarse.edges()[0].tolist()]
+    return sum(pair in crossed for pair in edges) / max(len(edges), 1)
+
+
+def flip_agreement(tree: Tree, mirrored: Tree, width: int, *, horizontal: bool) -> float:
+    """The share of edges that a tree has in common with that of the mirrored picture."""
+    height = tree.parent.shape[1] // width
+    ends = tree.edges().long()
+    row, column = ends // width, ends % width
+    flipped = row * width + (width - 1 - column) if horizontal else (height - 1 - row) * width + column
+    return shared_edges(flipped, mirrored.edges())
+
+
+def crossing_share(tree: Tree, labels: Tensor) -> float:
+    """The share of edges that join different labels (L,), mean over the batch; edges to ``OUTSIDE`` do not count."""
+    ends = labels[tree.edges().long()]
+    inside = (ends != OUTSIDE).all(2)
+    crossing = inside & (ends[..., 0] != ends[..., 1])
+    return float((crossing.sum(1) / inside.sum(1).clamp(min=1)).mean())
+
+
+def least_crossing_share(labels: np.ndarray) -> float:
+    """The share of the best spanning tree for labels (H, W): it crosses once less than there are connected regions."""
+    inside = labels != OUTSIDE
+    regions = sum(ndimage.label(labels == label)[1] for label in np.unique(labels[inside]))
+    return (regions - 1) / max(int(inside.sum()) - 1, 1)
+
+
+def border_auc(weight: Tensor, labels: np.ndarray) -> float:
+    """The probability that an edge at a border of labels (H, W) weighs more than one that is not; ties count half.
+
+    Args:
+        weight: (E,), in the order of the grid's edges.
+        labels: at least two different ones next to each other.
+    """
+    values = weight.double().numpy()
+    border, inside = grid_borders(labels)
+    values, border = values[inside], border[inside]
+    order = np.argsort(values, kind="stable")
+    _, start, count = np.unique(values[order], return_index=True, return_counts=True)
+    rank = np.empty(len(values))
+    rank[order] = np.repeat(start + (count + 1) / 2, count)
+    positive = int(border.sum())
+    negative = len(values) - positive
+    return float((rank[border].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+def grid_borders(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether the edges of the grid (E,) join different labels (H, W), and whether both ends are inside the picture."""
+    pairs = [(labels[:-1], labels[1:]), (labels[:, :-1], labels[:, 1:])]
+    different = np.concatenate([(low != high).ravel() for low, high in pairs])
+    inside = np.concatenate([((low != OUTSIDE) & (high != OUTSIDE)).ravel() for low, high in pairs])
+    return different, inside
+
+
+def interval(values: Sequence[float], statistic: Callable[[np.ndarray], np.ndarray] | None = None) -> dict[str, float]:
+    """A statistic, the mean by default, with its 95 % interval by the bootstrap over the values.
+
+    Args:
+        values: (N,) or, for statistics of pairs, (N, 2).
+        statistic: of samples (S, N) or (S, N, 2), gives (S,).
+    """
+    values = np.asarray(values, dtype=np.float64)
+    statistic = statistic or (lambda sample: sample.mean(axis=1))
+    chosen = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.nanquantile(statistic(values[chosen]), [0.025, 0.975])
+    return {"value": float(statistic(values[None])[0]), "low": float(low), "high": float(high), "count": len(values)}
+
+
+def rank_correlation(pairs: np.ndarray) -> np.ndarray:
+    """Spearman's correlation of samples (S, N, 2); NaN where all values of a sample are the same."""
+    order = pairs.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable").astype(np.float64)
+    for sample, ranks in zip(pairs, order, strict=True):
+        for column in range(2):  # ties get the mean of their ranks
+            _, inverse, count = np.unique(sample[:, column], return_inverse=True, return_counts=True)
+            ranks[:, column] = (np.bincount(inverse, ranks[:, column]) / count)[inverse]
+    centred = order - order.mean(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return centred.prod(axis=2).sum(axis=1) / np.sqrt(np.square(centred).sum(axis=1).prod(axis=1))
+
+
+def format_interval(found: dict[str, float], digits: int = 3) -> str:
+    """A value with its interval."""
+    return f"{found['value']:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"

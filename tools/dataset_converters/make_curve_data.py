@@ -1,0 +1,259 @@
+"""Make the curve data: a task that can only be solved by following a curve, after the Pathfinder task.
+
+Each picture shows two long curves of the same length and shorter ones that distract, solid or dashed, none of which
+touches another. Two ends are marked by discs. One set of scenes serves two tasks::
+
+    classification/{train,val}/{apart,joined}/000000.png   are the two marks at the ends of one curve?
+    images/{train,val}/000000.png                          RGB pictures with the first mark alone
+    semantic/{train,val}/000000.png                        uint8 class map: 0 background, 1 the curve with the mark,
+                                                           2 the other curves
+    meta.json                                              what the set was made with
+
+Half of the scenes are joined. The distance between the marks is drawn before the scene and tells nothing about the
+answer, and a scene has as many free ends and curves whatever the answer is. Every scene has a random generator of its
+own, so the number of workers does not change a byte of the output.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from make_demo_data import SPLITS, at_least, is_made, start_workers
+from PIL import Image
+from tqdm import tqdm
+
+VERSION = 1  # raise it with every change that alters the output
+CLASSES = ("apart", "joined")
+STEP = 0.5  # pixels between the points of a curve
+MARGIN = 2.0  # pixels between a curve and the border of the picture
+STROKE = 1.5  # width of a curve in pixels
+MARK = 2.0  # radius of a mark in pixels
+MAX_TURN = 0.25  # radians per pixel that a curve turns at most
+TURN_CHANGE = 0.06  # standard deviation of the change of that per step
+DISTANCE = (0.45, 0.85)  # of the marks, as a share of the length of a curve, whose ends can be as far apart
+TOLERANCE = 0.04  # of that distance, as a share of the length
+CANDIDATES = 32  # curves that are drawn at a time
+ATTEMPTS = 20  # to find a curve that fits among them
+SCENES = 500  # to be tried before the curves are said not to fit
+SKIPPED = 2.0  # gaps that a curve keeps from its own earlier points, in pixels along it
+
+
+class Options(NamedTuple):
+    """What scenes look like."""
+
+    size: int  # side in pixels
+    length: int  # of the two long curves, in pixels
+    distractors: int  # number of shorter curves
+    gap: float  # least distance between the centre lines of two curves, in pixels
+    dash: int  # length of a dash in pixels, 0 for solid curves
+    seed: int
+
+
+class Scene(NamedTuple):
+    """Curves, of which the first two are the long ones, and the ends that are marked."""
+
+    curves: list[np.ndarray]  # (N, 2) points each, row and column
+    marks: np.ndarray  # (2, 2) points
+
+
+def walk(rng: np.random.Generator, options: Options, length: float) -> np.ndarray:
+    """Smooth random curves (CANDIDATES, N, 2), a point each ``STEP``, that start within the picture."""
+    count = round(length / STEP)
+    turn = np.clip(rng.normal(0, TURN_CHANGE, (CANDIDATES, count)).cumsum(axis=1), -MAX_TURN, MAX_TURN)
+    heading = rng.uniform(-np.pi, np.pi, (CANDIDATES, 1)) + STEP * turn.cumsum(axis=1)
+    start = rng.uniform(MARGIN, options.size - 1 - MARGIN, (CANDIDATES, 1, 2))
+    return start + STEP * np.stack([np.sin(heading), np.cos(heading)], axis=2).cumsum(axis=1)
+
+
+def is_clear(options: Options, curve: np.ndarray, others: np.ndarray) -> bool:
+    """Whether a curve (N, 2) keeps its distance from points (M, 2) and from its own course."""
+    along = STEP * np.abs(np.arange(len(curve))[:, None] - np.arange(len(curve)))
+    far = np.where(along > SKIPPED * options.gap, squared_distance(curve, curve), np.inf)
+    return min(far.min(), squared_distance(curve, others).min(initial=np.inf)) >= options.gap**2
+
+
+def squared_distance(points: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(N, M) of (N, 2) and (M, 2)."""
+    return np.square(points[:, None] - others).sum(axis=2)
+
+
+def place_curve(rng: np.random.Generator, options: Options, length: float, curves: list[np.ndarray]) -> bool:
+    """Add one more curve to the list, if there is room."""
+    others = np.concatenate(curves) if curves else np.empty((0, 2))
+    for _ in range(ATTEMPTS):
+        candidates = walk(rng, options, length)
+        inside = np.abs(candidates - (options.size - 1) / 2).max(axis=(1, 2)) <= (options.size - 1) / 2 - MARGIN
+        for curve in candidates[inside]:
+            if is_clear(options, curve, others):
+                curves.append(curve)
+                return True
+    return False
+
+
+def compose_scene(rng: np.random.Generator, options: Options, joined: bool) -> Scene:
+    """Compose a scene whose marks are as far apart as a number that does not depend on ``joined``.
+
+    Raises:
+        ValueError: the curves do not fit into the picture.
+    """
+    wanted = rng.uniform(*DISTANCE) * options.length
+    for _ in range(SCENES):
+        curves: list[np.ndarray] = []
+        if not (
+            place_curve(rng, options, options.length, curves) and place_curve(rng, options, options.length, curves)
+        ):
+            continue
+        first, second = (curve[[0, -1]] for curve in curves)
+        pairs = [first, second] if joined else [np.stack([a, b]) for a in first for b in second]
+        pairs = [pair for pair in pairs if abs(np.linalg.norm(pair[0] - pair[1]) - wanted) < TOLERANCE * options.length]
+        if not pairs:
+            continue
+        marks = pairs[rng.integers(len(pairs))]
+        lengths = rng.uniform(0.25, 0.6, options.distractors) * options.length
+        if all(place_curve(rng, options, length, curves) for length in lengths):
+            return Scene(curves, rng.permutation(marks))
+    raise ValueError(
+        f"no room for two curves of {options.length} pixels and {options.distractors} more in {options.size}x"
+        f"{options.size} pixels with a gap of {options.gap}; give a larger --size, or shorter, fewer or closer curves"
+    )
+
+
+def paint(options: Options, points: np.ndarray, radius: float) -> np.ndarray:
+    """The coverage (H, W) from 0 to 1 of discs around points (N, 2)."""
+    grid = np.arange(options.size)
+    offsets = np.square(grid[:, None] - points[:, 0])[:, None] + np.square(grid[:, None] - points[:, 1])[None]
+    return np.clip(radius + 0.5 - np.sqrt(offsets.min(axis=2)), 0, 1)
+
+
+def dashes(options: Options, curve: np.ndarray) -> np.ndarray:
+    """The points of a curve that are drawn; both ends are."""
+    if not options.dash:
+        return curve
+    period = round(2 * options.dash / STEP)
+    position = np.minimum(np.arange(len(curve)), np.arange(len(curve))[::-1])
+    return curve[position % period < period // 2]
+
+
+def render(options: Options, scene: Scene, marks: np.ndarray) -> np.ndarray:
+    """The picture (H, W, 3) uint8: white curves and red marks on black."""
+    ink = paint(options, np.concatenate([dashes(options, curve) for curve in scene.curves]), STROKE / 2)
+    image = np.repeat(ink[:, :, None], 3, axis=2)
+    disc = paint(options, marks, MARK)[:, :, None]
+    image += disc * (np.array([1.0, 0.1, 0.1]) - image)
+    return np.rint(255 * image).astype(np.uint8)
+
+
+def class_map(options: Options, scene: Scene, mark: np.ndarray) -> np.ndarray:
+    """(H, W) uint8: 1 for the curve that ends at the mark, gaps between its dashes included, 2 for the others."""
+    result = np.zeros((options.size, options.size), np.uint8)
+    for curve in scene.curves:
+        marked = any(np.array_equal(curve[end], mark) for end in (0, -1))
+        result[paint(options, curve, STROKE / 2) >= 0.5] = 1 if marked else 2
+    return result
+
+
+def write_scene(index: int, root: Path, split: str, options: Options) -> None:
+    """Write the files of one scene below ``root``."""
+    rng = np.random.default_rng([options.seed, SPLITS.index(split), index])
+    joined = index % 2
+    scene = compose_scene(rng, options, bool(joined))
+    name = f"{index:06d}.png"
+    files = {
+        f"classification/{split}/{CLASSES[joined]}": render(options, scene, scene.marks),
+        f"images/{split}": render(options, scene, scene.marks[:1]),
+        f"semantic/{split}": class_map(options, scene, scene.marks[0]),
+    }
+    for folder, pixels in files.items():
+        Image.fromarray(pixels).save(root / folder / name)
+
+
+def make_curve_data(out: Path, counts: dict[str, int], options: Options, workers: int = 1, force: bool = False) -> bool:
+    """Make the curve data in the folder ``out``, whole or not at all.
+
+    Args:
+        out: folder to make.
+        counts: number of scenes of each split.
+        options: what the scenes look like.
+        workers: processes, which change nothing in the output.
+        force: replace whatever ``out`` holds.
+
+    Returns:
+        False if ``out`` already holds this very set, which is then left as it is.
+
+    Raises:
+        FileExistsError: ``out`` holds something else, and ``force`` is not set.
+        ValueError: the curves do not fit into the picture.
+    """
+    out = out.resolve()
+    meta: dict[str, Any] = {"version": VERSION, **options._asdict(), "counts": counts}
+    if is_made(out, meta, force, "curve data"):
+        return False
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # A sibling, because a rename works within one file system only.
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        new = Path(temporary, "new")
+        pool = start_workers(workers)
+        try:
+            for split in SPLITS:
+                for folder in (
+                    *(f"classification/{split}/{name}" for name in CLASSES),
+                    f"images/{split}",
+                    f"semantic/{split}",
+                ):
+                    (new / folder).mkdir(parents=True)
+                write = partial(write_scene, root=new, split=split, options=options)
+                scenes = pool.map(write, range(counts[split]), chunksize=16)
+                for _ in tqdm(scenes, split, counts[split], unit="scene"):
+                    pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+        (new / "meta.json").write_text(json.dumps({**meta, "classes": CLASSES}, indent=2) + "\n")
+        if out.exists():
+            out.rename(Path(temporary, "old"))
+        new.rename(out)
+    return True
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add, number = parser.add_argument, at_least(1)
+    add("--out", type=Path, default=Path("data/curves"), help="folder to make")
+    add("--train", type=number, default=4000, metavar="N", help="training scenes")
+    add("--val", type=number, default=1000, metavar="N", help="validation scenes")
+    add("--size", type=at_least(16), default=32, metavar="N", help="side of a picture in pixels")
+    add("--length", type=at_least(4), default=18, metavar="N", help="length of the two long curves in pixels")
+    add("--distractors", type=at_least(0), default=0, metavar="N", help="number of shorter curves")
+    add("--gap", type=float, default=5.0, metavar="PIXELS", help="least distance between two curves")
+    add("--dash", type=at_least(0), default=0, metavar="N", help="length of a dash in pixels; 0: solid curves")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="seed of everything random")
+    add("--workers", type=number, default=os.cpu_count(), metavar="N",
+        help="processes; changes nothing in the output")  # fmt: skip
+    add("--force", action="store_true", help="replace whatever --out holds")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the command line."""
+    args = parse_args()
+    # Turns kill's polite signal into an exception, so that the temporary folder goes too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    options = Options(args.size, args.length, args.distractors, args.gap, args.dash, args.seed)
+    try:
+        made = make_curve_data(args.out, {"train": args.train, "val": args.val}, options, args.workers, args.force)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    tqdm.write(f"{args.out}: {'made' if made else 'already made with the same arguments'}")
+
+
+if __name__ == "__main__":
+    main()
