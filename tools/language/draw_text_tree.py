@@ -1,0 +1,301 @@
+"""Draw the trees that GrootL builds over the tokens of a prompt: one row for each layer, an arc for each edge.
+
+The root is the large dot, the last token of the prompt (with causal trees the first). The wider an arc, the more tokens
+are connected to the root through it; its colour says how many tokens it spans. Beside each row stands the mean number
+of edges between a token and the root. The format follows the name of the output: .png, .pdf or .html, a page that needs
+nothing else, in which the way of a token to the root lights up under the mouse.
+"""
+
+import argparse
+import html
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path as Curve
+from mmengine.logging import print_log
+
+from grootvl_mm.apis import cli
+from grootvl_mm.ops import Tree
+
+COLORS = ("#5b6b7f", "#2a7ab9", "#e07b39", "#8e44ad", "#2e9e6b")  # of arcs over 1, 2, 3, ... tokens
+INK, QUIET = "#22272e", "#8a939e"
+ROW = 78  # heights and widths are in points
+ARC = 15  # height of an arc, for each token that it spans
+MARGIN, LABELS, TOKENS = 26, 124, 20
+CHARACTER = 7.3
+MIN_STEP = 24
+WIDEST = 4.5
+
+
+class Drawn(NamedTuple):
+    """What a picture shows."""
+
+    tokens: Sequence[str]
+    parents: dict[int, list[int]]  # layer -> parent of each token, -1 for the root, which is the last one or the first
+
+
+class Arc(NamedTuple):
+    """One edge of a tree."""
+
+    start: int
+    end: int
+    child: int
+    width: float
+
+    @property
+    def span(self) -> int:
+        """Number of tokens from one end to the other."""
+        return self.end - self.start
+
+    @property
+    def color(self) -> str:
+        """Colour by span."""
+        return COLORS[min(self.span, len(COLORS)) - 1]
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or hub name of a GrootL or Mamba model, or folder of an adapter")
+    parser.add_argument("text", help="the prompt; '-' reads it from the standard input")
+    parser.add_argument("output", help=".html, .png or .pdf file to write")
+    parser.add_argument("--layers", type=int, nargs="+", metavar="N", help="layers to draw, from 0 (default: all)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=96, help="draw no more tokens than this (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    if Path(args.output).suffix not in (".html", ".png", ".pdf"):
+        parser.error(f"the output is a .html, .png or .pdf file, but {args.output!r} is none")
+    if args.max_tokens < 2:
+        parser.error(f"--max-tokens must be at least 2, got {args.max_tokens}")
+    return args
+
+
+def depths(parents: Sequence[int]) -> list[int]:
+    """Number of edges between each token and the root."""
+    found: list[int | None] = [None] * len(parents)
+    for token in range(len(parents)):
+        way = []
+        while token >= 0 and found[token] is None:
+            way.append(token)
+            token = parents[token]
+        depth = -1 if token < 0 else found[token]
+        for passed in reversed(way):
+            depth += 1
+            found[passed] = depth
+    return found
+
+
+def arcs(parents: Sequence[int]) -> list[Arc]:
+    """The edges of a tree, those that most tokens pass being the widest."""
+    passing = [1] * len(parents)
+    for token in sorted(range(len(parents)), key=depths(parents).__getitem__, reverse=True):
+        if parents[token] >= 0:
+            passing[parents[token]] += passing[token]
+    scale = WIDEST / len(parents) ** 0.5
+    return [
+        Arc(min(token, parent), max(token, parent), token, max(0.7, scale * passing[token] ** 0.5))
+        for token, parent in enumerate(parents)
+        if parent >= 0
+    ]
+
+
+def agreement(parents: dict[int, list[int]]) -> float | None:
+    """Mean share of edges that two layers have in common, or None for a single layer."""
+    edges = [{frozenset(edge) for edge in enumerate(row) if edge[1] >= 0} for row in parents.values()]
+    shares = [len(one & other) / len(one) for index, one in enumerate(edges) for other in edges[:index]]
+    return sum(shares) / len(shares) if shares else None
+
+
+def mean_depth(parents: Sequence[int]) -> float:
+    """Mean number of edges between a token and the root."""
+    return sum(depths(parents)) / len(parents)
+
+
+def find_trees(path: str, text: str, layers: Sequence[int] | None, max_tokens: int) -> Drawn:
+    """The tokens of a text and the trees of a model over them."""
+    import torch
+
+    from grootvl_mm.language.data import encode_prompts
+    from grootvl_mm.language.loading import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    (ids,) = encode_prompts(tokenizer, [text])
+    if not 2 <= len(ids) <= max_tokens:
+        cli.fail(f"the text has {len(ids)} tokens; expected 2 to {max_tokens} (--max-tokens)")
+    model = load_model(path)
+    number = model.config.num_hidden_layers
+    if wrong := sorted(set(layers or ()) - set(range(number))):
+        cli.fail(f"--layers: the model has layers 0 to {number - 1}, not {', '.join(map(str, wrong))}")
+    with torch.no_grad():
+        output = model(torch.tensor([ids]), prompt_lengths=torch.tensor([len(ids)]), output_trees=True, use_cache=False)
+    chosen = {layer: output.trees[layer] for layer in (layers or range(number))}
+    tokens = [tokenizer.decode([index]).replace("\n", "⏎").strip() or "␣" for index in ids]
+    return Drawn(tokens, {layer: list_parents(tree, len(ids)) for layer, tree in chosen.items()})
+
+
+def list_parents(tree: Tree | None, length: int) -> list[int]:
+    """The parent of each token, -1 for the root; without a tree, that is in a chain, the next token."""
+    if tree is None:
+        return [*range(1, length), -1]
+    parents = tree.parent[0].tolist()
+    parents[int(tree.order[0, 0])] = -1
+    return parents
+
+
+class Layout:
+    """Where everything is, in points from the top left corner."""
+
+    def __init__(self, drawn: Drawn) -> None:
+        widths = [max(MIN_STEP, CHARACTER * len(token) + 9) for token in drawn.tokens]
+        starts = [LABELS + sum(widths[:index]) for index in range(len(widths))]
+        self.x = [start + width / 2 for start, width in zip(starts, widths, strict=True)]
+        highest = max((arc.span for parents in drawn.parents.values() for arc in arcs(parents)), default=1)
+        self.arc_height = min(ARC, (ROW - 24) / highest)
+        self.baselines = {layer: ROW * (index + 1) for index, layer in enumerate(drawn.parents)}
+        self.tokens = ROW * len(drawn.parents) + TOKENS
+        words = "".join(text for _, text in legend(drawn)) + footnote(drawn)
+        self.width = LABELS + max(sum(widths), 34 * len(legend(drawn)) + 5 * len(words)) + MARGIN
+        self.legend = self.tokens + 30
+        self.height = self.legend + 18
+
+    def curve(self, arc: Arc, baseline: float) -> tuple[tuple[float, float], ...]:
+        """The four points of the Bezier curve of an arc."""
+        left, right = self.x[arc.start], self.x[arc.end]
+        top = baseline - 5 - self.arc_height * arc.span * 4 / 3
+        inset = 0.12 * (right - left)
+        return (left, baseline - 5), (left + inset, top), (right - inset, top), (right, baseline - 5)
+
+
+def legend(drawn: Drawn) -> list[tuple[str, str]]:
+    """Colours with what they mean."""
+    spans = sorted({min(arc.span, len(COLORS)) for parents in drawn.parents.values() for arc in arcs(parents)})
+    return [(COLORS[span - 1], f"{'next token' if span == 1 else f'{span} tokens on'}") for span in spans]
+
+
+def footnote(drawn: Drawn) -> str:
+    """What a chain would need, and the agreement of the layers, in words."""
+    share = agreement(drawn.parents)
+    shared = "" if share is None else f" · two layers share {share:.0%} of their edges"
+    return f"a chain has {(len(drawn.tokens) - 1) / 2:.1f} edges to the root{shared}"
+
+
+def row_label(layer: int, parents: Sequence[int]) -> tuple[str, str]:
+    """Two lines that stand before a row."""
+    return f"layer {layer}", f"{mean_depth(parents):.1f} edges to the root"
+
+
+def to_figure(drawn: Drawn) -> Figure:
+    """Draw with Matplotlib."""
+    layout = Layout(drawn)
+    figure = Figure(figsize=(layout.width / 72, layout.height / 72), facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, layout.width), ylim=(layout.height, 0))
+    axes.axis("off")
+    for layer, parents in drawn.parents.items():
+        baseline = layout.baselines[layer]
+        for arc in sorted(arcs(parents), key=lambda arc: -arc.width):
+            curve = Curve(layout.curve(arc, baseline), [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4])
+            axes.add_patch(PathPatch(curve, fill=False, edgecolor=arc.color, linewidth=arc.width, capstyle="round"))
+        root = parents.index(-1)
+        axes.plot(layout.x, [baseline] * len(parents), "o", color=QUIET, markersize=3, markeredgewidth=0)
+        axes.plot(layout.x[root], baseline, "o", color=INK, markersize=7, markeredgewidth=0)
+        title, detail = row_label(layer, parents)
+        axes.text(MARGIN / 2, baseline - 15, title, color=INK, fontsize=10, fontweight="bold", va="center")
+        axes.text(MARGIN / 2, baseline - 2, detail, color=QUIET, fontsize=8, va="center")
+    for x, token in zip(layout.x, drawn.tokens, strict=True):
+        axes.text(x, layout.tokens, token, color=INK, fontsize=10, family="monospace", ha="center", va="center")
+    x = float(LABELS)
+    for color, text in legend(drawn):
+        axes.plot([x, x + 18], [layout.legend] * 2, color=color, linewidth=2.5, solid_capstyle="round")
+        axes.text(x + 24, layout.legend, text, color=QUIET, fontsize=8, va="center")
+        x += 34 + 5 * len(text)
+    axes.text(x + 8, layout.legend, footnote(drawn), color=QUIET, fontsize=8, va="center")
+    return figure
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Trees over a text</title><style>
+body {{ margin: 2rem; font-family: system-ui, sans-serif; color: {ink}; background: #fff; }}
+h1 {{ font-size: 1.15rem; margin: 0 0 .3rem; }} p {{ color: {quiet}; margin: 0 0 1rem; max-width: 48rem; }}
+.scroll {{ overflow-x: auto; border: 1px solid #e3e6ea; border-radius: 8px; padding: .4rem; }}
+svg text {{ fill: {ink}; font-size: 10pt; }} svg .quiet {{ fill: {quiet}; font-size: 8pt; }}
+svg .layer {{ font-weight: 600; }}
+svg .token {{ font-family: ui-monospace, monospace; text-anchor: middle; cursor: default; }}
+path {{ fill: none; stroke-linecap: round; }} svg.lit path {{ opacity: .12; }} svg.lit path.on {{ opacity: 1; }}
+svg.lit .token {{ opacity: .3; }} svg.lit .token.on {{ opacity: 1; font-weight: 700; }}
+</style></head><body><h1>Trees over a text</h1>
+<p>The large dot is the root. The wider an arc, the more tokens are connected to the root through it. Point at a token
+to see its way to the root in each layer.</p><div class="scroll">{svg}</div> <script> const parents = {parents}; const
+svg = document.querySelector("svg"); function light(token) {{
+  svg.classList.add("lit");
+  svg.querySelector(`.token[data-token="${{token}}"]`).classList.add("on");
+  for (const [layer, row] of Object.entries(parents))
+    for (let at = token; row[at] >= 0; at = row[at])
+      svg.querySelector(`path[data-layer="${{layer}}"][data-child="${{at}}"]`).classList.add("on");
+}}
+function dim() {{
+  svg.classList.remove("lit");
+  svg.querySelectorAll(".on").forEach(part => part.classList.remove("on"));
+}}
+svg.querySelectorAll("[data-token]").forEach(part => {{
+  part.addEventListener("mouseenter", () => light(Number(part.dataset.token)));
+  part.addEventListener("mouseleave", dim);
+}});
+</script></body></html>
+"""
+
+
+def to_html(drawn: Drawn) -> str:
+    """Draw as a page that needs nothing else."""
+    layout = Layout(drawn)
+    width, height = round(layout.width), round(layout.height)
+    size = f'width="{width}pt" height="{height}pt" viewBox="0 0 {width} {height}"'
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="trees over the tokens">']
+    for layer, parents in drawn.parents.items():
+        baseline = layout.baselines[layer]
+        for arc in sorted(arcs(parents), key=lambda arc: -arc.width):
+            start, one, two, end = (f"{x:.1f} {y:.1f}" for x, y in layout.curve(arc, baseline))
+            parts.append(
+                f'<path d="M{start} C{one} {two} {end}" stroke="{arc.color}" stroke-width="{arc.width:.1f}" '
+                f'data-layer="{layer}" data-child="{arc.child}"/>'
+            )
+        for token, x in enumerate(layout.x):
+            radius, color = (3.5, INK) if parents[token] < 0 else (1.5, QUIET)
+            parts.append(f'<circle cx="{x:.1f}" cy="{baseline}" r="{radius}" fill="{color}"/>')
+        title, detail = row_label(layer, parents)
+        parts.append(f'<text class="layer" x="{MARGIN / 2}" y="{baseline - 11}">{title}</text>')
+        parts.append(f'<text class="quiet" x="{MARGIN / 2}" y="{baseline + 1}">{detail}</text>')
+    for token, (x, text) in enumerate(zip(layout.x, drawn.tokens, strict=True)):
+        place = f'x="{x:.1f}" y="{layout.tokens + 4}" data-token="{token}"'
+        parts.append(f'<text class="token" {place} xml:space="preserve">{html.escape(text)}</text>')
+    x = float(LABELS)
+    for color, text in legend(drawn):
+        parts.append(f'<path d="M{x} {layout.legend} h18" stroke="{color}" stroke-width="2.5" class="on"/>')
+        parts.append(f'<text class="quiet" x="{x + 24}" y="{layout.legend + 3}">{text}</text>')
+        x += 34 + 5 * len(text)
+    parts.append(f'<text class="quiet" x="{x + 8}" y="{layout.legend + 3}">{footnote(drawn)}</text></svg>')
+    return PAGE.format(svg="\n".join(parts), parents=json.dumps(drawn.parents), ink=INK, quiet=QUIET)
+
+
+def main() -> None:
+    """Run the command."""
+    args = parse_args()
+    text = sys.stdin.read() if args.text == "-" else args.text
+    with cli.language_errors():
+        drawn = find_trees(args.model, text, args.layers, args.max_tokens)
+    with cli.file_errors(args.output):
+        if args.output.endswith(".html"):
+            Path(args.output).write_text(to_html(drawn), encoding="utf-8")
+        else:
+            to_figure(drawn).savefig(args.output, dpi=160)
+    print_log(f"The trees are in {args.output}.")
+
+
+if __name__ == "__main__":
+    main()

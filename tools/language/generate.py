@@ -1,0 +1,63 @@
+"""Answer an instruction, or continue a text, with a GrootL or Mamba model.
+
+The prompt of an instruction is the one of the fine-tuning. The answer is written to the standard output as it is
+generated.
+"""
+
+import argparse
+
+from mmengine.device import get_device
+
+from grootvl_mm.apis import cli
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or hub name of a model, or folder of an adapter")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--instruction", help="what to do, put into Alpaca's template")
+    prompt.add_argument("--prompt", help="the prompt as it is")
+    parser.add_argument("--input", default="", help="what the instruction is about")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
+    parser.add_argument("--seed", type=int, help="seed of the sampling")
+    parser.add_argument("--device", default=get_device(), help="default: %(default)s")
+    args = parser.parse_args()
+    if args.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+    if args.temperature < 0:
+        parser.error(f"--temperature must not be negative, got {args.temperature}")
+    return args
+
+
+def main() -> None:
+    """Run the command."""
+    args = parse_args()
+    with cli.language_errors():
+        import torch
+        from transformers import TextStreamer, set_seed
+
+        from grootvl_mm.language.data import PromptTemplate, encode_prompts
+        from grootvl_mm.language.loading import load_model, load_tokenizer
+
+        tokenizer = load_tokenizer(args.model)
+        model = load_model(args.model).to(args.device)
+        text = args.prompt or PromptTemplate().prompt(args.instruction, args.input)
+        prompt = torch.tensor(encode_prompts(tokenizer, [text]), device=args.device)
+        if args.seed is not None:
+            set_seed(args.seed)
+        sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+        model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=args.max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **sampling,
+        )
+
+
+if __name__ == "__main__":
+    main()
