@@ -1,11 +1,12 @@
 # make demo [TASK=det|seg|cls]   train and evaluate a small model, and draw what it finds
 # make test                      style, then all tests but the slow ones
-# make test-all                  style, all tests, the documentation
+# make test-all                  style, all tests, the documentation, the CPU operators under sanitizers
 # make test-ops                  tests of operators, layers and models: no OpenMMLab host, minutes from a clone
 # make lint / make format        check / repair the style
 # make docs                      the documentation site, in docs/_build/html
 # make wheel                     source distribution and wheel, in dist
-# STACK=openmmlab or STACK=onedl picks the host packages; by default those that this Python can install.
+# STACK=openmmlab or STACK=onedl picks the host packages; by default those that this Python can install. STACK=language
+# sets up, tests and demonstrates the language models instead, beside the packages of Hugging Face and without hosts.
 # Each target sets its environment up by itself; see .dev_scripts/setup_env.sh.
 SHELL := /bin/bash
 TASK ?= det
@@ -13,6 +14,10 @@ STACK ?=
 VENV := .venv$(if $(filter-out openmmlab,$(STACK)),-$(STACK))
 BIN := $(VENV)/bin
 OPS_BIN := .venv-ops/bin
+# What a stack tests and demonstrates, where it is not everything.
+TESTS_language := tests/language tests/test_language_extra.py
+DEMO := demo/train_on_digits.py --task $(TASK)
+DEMO_language := demo/language_study.py --quick
 NATIVE = $(shell find ops tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # Neighbouring tests stay together, as they share data; who has run out of tests takes some of another worker.
@@ -27,14 +32,15 @@ setup-ops:
 	@STACK=ops .dev_scripts/setup_env.sh
 
 demo: setup
-	$(BIN)/python demo/train_on_digits.py --task $(TASK)
+	$(BIN)/python $(or $(DEMO_$(STACK)),$(DEMO))
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(WORKERS) $(TESTS_$(STACK))
 
 test-all: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(TESTS_$(STACK))
 	$(MAKE) docs
+	PYTHON=$(BIN)/python .dev_scripts/sanitize_ops.sh -q
 
 test-ops: setup-ops
 	OMP_NUM_THREADS=1 $(OPS_BIN)/python -m pytest -m "not slow" $(WORKERS) tests/ops tests/layers tests/models

@@ -2,13 +2,14 @@
 
 Environment variables: ``FORCE_CUDA=1`` builds the CUDA operators without a GPU at hand, ``TORCH_CUDA_ARCH_LIST`` says
 for which architectures (default: those from 8.0 on that torch is built for, whatever GPU is here),
-``GROOTVL_NO_EXTENSION=1`` leaves the compiled operators out.
+``GROOTVL_CXXFLAGS`` adds flags of the C++ compiler, ``GROOTVL_NO_EXTENSION=1`` leaves the compiled operators out.
 """
 
 import importlib.util
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,7 @@ def extensions() -> list:
     # torch.set_num_threads counts here too and one thread pool serves both.
     if supports_openmp(command):
         flags.append("-fopenmp")
+    flags += shlex.split(os.environ.get("GROOTVL_CXXFLAGS", ""))
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / SOURCES).glob("*.cpp"))
     sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / SOURCES / "cpu").glob("*.cpp"))
     reason = cuda_reason()

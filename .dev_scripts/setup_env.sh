@@ -2,9 +2,11 @@
 # Creates the tested environment and builds grootvl_mm into it. Every step leaves a stamp named after its inputs, so a
 # second call does only what has changed. The system provides Python with venv and headers, a C++ compiler, make and git.
 #
-# STACK   openmmlab, in .venv; onedl, the maintained packages with the same import names, in .venv-onedl; or ops, torch
-#         and mmengine without any host, in .venv-ops. Default: openmmlab where its packages can be installed (Python
-#         3.10 and 3.11), otherwise onedl (3.12 and 3.13), with .venv as a link to .venv-onedl. 3.14 has ops only.
+# STACK   openmmlab, in .venv; onedl, the maintained packages with the same import names, in .venv-onedl; ops, torch and
+#         mmengine without any host, in .venv-ops; or language, ops and the packages of Hugging Face (Python 3.11 to
+#         3.13), in .venv-language: transformers 5 breaks mmpretrain, so the two stand apart. Default: openmmlab where
+#         its packages can be installed (Python 3.10 and 3.11), otherwise onedl (3.12 and 3.13), with .venv as a link
+#         to .venv-onedl. 3.14 has ops only.
 # PYTHON  the interpreter to use (default: the first usable one of 3.11, 3.10, 3.12, 3.13, 3.14, python3)
 # MAX_JOBS       compiler processes that run at once (default: one per core)
 # GROOTVL_CACHE  where compiled mmcv wheels are kept (default: ~/.cache/grootvl_mm)
@@ -25,7 +27,8 @@ unusable() {
   local found
   found=$(version "$1") || { echo "not found"; return; }
   case $found in
-    3.10 | 3.11) ;;
+    3.10) [[ $2 != language ]] || { echo "$found, and transformers 5 is tested with 3.11 to 3.13"; return; } ;;
+    3.11) ;;
     3.12 | 3.13) [[ $2 != openmmlab ]] || { echo "$found, and OpenMMLab's packages need 3.10 or 3.11"; return; } ;;
     3.14) [[ $2 == ops ]] || { echo "$found, for which onedl-mim's requirement pandas 2.2.3 has no wheel"; return; } ;;
     *) echo "$found, not 3.10 to 3.14"; return ;;
@@ -180,6 +183,7 @@ VENV=$PWD/.venv
 [[ $STACK == openmmlab ]] || VENV=$PWD/.venv-$STACK
 TOOLS=(-r requirements/develop.txt)
 [[ $STACK != ops ]] || TOOLS=(-r requirements/tests.txt -r requirements/docs.txt)
+[[ $STACK != language ]] || TOOLS=(-r requirements/tests.txt -r requirements/lint.txt)
 MMCV=$(grep -E '^(onedl-)?mmcv==' "$HOSTS" || true)
 readonly STACK HOSTS VENV TOOLS MMCV STAMPS=$VENV/.stamps
 
@@ -200,8 +204,12 @@ if [[ -n $MMCV ]]; then
   step mmcv "installing $MMCV" install_mmcv < <(cat requirements/torch.txt; echo "$MMCV")
 fi
 step packages "installing the packages of $HOSTS and the development tools" install_packages \
-  < <(cat "$HOSTS" requirements/{build,constraints,develop,docs,optional,tests}.txt)
+  < <(cat "$HOSTS" requirements/{build,constraints,develop,docs,lint,optional,tests}.txt)
 [[ -e grootvl_mm/_C.so ]] || rm -f "$STAMPS"/project-*
 step project "compiling the operators and installing grootvl_mm (about a minute)" install_project \
   < <(cat setup.py pyproject.toml requirements/{runtime,torch}.txt; find ops/csrc -type f | sort | xargs cat)
+if [[ $STACK != ops && $STACK != language && -z $(type -P chromium chromium-browser google-chrome google-chrome-stable) ]]; then
+  say "no Chromium or Chrome: the tests of the tree explorer will be skipped, unless you get one (Debian: apt install" \
+    "chromium; elsewhere: ${VENV##*/}/bin/python -m playwright install chromium)"
+fi
 say "$VENV is ready"

@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.infer import BaseInferencer
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from tqdm import tqdm
 
 from grootvl_mm import zoo
 from grootvl_mm.apis import cli
+from grootvl_mm.apis.images import IMAGE_SUFFIXES
 from grootvl_mm.apis.whole_files import whole_file
 
-PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 FPS = 25.0  # of a video that does not tell its own
 
 # Name and picture, (H, W, 3), BGR, uint8.
@@ -64,9 +65,9 @@ def open_input(path: Path) -> Input:
     if not path.exists():
         cli.fail(f"input '{path}' does not exist; give a picture, a folder of pictures or a video")
     if path.is_dir():
-        paths = sorted(child for child in path.iterdir() if child.suffix.lower() in PICTURES)
+        paths = sorted(child for child in path.iterdir() if child.suffix.lower() in IMAGE_SUFFIXES)
         if not paths:
-            cli.fail(f"the folder '{path}' has no pictures ({', '.join(sorted(PICTURES))})")
+            cli.fail(f"the folder '{path}' has no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
         return Input(((child.name, read_picture(child)) for child in paths), len(paths), None)
     picture = decode(path)
     if picture is not None:
@@ -119,11 +120,20 @@ def check_device(device: str) -> str:
     return device
 
 
+def complete(inferencer: BaseInferencer, checkpoint: str) -> BaseInferencer:
+    """Fail if the checkpoint left weights of the model random, which the inferencers only log.
+
+    They load it by themselves, as they take classes and colours from it, too; this loads it once more.
+    """
+    cli.load_weights(inferencer.model, checkpoint)
+    return inferencer
+
+
 def detector(cfg: Config, checkpoint: str, args: argparse.Namespace) -> Draw:
     """Boxes and masks."""
     from mmdet.apis import DetInferencer
 
-    inferencer = DetInferencer(cfg, checkpoint, args.device, show_progress=False)
+    inferencer = complete(DetInferencer(cfg, checkpoint, args.device, show_progress=False), checkpoint)
     options = {"return_vis": True, "pred_score_thr": args.score_thr, "show": args.show, "wait_time": args.wait_time}
 
     def draw(picture: np.ndarray) -> np.ndarray:
@@ -137,7 +147,7 @@ def segmenter(cfg: Config, checkpoint: str, args: argparse.Namespace) -> Draw:
     """A class map."""
     from mmseg.apis import MMSegInferencer
 
-    inferencer = MMSegInferencer(cfg, checkpoint, device=args.device)
+    inferencer = complete(MMSegInferencer(cfg, checkpoint, device=args.device), checkpoint)
     inferencer.show_progress = False
     options = {"return_vis": True, "show": args.show, "wait_time": args.wait_time}
 
@@ -155,7 +165,7 @@ def classifier(cfg: Config, checkpoint: str, args: argparse.Namespace) -> Draw:
     from mmpretrain.visualization import UniversalVisualizer
 
     progress.disable_progress_bar = True
-    inferencer = ImageClassificationInferencer(cfg, checkpoint, args.device)
+    inferencer = complete(ImageClassificationInferencer(cfg, checkpoint, args.device), checkpoint)
     visualizer = UniversalVisualizer()
     options = {"classes": inferencer.classes, "show": args.show, "wait_time": args.wait_time}
 

@@ -31,6 +31,8 @@ NAVIGATION = {
 
 myst_heading_anchors = 3
 napoleon_use_ivar = True
+# make docs needs none of the packages that the language models need.
+autodoc_mock_imports = ["huggingface_hub", "peft", "transformers"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"

@@ -28,3 +28,10 @@ def _fresh_memory_is_garbage() -> Iterator[None]:
     torch.use_deterministic_algorithms("GROOTVL_EMULATION_SEED" in os.environ)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _convolutions_are_exact() -> None:
+    """By default, cuDNN rounds what a float32 convolution multiplies to 10 bits (TF32), and may add in any order."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -58,9 +59,9 @@ def write_imagenet21k(root):
     (root / "meta" / "train.txt").write_text("1.jpg 21840\n")
 
 
-def write_demo(root):
-    tool = ROOT / "tools" / "dataset_converters" / "make_demo_data.py"
-    command = [sys.executable, tool, "--out", root, "--train", "4", "--val", "2", "--workers", "1", "--force"]
+def write_made(root, tool):
+    path = ROOT / "tools" / "dataset_converters" / tool
+    command = [sys.executable, path, "--out", root, "--train", "4", "--val", "2", "--workers", "1", "--force"]
     subprocess.run(command, check=True, capture_output=True)
 
 
@@ -72,7 +73,8 @@ def data_roots(tmp_path_factory):
         ("data/ade/ADEChallengeData2016", write_ade20k),
         ("data/imagenet", write_imagenet),
         ("data/imagenet21k", write_imagenet21k),
-        ("data/demo", write_demo),
+        ("data/demo", partial(write_made, tool="make_demo_data.py")),
+        ("data/curves", partial(write_made, tool="make_curve_data.py")),
     ):
         roots[folder] = tmp_path_factory.mktemp("data")
         write(roots[folder])

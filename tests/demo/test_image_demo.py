@@ -13,6 +13,7 @@ import torch
 
 from tests.demo.conftest import NAMES
 from tests.helpers.config_cases import ROOT
+from tests.helpers.faults import WRONG_VALUES, with_wrong_weight
 
 for host in ("mmdet", "mmseg", "mmpretrain"):
     pytest.importorskip(host)
@@ -147,3 +148,29 @@ def test_one_clear_error(case: str, call: Callable, checkpoints: dict, pictures:
     assert "\n" not in error
     assert not list((tmp_path / "outputs").glob("*"))
     assert sorted(path.name for path in pictures.iterdir()) == ["a.jpg", "b.png", "notes.txt"]
+
+
+@pytest.mark.parametrize("kind", ["dropped", *WRONG_VALUES])
+def test_weights_that_would_stay_random(
+    kind: str, call: Callable, checkpoints: dict, pictures: Path, tmp_path: Path
+) -> None:
+    content = torch.load(checkpoints["cls"])
+    torch.save(with_wrong_weight(content, "head.fc.weight", kind), tmp_path / "wrong.pth")
+    error = call(pictures, CLASSIFIER, "wrong.pth", "--device", "cpu")
+    assert error.startswith("error: wrong.pth: 1 of ")
+    assert "'head.fc.weight' is " in error
+    assert "\n" not in error
+    assert not list((tmp_path / "outputs").glob("*"))
+
+
+@pytest.mark.parametrize("task", ["det", "seg"])
+def test_a_missing_head_of_other_tasks(
+    task: str, call: Callable, checkpoints: dict, pictures: Path, tmp_path: Path
+) -> None:
+    content = torch.load(checkpoints[task])
+    weights = {name: value for name, value in content["state_dict"].items() if name.startswith("backbone.")}
+    torch.save({**content, "state_dict": weights}, tmp_path / "wrong.pth")
+    error = call(pictures, NAMES[task], "wrong.pth", "--device", "cpu")
+    assert error.startswith("error: wrong.pth: ")
+    assert "would stay random" in error
+    assert "\n" not in error

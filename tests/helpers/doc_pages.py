@@ -32,6 +32,7 @@ PAGES = {
     )
 }
 
+LANGUAGE = "docs/language.md"  # needs an environment of its own
 WRONG = (AssertionError, OSError, SystemExit, ValueError, click.UsageError)
 
 
@@ -109,6 +110,8 @@ def check_command(command: str, stubs: Path, monkeypatch: pytest.MonkeyPatch) ->
     else:
         if words[0] == "-m":
             words = [f"{words[1].replace('.', '/')}.py", *words[2:]]
+        elif Path(words[0], "__main__.py").is_file():
+            words[0] += "/__main__.py"
         if program == "mim":
             words = _of_mim(words[1:])
         elif words[0].endswith(".sh"):
@@ -131,7 +134,10 @@ def _check_pip(words: list[str]) -> None:
     for word in arguments:
         if word.startswith("-"):
             assert re.search(rf"(^| ){word}\b", options, re.MULTILINE), f"pip {subcommand} has no option {word}"
-        elif not Path(word).exists():
+        elif Path(word.split("[")[0]).exists():
+            extras = set(re.findall(r"[\w-]+", word.partition("[")[2]))
+            assert extras <= set(re.findall(r"^([\w-]+) = \{ file", Path("pyproject.toml").read_text(), re.MULTILINE))
+        else:
             Requirement(word)
 
 
@@ -168,6 +174,8 @@ def _of_launcher(words: list[str], environment: dict[str, str], stubs: Path) -> 
 def _check_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if not words:
         return
+    if "language" in words[0]:
+        pytest.importorskip("transformers")
     module = load_script(words[0])
     monkeypatch.setattr(sys, "argv", words)
     arguments = module.parse_args()

@@ -123,6 +123,13 @@ WRONG_VALUES: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
+def with_wrong_weight(content: dict[str, Any], name: str, kind: str) -> dict[str, Any]:
+    """A file in which one weight is ``dropped``, or of one of :data:`WRONG_VALUES`."""
+    weights = dict(content["state_dict"])
+    value = weights.pop(name)
+    return {**content, "state_dict": weights if kind == "dropped" else {**weights, name: WRONG_VALUES[kind](value)}}
+
+
 def damage_weights(content: dict[str, Any], rng: random.Random) -> tuple[str, dict[str, Any]]:
     """Drop, rename or change a weight; such a file is whole, but does not hold the model."""
     content = copy.deepcopy(content)

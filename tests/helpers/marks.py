@@ -15,3 +15,7 @@ needs_float16_on_the_cpu = pytest.mark.skipif(
 needs_safe_globals = pytest.mark.skipif(
     torch.__version__ < "2.6", reason="safe loading is not the default, and cannot be told what else to allow"
 )
+
+needs_symbolic_convolutions = pytest.mark.skipif(
+    torch.__version__ < "2.14", reason="PyTorch 2.11 cannot trace second derivatives of a convolution with free shapes"
+)

@@ -60,7 +60,10 @@ BAD = {
         change(segmentation="abc"),
         change(segmentation={"size": [30, 40]}),
     ],
-    "mask of another size": [change(segmentation={"size": [40, 30], "counts": "abc"})],
+    "mask of another size": [
+        change(segmentation={"size": [40, 30], "counts": "abc"}),
+        change(segmentation={"size": 3, "counts": "abc"}),
+    ],
     "mask that does not fill its picture": [change(segmentation={"size": [30, 40], "counts": [1, 2]})],
     "unknown category": [change(category_id=2), change(category_id=None), change(category_id="cat")],
     "unknown picture": [change(image_id=2), change(image_id=None)],
@@ -71,6 +74,15 @@ BAD = {
     ],
     "class of the config that the annotations do not have": [
         lambda content: content["categories"][0].update(name="cart")
+    ],
+    "no entry of COCO annotations": [
+        lambda content: content["images"].append(5),
+        lambda content: content["annotations"].append(None),
+        lambda content: content["categories"].append(["cat"]),
+        lambda content: content["images"][0].update(id=[1]),
+        lambda content: content["images"][0].update(file_name={}),
+        lambda content: content["categories"][0].update(name=["cat"]),
+        change(image_id={}),
     ],
     "no COCO annotations": [lambda content: content.pop("categories"), lambda content: content.update(images={})],
 }

@@ -15,6 +15,7 @@ from PIL import Image
 
 from tests.helpers.config_cases import build_model, build_optimizer, load_config, random_batch
 from tests.helpers.doc_pages import (
+    LANGUAGE,
     PAGES,
     WRONG,
     all_commands,
@@ -46,6 +47,7 @@ def test_command_is_valid(command: str, tmp_path: Path, monkeypatch: pytest.Monk
         "make demo TUSK=cls",
         "pip install --no-such-option .",
         "pip install no/such/folder",
+        "pip install '.[no-such-extra]'",
         "python -m pytest tests/no_such_folder",
         "python tools/train.py configs/demo/grootv-pico_demo-cls.py --aamp",
         "bash tools/dist_train.sh configs/demo/no-such-config.py 8",
@@ -62,14 +64,15 @@ def test_wrong_command_is_found(command: str, tmp_path: Path, monkeypatch: pytes
         check_command(command, tmp_path, monkeypatch)
 
 
-# tests/demo/test_inferencers.py runs the page on inference, which needs checkpoints.
-@pytest.mark.parametrize("code", python_blocks("code", "docs/inference.md"))
+# tests/language/test_docs.py runs the page on language models, and
+# tests/demo/test_inferencers.py that on inference, which needs checkpoints.
+@pytest.mark.parametrize("code", python_blocks("code", "docs/inference.md", LANGUAGE))
 def test_code_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "page", "exec"), {})
 
 
-@pytest.mark.parametrize("code", python_blocks("config"))
+@pytest.mark.parametrize("code", python_blocks("config", LANGUAGE))
 def test_config_builds_and_trains_a_step(code: str, tmp_path: Path) -> None:
     if "_base_" not in code:
         code = f"_base_ = 'configs/demo/grootv-pico_demo-cls.py'\n{code}"

@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 import grootvl_mm
 from grootvl_mm.models import GrootV
 from tests.helpers.config_cases import load_config
+from tests.helpers.faults import with_wrong_weight
 from tests.helpers.tool_fixtures import SHIPPED
 from tests.helpers.tool_runs import ROOT
 
@@ -300,6 +301,18 @@ def another_size(folder: Path) -> str:
     return "size.pth"
 
 
+def not_a_number(folder: Path) -> str:
+    content = torch.load(folder / "work_dirs" / "demo-cls" / "iter_600.pth")
+    torch.save(with_wrong_weight(content, "head.fc.bias", "NaN"), folder / "nan.pth")
+    return "nan.pth"
+
+
+def half_precision(folder: Path) -> str:
+    content = torch.load(folder / "work_dirs" / "demo-cls" / "iter_600.pth")
+    torch.save(with_wrong_weight(content, "head.fc.bias", "half"), folder / "half.pth")
+    return "half.pth"
+
+
 def text(folder: Path) -> str:
     (folder / "text.pth").write_text("hello")
     return "text.pth"
@@ -312,8 +325,10 @@ def text(folder: Path) -> str:
         (text, "text.pth is no checkpoint, or is cut off or damaged"),
         (another_model, "this checkpoint does not fit GrootV"),
         (another_size, "size.pth does not fit the model of the config: Error(s) in loading state_dict for ImageCl"),
+        (not_a_number, "weights cannot be loaded: 'head.fc.bias' is NaN at least in part"),
+        (half_precision, "would stay random: 'head.fc.bias' is float16, expected float32"),
     ],
-    ids=["missing", "text", "another model", "another size"],
+    ids=["missing", "text", "another model", "another size", "NaN", "half precision"],
 )
 def test_checkpoints_that_do_not_fit(make: Callable, message: str, classification: list, folder: Path) -> None:
     assert_fails(folder, message, classification[0], make(folder), "out.pt2")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.config_cases import CONFIG_FILES
 from tests.helpers.tool_runs import ROOT, Mim, mim_name
 
 
@@ -40,7 +41,7 @@ def test_train_by_config_name_and_run_a_tool(mim: Mim, demo_data: Path, tmp_path
 def test_search(mim: Mim, tmp_path: Path):
     mim("search", "grootvl_mm", "--json", tmp_path / "models.json")
     found = set(json.loads((tmp_path / "models.json").read_text())["config"].values())
-    shipped = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("[!_]*/*.py")}
+    shipped = {str(path.relative_to(ROOT)) for path in CONFIG_FILES}
     recipes = {path for path in shipped if not path.startswith("configs/demo/")}
     assert recipes <= found <= shipped
 

@@ -145,7 +145,8 @@ def test_prefixes_and_bare_state_dicts(
 @pytest.mark.parametrize("arch", ["tiny", "small", "base", {"channels": 16, "depths": (1, 3, 2, 1)}])
 def test_every_size_is_found_and_fits(arch: str | dict, converter: ModuleType) -> None:
     with torch.device("meta"):
-        content = {"model": published_weights(arch)}
+        weights = published_weights(arch)
+    content = {"model": {name: torch.zeros(weight.shape) for name, weight in weights.items()}}
     meta = converter.convert(content, "published.pth")["meta"]
     assert (meta["arch"], meta["num_classes"]) == (arch, CLASSES)
 
@@ -177,6 +178,10 @@ WRONG = {
         "some weights have too few axes",
     ),
     "odd stem": (lambda w: {"model": {**w, "patch_embed.conv2.weight": torch.ones(3)}}, "the stem or blocks of some"),
+    "NaN": (lambda w: {"model": {**w, "head.bias": w["head.bias"] * torch.nan}}, "'head.fc.bias' is NaN"),
+    "half precision": (lambda w: {"model": {k: v.half() for k, v in w.items()}}, "is float16, expected float32"),
+    "sparse": (lambda w: {"model": {**w, "head.weight": w["head.weight"].to_sparse()}}, "sparse or nested"),
+    "meta": (lambda w: {"model": {**w, "head.weight": w["head.weight"].to("meta")}}, "a meta tensor"),
     "twice": (lambda w: {"model": {**w, "module.head.bias": torch.ones(5)}}, "hold 'head.bias' twice"),
 }
 

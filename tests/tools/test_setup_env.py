@@ -62,6 +62,7 @@ def setup(checkout: Path, **environment: str) -> str:
         (["3.9", "3.13"], "", ".venv-onedl"),
         (["3.11"], "onedl", ".venv-onedl"),
         (["3.14"], "ops", ".venv-ops"),
+        (["3.10", "3.11"], "language", ".venv-language"),
     ],
 )
 def test_stack_that_can_be_installed_is_chosen(checkout: Path, versions: list[str], stack: str, folder: str) -> None:
@@ -84,7 +85,8 @@ def test_stack_that_can_be_installed_is_chosen(checkout: Path, versions: list[st
         ({"version": "3.13"}, "openmmlab", "python3.13: 3.13, and OpenMMLab's packages need 3.10 or 3.11"),
         ({"version": "3.13", "without_venv": True}, "", "3.13 without venv (Debian, Ubuntu: python3-venv)"),
         ({"version": "3.13", "without_headers": True}, "", "3.13 without headers (Debian, Ubuntu: python3-dev)"),
-        ({"version": "3.11"}, "mmcv", "STACK must be one of onedl,openmmlab,ops, got 'mmcv'"),
+        ({"version": "3.10"}, "language", "3.10, and transformers 5 is tested with 3.11 to 3.13"),
+        ({"version": "3.11"}, "mmcv", "STACK must be one of language,onedl,openmmlab,ops, got 'mmcv'"),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(checkout: Path, python: dict, stack: str, message: str) -> None:

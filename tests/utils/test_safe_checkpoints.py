@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from grootvl_mm.utils.checkpoint_types import reconstruct
-from grootvl_mm.utils.safe_checkpoints import CheckpointError, load_safely, read_checkpoint
+from grootvl_mm.utils.safe_checkpoints import CheckpointError, load_safely, read_checkpoint, without_stand_ins
 from tests.helpers.crafted_pickles import HOSTILE, NO_DATA, Op, build, call, named, write
 from tests.helpers.marks import needs_safe_globals
 
@@ -255,3 +255,21 @@ def test_objects_are_still_refused(tmp_path: Path, capsys):
         with pytest.raises(pickle.UnpicklingError):
             torch.load(tmp_path / "crafted.pth")
     assert not capsys.readouterr().out
+
+
+@needs_safe_globals
+def test_other_libraries_read_numpys_own_types(tmp_path: Path) -> None:
+    """As Hugging Face's Trainer does it with the states of random generators when it resumes."""
+    path = tmp_path / "state.pth"
+    torch.save({"state": np.arange(3, dtype=np.uint32)}, path)
+    core = getattr(np, "_core", None) or np.core
+    own = [core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+    before = set(torch.serialization.get_safe_globals())
+    with without_stand_ins(), torch.serialization.safe_globals(own):
+        found = torch.load(path, weights_only=True)["state"]
+    assert isinstance(found, np.ndarray)
+    assert found.tolist() == [0, 1, 2]
+    assert set(torch.serialization.get_safe_globals()) == before
+    with pytest.raises(ZeroDivisionError), without_stand_ins():
+        1 / 0  # noqa: B018
+    assert set(torch.serialization.get_safe_globals()) == before

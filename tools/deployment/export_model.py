@@ -29,6 +29,7 @@ from grootvl_mm.apis.checkpoint_files import CheckpointError, read_checkpoint
 from grootvl_mm.apis.whole_files import whole_file
 from grootvl_mm.ops import extension_error
 from grootvl_mm.ops.decompositions import decomposition_table
+from grootvl_mm.utils.loaded_weights import all_weights_loaded, check_weights
 
 PACKAGE = Path(grootvl_mm.__file__).resolve().parent
 DEFAULT_SHAPES = {"mmpretrain": (224, 224), "mmseg": (512, 512), "mmdet": (800, 1344)}
@@ -120,9 +121,11 @@ def load_weights(model: nn.Module, checkpoint: str) -> None:
     """Load a checkpoint of the whole model, or fail."""
     try:
         content = read_checkpoint(checkpoint)
-        model.load_state_dict(content.get("state_dict", content))
+        check_weights(content)
+        with all_weights_loaded(model):
+            model.load_state_dict(content.get("state_dict", content))
     except CheckpointError as error:
-        cli.fail(str(error))
+        cli.fail(str(error) if checkpoint in str(error) else f"{checkpoint}: {error}")
     except (RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         cli.fail(f"{checkpoint} does not fit the model of the config: {reason[:MAX_REASON]}")

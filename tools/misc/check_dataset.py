@@ -12,6 +12,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,6 +69,10 @@ def check_coco(content: Any, classes: Sequence[str]) -> Iterator[Problem]:
     if missing:
         yield Problem("no COCO annotations", f"no list {', '.join(missing)}")
         return
+    odd = [f"{part}[{index}]" for part in parts for index, entry in enumerate(content[part]) if not _is_entry(entry)]
+    if odd:
+        yield from (Problem("no entry of COCO annotations", where) for where in odd)
+        return
     images = {image.get("id"): image for image in content["images"]}
     categories = {category.get("id"): category.get("name") for category in content["categories"]}
     for name in sorted(set(classes) - set(categories.values())):
@@ -112,7 +117,7 @@ def check_box(box: Any, size: tuple[int, int]) -> Iterator[tuple[str, str]]:
 def check_outline(outline: Any, size: tuple[int, int]) -> Iterator[tuple[str, str]]:
     """Problems of a mask in COCO's formats: polygons, or run lengths."""
     if isinstance(outline, dict):
-        if list(outline.get("size", ())) != [size[1], size[0]]:
+        if outline.get("size") != [size[1], size[0]]:
             yield "mask of another size", f"{outline.get('size')} in {size[0]}x{size[1]}"
         counts = outline.get("counts")
         if isinstance(counts, list) and (not _are_numbers(counts) or sum(counts) != size[0] * size[1]):
@@ -177,9 +182,10 @@ def check_detection(dataset: Mapping[str, Any], pictures: bool) -> Iterator[Prob
         yield Problem("annotations that cannot be read", f"{path}: {error}")
         return
     yield from check_coco(content, (dataset.get("metainfo") or {}).get("classes", ()))
-    if pictures and isinstance(content, dict):
+    images = content.get("images") if isinstance(content, dict) else None
+    if pictures and isinstance(images, list):
         folder = root / (dataset.get("data_prefix") or {}).get("img", "")
-        for image in tqdm(content.get("images", ()), "pictures", leave=False):
+        for image in tqdm(filter(_is_entry, images), "pictures", len(images), leave=False):
             yield from check_picture(folder / str(image.get("file_name")), (image.get("width"), image.get("height")))
 
 
@@ -204,6 +210,12 @@ def check_listed(dataset: Mapping[str, Any], pictures: bool) -> Iterator[Problem
         labels = np.atleast_1d(entry.get("gt_label", 0))
         if num_classes and not all(0 <= label < num_classes for label in labels):
             yield Problem("unknown class", f"{path}: {labels.tolist()} of {num_classes} classes")
+
+
+def _is_entry(value: Any) -> bool:
+    """Whether names and numbers, by which entries refer to each other, are where they should be."""
+    keys = ("id", "image_id", "category_id", "name", "file_name")
+    return isinstance(value, dict) and all(isinstance(value.get(key, 0), (int, float, str, NoneType)) for key in keys)
 
 
 def _is_size(value: Any) -> bool:

@@ -26,6 +26,7 @@ from grootvl_mm.apis import cli
 from grootvl_mm.apis.checkpoint_files import CheckpointError, is_state_dict, rewrite_checkpoint
 from grootvl_mm.models import GrootV
 from grootvl_mm.models.published_checkpoints import WEIGHTS, convert_published, is_published, strip_prefixes
+from grootvl_mm.utils.loaded_weights import all_weights_loaded
 
 CLASSIFIER = Path(__file__).resolve().parents[2] / "configs" / "_base_" / "models" / "grootv_classifier.py"
 
@@ -110,7 +111,7 @@ def check_fit(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load the weights strictly into the model.
 
     Raises:
-        CheckpointError: A name is missing or surplus, or a shape differs.
+        CheckpointError: A name is missing or surplus, a shape or precision differs, or weights are NaN or not dense.
     """
     expected = model.state_dict()
     common = [name for name in expected if name in weights]
@@ -124,7 +125,8 @@ def check_fit(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
             "the weights do not fit the classifier: "
             + "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in problems.items() if names)
         )
-    model.load_state_dict(dict(weights), strict=True, assign=True)
+    with all_weights_loaded(model):
+        model.load_state_dict(dict(weights), strict=True, assign=True)
 
 
 def convert(content: Mapping[str, Any], source: str, wanted: str | None = None) -> dict[str, Any]:

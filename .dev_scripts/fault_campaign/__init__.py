@@ -1,0 +1,1 @@
+"""Breaks things on purpose; see ``__main__.py``."""

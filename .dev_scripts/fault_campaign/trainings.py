@@ -1,0 +1,278 @@
+"""Trainings of several processes, and trainings whose disk is full or read-only."""
+
+import contextlib
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from fault_campaign.results import ROOT, Result
+from grootvl_mm.apis.resume import find_resumable_checkpoint
+
+MARK = "GROOTVL_FAULT_CAMPAIGN"
+CLASSIFIER = ROOT / "configs" / "demo" / "grootv-pico_demo-cls.py"
+CONFIG = """\
+_base_ = {base!r}
+data = {data!r}
+train_dataloader = dict(batch_size=2, num_workers=2, dataset=dict(data_root=data))
+val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root=data))
+test_dataloader = val_dataloader
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1, max_keep_ckpts=3))
+log_processor = dict(window_size=1)
+randomness = dict(seed=0)
+"""
+
+
+def make_config(folder: Path) -> Path:
+    """The config of a small training, on generated data that is made once."""
+    data = folder / "data"
+    if not data.exists():
+        script = ROOT / "tools" / "dataset_converters" / "make_demo_data.py"
+        options = ("--out", data, "--train", 24, "--val", 4, "--size", 64, "--workers", 1)
+        command = [sys.executable, str(script), *map(str, options)]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    config = folder / "config.py"
+    config.write_text(CONFIG.format(base=str(CLASSIFIER), data=f"{data}/classification/"))
+    return config
+
+
+class Trainings:
+    """Starts the tools on generated data, and knows all processes that come of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.mark = uuid.uuid4().hex
+        self.config = make_config(folder)
+
+    def start(self, script: str, *arguments: object, prefix: tuple[str, ...] = (), **options: Any) -> subprocess.Popen:
+        """Start a script of ``tools/``, or a command that becomes it, in a session of its own."""
+        env = {
+            **os.environ,
+            MARK: self.mark,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        return subprocess.Popen(
+            [*prefix, sys.executable, str(ROOT / "tools" / script), *map(str, arguments)],
+            cwd=self.folder,
+            env={**env, **options.pop("env", {})},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            **options,
+        )
+
+    def run(self, script: str, *arguments: object, **options: Any) -> tuple[int, str]:
+        """Run a script; its status and what it wrote to stderr."""
+        process = self.start(script, *arguments, **options)
+        errors = process.communicate(timeout=3600)[1]
+        return process.returncode, errors
+
+    def alive(self) -> list[int]:
+        """Processes that came of this campaign."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and self.mark.encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+        return found
+
+    def wait_for_end(self, seconds: float) -> float | None:
+        """Seconds until no process was left, or None if some were; these are ended."""
+        start = time.monotonic()
+        while time.monotonic() - start < seconds:
+            if not self.alive():
+                return time.monotonic() - start
+            time.sleep(0.1)
+        for pid in self.alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return None
+
+
+def ranks(count: int, rng: random.Random) -> Result:
+    """Two processes, of which one is killed, or whose port is taken: an error in time, and no process is left."""
+    faults, seconds = [], []
+    with tempfile.TemporaryDirectory() as temporary, socket.socket() as taken:
+        trainings = Trainings(Path(temporary))
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        options = ("--cfg-options", "train_cfg.max_iters=100000", "env_cfg.dist_cfg.timeout=60")
+
+        def start(port: int, work_dir: Path) -> subprocess.Popen:
+            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+            command += [str(ROOT / "tools/train.py"), str(trainings.config), "--work-dir", str(work_dir)]
+            env = {**os.environ, MARK: trainings.mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            return subprocess.Popen(
+                [*command, "--launcher", "pytorch", *options],
+                env={**env, "CUDA_VISIBLE_DEVICES": ""},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+
+        process = start(taken.getsockname()[1], trainings.folder / "taken")
+        if process.wait(timeout=300) == 0:
+            faults.append("a taken port is no error")
+        for number in range(count):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            work_dir = trainings.folder / f"run-{number}"
+            process = start(port, work_dir)
+            deadline = time.monotonic() + 300
+            while not list(work_dir.glob("iter_*.pth")) and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.2)
+            main = [pid for pid in trainings.alive() if "train.py" in _command(pid) and _parent(pid) == process.pid]
+            if len(main) != 2:
+                faults.append(f"{number}: the training did not start: {process.communicate()[1][-300:]}")
+                continue
+            victim = rng.choice([*main, process.pid])
+            os.kill(victim, signal.SIGKILL)
+            gone = trainings.wait_for_end(120)
+            process.communicate()
+            if gone is None:
+                faults.append(f"{number}: processes were left")
+            seconds.append(gone or 120)
+    return Result(f"{count} ranks or launchers killed; all gone after {max(seconds, default=0):.1f} s at most", faults)
+
+
+def links(count: int, rng: random.Random) -> Result:
+    """Two processes in two network namespaces, whose link is cut: both end with an error soon after the timeout."""
+    if os.geteuid() or not shutil.which("ip"):
+        return Result("not run: needs root and the command ip", [])
+    faults, seconds, timeout = [], [], 20
+
+    def configure(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        trainings = Trainings(Path(temporary))
+        for number in range(count):
+            spaces = [f"faults{os.getpid()}{side}" for side in "ab"]
+            ends = [f"fc{os.getpid()}{side}" for side in "ab"]
+            try:
+                for space in spaces:
+                    configure("netns", "add", space)
+                configure("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+                for side, (space, end) in enumerate(zip(spaces, ends, strict=True)):
+                    configure("link", "set", end, "netns", space)
+                    configure("-n", space, "addr", "add", f"10.213.0.{side + 1}/24", "dev", end)
+                    configure("-n", space, "link", "set", end, "up")
+                    configure("-n", space, "link", "set", "lo", "up")
+                work_dir = trainings.folder / f"run-{number}"
+                processes = [_rank(trainings, work_dir, side, spaces[side], ends[side], timeout) for side in (0, 1)]
+                deadline = time.monotonic() + 300
+                while not list(work_dir.glob("iter_*.pth")) and time.monotonic() < deadline:
+                    time.sleep(0.2)
+                configure("-n", spaces[0], "link", "set", ends[0], "down")
+                gone = trainings.wait_for_end(timeout + 60)
+                seconds.append(gone or timeout + 60)
+                outputs = [process.communicate()[1] for process in processes]
+                if gone is None or not list(work_dir.glob("iter_*.pth")):
+                    faults.append(f"{number}: did not end, or did not start: {outputs[0][-300:]}")
+                if any(process.returncode == 0 for process in processes):
+                    faults.append(f"{number}: ended as if nothing was: {[p.returncode for p in processes]}")
+                if not all("error: lost another process" in output for output in outputs):
+                    faults.append(f"{number}: no clear error: {[output[-300:] for output in outputs]}")
+            finally:
+                for space in spaces:
+                    subprocess.run(["ip", "netns", "del", space], stderr=subprocess.DEVNULL, check=False)
+    return Result(f"{count} links cut, timeout {timeout} s; ended after {max(seconds):.1f} s at most", faults)
+
+
+def _rank(trainings: Trainings, work_dir: Path, rank: int, space: str, end: str, timeout: int) -> subprocess.Popen:
+    """One process of a training of two, in a network namespace."""
+    command = ["ip", "netns", "exec", space, sys.executable, str(ROOT / "tools/train.py"), str(trainings.config)]
+    options = ["train_cfg.max_iters=100000", f"env_cfg.dist_cfg.timeout={timeout}"]
+    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "10.213.0.1", "MASTER_PORT": 29511}
+    env |= {MARK: trainings.mark, "OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [*command, "--work-dir", str(work_dir), "--launcher", "pytorch", "--cfg-options", *options],
+        env={**os.environ, "GLOO_SOCKET_IFNAME": end, **{name: str(value) for name, value in env.items()}},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    return ""
+
+
+def _parent(pid: int) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def disks(count: int, rng: random.Random) -> Result:
+    """Files that may not grow any more, as on a full disk: one line, status 1, and the last checkpoint stays whole."""
+    faults = []
+    with tempfile.TemporaryDirectory() as temporary:
+        trainings = Trainings(Path(temporary))
+        work_dir = trainings.folder / "run"
+        options = ("--work-dir", work_dir, "--cfg-options")
+        trainings.run("train.py", trainings.config, *options, "train_cfg.max_iters=2")
+        source = find_resumable_checkpoint(work_dir)
+        size = source.stat().st_size
+        for number in range(count):
+            limit = rng.randint(size // 10, size - 1)
+
+            def limited(limit: int = limit) -> None:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+            commands = {
+                "train.py": (trainings.config, "--resume", *options, "train_cfg.max_iters=4"),
+                "model_converters/publish_model.py": (source, trainings.folder / "published.pth"),
+            }
+            for script, arguments in commands.items():
+                status, errors = trainings.run(script, *arguments, preexec_fn=limited)
+                lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+                full = script == "train.py" or limit < size // 4  # what is published is smaller
+                if full and (status == 0 or len(lines) != 1 or "Traceback" in errors):
+                    faults.append(f"{number}: {script} ends with status {status}: {errors[-300:]}")
+                left = [path.name for path in trainings.folder.iterdir() if path.name.startswith(".")]
+                if left:
+                    faults.append(f"{number}: {script} left {left}")
+            if find_resumable_checkpoint(work_dir) is None:
+                faults.append(f"{number}: no whole checkpoint is left")
+        mounted, more = _mounted_disks(trainings, source)
+    return Result(f"{count} full disks; {mounted}", faults + more)
+
+
+def _mounted_disks(trainings: Trainings, source: Path) -> tuple[str, list[str]]:
+    """Disks of their own for a training and a converter: one that is read-only, and one for a part of a checkpoint."""
+    if os.geteuid() or not shutil.which("unshare"):
+        return "none mounted: needs root and the command unshare", []
+    faults, disk = [], trainings.folder / "disk"
+    disk.mkdir()
+    commands = {
+        "train.py": (trainings.config, "--work-dir", disk / "run", "--cfg-options", "train_cfg.max_iters=4"),
+        "model_converters/publish_model.py": (source, disk / "published.pth"),
+    }
+    disks = {"read-only": "ro", "of 200 KiB": "size=200k"}
+    for kind, options in disks.items():
+        mount = ("unshare", "-m", "sh", "-c", f'mount -t tmpfs -o {options} none "$0" && exec "$@"', str(disk))
+        for script, arguments in commands.items():
+            status, errors = trainings.run(script, *arguments, prefix=mount)
+            lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+            if status == 0 or len(lines) != 1 or "Traceback" in errors:
+                faults.append(f"{kind} disk: {script} ends with status {status}: {errors[-300:]}")
+    return f"{len(disks)} mounted ones, read-only and too small", faults
