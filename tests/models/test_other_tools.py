@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 from mmengine.utils import get_installed_path
 from mmengine.utils.dl_utils import is_norm
 from torch import Tensor, nn
@@ -93,7 +94,8 @@ def test_vis_cam_of_mmpretrain(
     monkeypatch.setattr(vis_cam, "show_cam_grad", lambda heatmap, image, *args, **kwargs: shown.append(heatmap))
     size = ["--cfg-options", "test_dataloader.dataset.pipeline.1.scale=(160,96)"]
     monkeypatch.setattr(sys, "argv", ["vis_cam.py", *map(str, (picture, config, checkpoint)), *arguments, *size])
-    vis_cam.main()
+    with DefaultScope.overwrite_default_scope("mmpretrain"):  # as in a process of its own
+        vis_cam.main()
     (heatmap,) = shown
     assert heatmap.shape == (1, 96, 160)
 
