@@ -19,7 +19,6 @@ repeated. The tables are written to WORK_DIR/README.md, all numbers to WORK_DIR/
 import argparse
 import bz2
 import gzip
-import json
 import math
 import random
 import statistics
@@ -32,6 +31,7 @@ from typing import Any
 import torch
 from language_data import Data, RecallData, Running, Settings, read_text
 from mmengine.logging import MMLogger
+from studies import read_results, summary, write_results
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -284,12 +284,6 @@ def timed(call: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
-def summary(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
-    """Mean and, of several values, standard deviation."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.{digits}f}{spread}"
-
-
 def make_tables(results: dict[str, Any], arms: Sequence[str], modes: Sequence[str]) -> str:
     """The results as Markdown."""
     settings, base = Settings(**results["settings"]), results["base"]
@@ -340,7 +334,7 @@ def row(titles: list[str], runs: Sequence[dict[str, Any]], pairs: Sequence[tuple
 
 def load_results(path: Path, settings: Settings) -> dict[str, Any]:
     """What an earlier call with the same settings has left."""
-    results = json.loads(path.read_text()) if path.is_file() else {"settings": asdict(settings), "runs": {}}
+    results = read_results(path, {"settings": asdict(settings), "runs": {}})
     if results["settings"] != asdict(settings):
         cli.fail(f"{path.parent} holds results of other settings, {results['settings']}; give another --work-dir")
     return results
@@ -364,16 +358,13 @@ def main() -> None:
     data.write(args.work_dir / "data")
     base = args.work_dir / "base"
 
-    def keep() -> None:
-        path.write_text(json.dumps(results, indent=2) + "\n")
-
     if "base" not in results:
         logger.info("Pretraining.")
         model = pretrain(data, base)
         scores = {"bits per byte": compressed(data) | {"Mamba": bits_per_byte(model, data)}}
         scores["plain"] = evaluate(model, data)
         results["base"] = {"parameters": model.num_parameters(), **scores}
-        keep()
+        write_results(path, results)
     logger.info("Pretrained: %s", results["base"])
     for seed in args.seeds:
         for mode in args.modes:
@@ -383,11 +374,11 @@ def main() -> None:
                     start = time.monotonic()
                     model = finetune(base / "final", data, arm, mode, seed, args.work_dir / name.replace("/", "-"))
                     results["runs"][name] = evaluate(model, data) | {"seconds": time.monotonic() - start}
-                    keep()
+                    write_results(path, results)
                 logger.info("%s: %s", name, results["runs"][name])
     if set(args.arms) - set(results.get("cost", {})):
         results["cost"] = measure_cost(base / "final", data, list(dict.fromkeys(["plain", *args.arms])))
-        keep()
+        write_results(path, results)
     tables = make_tables(results, args.arms, args.modes)
     (args.work_dir / "README.md").write_text(tables)
     if args.page:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from mmengine.config import Config
 from mmengine.logging import MMLogger
+from studies import read_results, resized, summary, write_results
 from train_on_digits import ROOT, moved_paths, run
 
 from grootvl_mm.apis.resume import find_resumable_checkpoint
-from grootvl_mm.apis.whole_files import whole_file
 
 SIZES = ("96x160", "128x128", "160x96", "96x96", "160x160")
 LONGEST = 160
@@ -68,10 +68,7 @@ def parse_args() -> argparse.Namespace:
 def data_options(cfg: Config, data: Path) -> Iterator[str]:
     """Yield the overrides of a demo config for the scenes in ``data``, which keep their sizes."""
     yield from moved_paths(cfg.to_dict(), data)
-    for part in ("train", "val", "test"):
-        pipeline = cfg[f"{part}_dataloader"].dataset.pipeline
-        (index,) = (index for index, transform in enumerate(pipeline) if transform.type == "Resize")
-        yield f"{part}_dataloader.dataset.pipeline.{index}.scale=({LONGEST},{LONGEST})"
+    yield from resized(cfg, LONGEST)
 
 
 def train_and_test(
@@ -126,12 +123,6 @@ def make_table(results: dict[str, dict[str, Any]], names: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def summary(values: Sequence[float]) -> str:
-    """Mean and, of several values, standard deviation."""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
-
-
 def main() -> None:
     """Run the command."""
     args = parse_args()
@@ -149,7 +140,7 @@ def main() -> None:
         args.val,
     )
     path = args.work_dir / "results.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
+    results = read_results(path, {})
     for seed in args.seeds:
         for name in args.backbones:
             key = f"seed {seed}, {args.iters} iterations"
@@ -158,8 +149,7 @@ def main() -> None:
             if not found.keys() >= EVALUATED.keys():
                 for result in train_and_test(BACKBONES[name], seed, folder, data, args.iters, found):
                     results[name][key] = result
-                    with whole_file(path) as partial:
-                        partial.write_text(json.dumps(results, indent=2) + "\n")
+                    write_results(path, results)
             logger.info("%s, %s: %s", BACKBONES[name].title, key, results[name][key])
     chosen = {
         name: {key: run for key, run in runs.items() if key.endswith(f" {args.iters} iterations")}

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from scipy.stats import t as student
+from studies import read_results, resized, summary, write_results
 from train_on_digits import CONFIG_DATA, ROOT, moved_paths, run
 
 from grootvl_mm.apis.resume import find_resumable_checkpoint
@@ -188,10 +189,7 @@ def overrides(cfg: Config, task: str, data: Path) -> Iterator[str]:
     scale = TASKS[task].scale
     if scale is None:
         return
-    for part in ("train", "val", "test"):
-        pipeline = cfg[f"{part}_dataloader"].dataset.pipeline
-        (index,) = (index for index, transform in enumerate(pipeline) if transform.type == "Resize")
-        yield f"{part}_dataloader.dataset.pipeline.{index}.scale=({scale},{scale})"
+    yield from resized(cfg, scale)
     if "size" in cfg.model.get("data_preprocessor", {}):
         yield f"model.data_preprocessor.size=({scale},{scale})"
 
@@ -259,12 +257,6 @@ def make_table(task: str, results: dict[str, dict[int, dict[str, float]]]) -> st
     return "\n".join(lines) + "\n"
 
 
-def summary(values: Sequence[float]) -> str:
-    """Mean and, of several values, standard deviation."""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
-
-
 def make_page(results: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
     """The tables of all tasks."""
     page = []
@@ -287,7 +279,7 @@ def main() -> None:
     logger = MMLogger.get_instance("scan_study")
     args.work_dir = args.work_dir.resolve()
     path = args.work_dir / "results.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
+    results = read_results(path, {})
     data = {task: make_data(task, args) for task in args.tasks}
     for seed in args.seeds:
         for task in args.tasks:
@@ -295,7 +287,7 @@ def main() -> None:
                 key = f"{task}/{arm}/{args.iters or TASKS[task].iters}/{seed}"
                 if key not in results:
                     results[key] = train(arm, task, seed, data[task], args)
-                    path.write_text(json.dumps(results, indent=2) + "\n")
+                    write_results(path, results)
                     (args.work_dir / "README.md").write_text(make_page(results, args))
                 logger.info("%s: %s", key, results[key])
     page = make_page(results, args)

@@ -1,0 +1,36 @@
+"""What the studies of this folder share: their results, which outlive a killed process, and cells of their tables."""
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from grootvl_mm.apis.whole_files import whole_file
+
+
+def read_results(path: Path, initial: dict[str, Any]) -> dict[str, Any]:
+    """The results that an earlier call has left, or the initial ones."""
+    return json.loads(path.read_text()) if path.is_file() else initial
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write the results, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def summary(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
+    """Mean and, of several values, standard deviation."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.{digits}f}{spread}"
+
+
+def resized(cfg: Config, side: int) -> Iterator[str]:
+    """Yield the overrides with which the pipelines of a config scale pictures to a side."""
+    for part in ("train", "val", "test"):
+        pipeline = cfg[f"{part}_dataloader"].dataset.pipeline
+        (index,) = (index for index, transform in enumerate(pipeline) if transform.type == "Resize")
+        yield f"{part}_dataloader.dataset.pipeline.{index}.scale=({side},{side})"
