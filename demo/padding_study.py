@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from mmengine.config import Config
 from mmengine.logging import MMLogger
-from studies import read_results, resized, summary, write_results
+from studies import read_results, resized, scheduled, summary, write_results
 from train_on_digits import ROOT, moved_paths, run
 
 from grootvl_mm.apis.resume import find_resumable_checkpoint
@@ -83,11 +83,10 @@ def train_and_test(
     options = [*data_options(Config.fromfile(config), data), *backbone.options]
     final = folder / f"iter_{iters}.pth"
     if find_resumable_checkpoint(folder) != final:
-        schedule = [f"train_cfg.max_iters={iters}", f"param_scheduler.1.end={iters}", f"randomness.seed={seed}"]
         unevaluated = ["val_cfg=None", "val_dataloader=None", "val_evaluator=None"]
         kept = [option for option in options if not option.startswith("val_")]
         run("train.py", config, "--work-dir", folder, "--resume", "auto", "--cfg-options",
-            *schedule, *unevaluated, "default_hooks.logger.interval=1", *kept)  # fmt: skip
+            *scheduled(iters, seed), *unevaluated, "default_hooks.logger.interval=1", *kept)  # fmt: skip
     result = {"loss": last_loss(folder)} | result
     for name, evaluated in EVALUATED.items():
         if name not in result:

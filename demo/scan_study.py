@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from scipy.stats import t as student
-from studies import read_results, resized, summary, write_results
+from studies import read_results, resized, scheduled, summary, write_results
 from train_on_digits import CONFIG_DATA, ROOT, moved_paths, run
 
 from grootvl_mm.apis.resume import find_resumable_checkpoint
@@ -199,12 +199,8 @@ def train(arm: str, task: str, seed: int, data: Path, args: argparse.Namespace) 
     iters = args.iters or TASKS[task].iters
     config = write_config(arm, task, args.work_dir / "configs")
     folder = args.work_dir / f"{task}-{arm}-{iters}-{seed}"
-    warm_up = max(min(50, iters // 5), 1)
-    schedule = [
-        *(f"train_cfg.max_iters={iters}", f"train_cfg.val_interval={iters}", f"randomness.seed={seed}"),
-        *(f"param_scheduler.0.end={warm_up}", f"param_scheduler.1.begin={warm_up}", f"param_scheduler.1.end={iters}"),
-        "default_hooks.checkpoint.max_keep_ckpts=1",
-    ]
+    options = [f"train_cfg.val_interval={iters}", "default_hooks.checkpoint.max_keep_ckpts=1"]
+    schedule = [*scheduled(iters, seed), *options]
     start = time.monotonic()
     if find_resumable_checkpoint(folder) != folder / f"iter_{iters}.pth" or read_metrics(task, folder) is None:
         options = overrides(Config.fromfile(config), task, data)

@@ -34,3 +34,10 @@ def resized(cfg: Config, side: int) -> Iterator[str]:
         pipeline = cfg[f"{part}_dataloader"].dataset.pipeline
         (index,) = (index for index, transform in enumerate(pipeline) if transform.type == "Resize")
         yield f"{part}_dataloader.dataset.pipeline.{index}.scale=({side},{side})"
+
+
+def scheduled(iters: int, seed: int) -> Iterator[str]:
+    """Yield the overrides of a demo config for the length of a training, of which at most a fifth is warm-up."""
+    warm_up = max(min(50, iters // 5), 1)
+    yield from (f"train_cfg.max_iters={iters}", f"randomness.seed={seed}", f"param_scheduler.0.end={warm_up}")
+    yield from (f"param_scheduler.1.begin={warm_up}", f"param_scheduler.1.end={iters}")
