@@ -1,1 +1,1 @@
-"""Layers that the models are made of, and what they compute again in the backward pass instead of keeping it."""
+"""Building blocks of the models, and their activation recomputation."""

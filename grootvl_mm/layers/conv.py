@@ -1,4 +1,4 @@
-"""The convolution of a token mixer."""
+"""The depth-wise convolution of the token mixer."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from grootvl_mm.ops._compat import is_autocast_enabled, is_eager
 
 
 def conv_silu(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """``SiLU(conv(x))`` of (B, H, W, C): one fused operator for an untouched depth-wise 3x3 convolution."""
+    """``SiLU(conv(x))`` for (B, H, W, C): one fused operator if ``conv`` is an untouched depth-wise 3x3 convolution."""
     if is_eager(x) and _is_depthwise(conv) and _is_for_own(x, conv.weight):
         return depthwise_conv_silu(x, conv.weight)
     return F.silu(conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
@@ -28,7 +28,7 @@ def _is_depthwise(conv: nn.Module) -> bool:
 
 @unwatched
 def _is_for_own(x: Tensor, weight: Tensor) -> bool:
-    """Whether our kernel takes x and weight, and PyTorch would accept them as well."""
+    """Whether our kernel supports these inputs, and PyTorch accepts them as well."""
     return (
         has_own_kernels(x, weight)
         and x.dim() == 4

@@ -4,10 +4,10 @@ from torch import Tensor, nn
 
 
 class DropPath(nn.Module):
-    """Drops a residual branch of a whole sample in training, and scales what is left.
+    """Stochastic depth: in training, drops the residual branch of random samples and rescales the others.
 
     Args:
-        drop_prob: the probability to drop it, in [0, 1).
+        drop_prob: probability of dropping a sample's branch, in [0, 1).
     """
 
     def __init__(self, drop_prob: float) -> None:
@@ -15,7 +15,7 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape (B, ...)."""
+        """(B, ...) to the same shape."""
         if not self.training or self.drop_prob == 0.0:
             return x
         keep_prob = 1.0 - self.drop_prob
@@ -23,5 +23,5 @@ class DropPath(nn.Module):
         return x * mask.div_(keep_prob)
 
     def extra_repr(self) -> str:
-        """The drop rate."""
+        """The drop probability, for ``repr``."""
         return f"drop_prob={self.drop_prob:.3f}"

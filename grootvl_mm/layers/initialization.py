@@ -1,4 +1,4 @@
-"""Weight initialization, also of models that were created on the meta device."""
+"""Weight initialization, including models created on the meta device."""
 
 import math
 from collections.abc import Callable
@@ -13,17 +13,17 @@ INIT_CFG_MODULE = BaseInit.__module__
 
 
 def init_linear(layer: nn.Linear) -> None:
-    """Weights truncated normal with deviation 0.02, bias 0."""
+    """Initialize weights from a truncated normal distribution with standard deviation 0.02, and biases with 0."""
     nn.init.trunc_normal_(layer.weight, std=0.02)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
 def linear_layer(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
-    """A linear layer whose ``reset_parameters`` is :func:`init_linear`; whoever owns it calls that.
+    """A linear layer whose ``reset_parameters`` is :func:`init_linear`; its owner must call that.
 
-    FSDP's recipes call it for each module by itself, after ``to_empty``. The layer is not of a class of its own:
-    quantization and counters look for ``nn.Linear`` by the exact type.
+    FSDP calls ``reset_parameters`` of each module after ``to_empty``. It is set on the instance, not in a subclass,
+    because quantization and FLOP counters look for exactly ``nn.Linear``.
     """
     layer = nn.Linear(in_features, out_features, bias)
     layer.reset_parameters = partial(init_linear, layer)
@@ -31,33 +31,33 @@ def linear_layer(in_features: int, out_features: int, bias: bool = True) -> nn.L
 
 
 class StepProjection(nn.Linear):
-    """The linear layer before the softplus that gives the step sizes of a state space model.
+    """Linear layer that computes the step sizes of a state space model before their softplus.
 
-    The steps start log-uniformly between ``dt_min`` and ``dt_max``. An ``init_cfg`` of the enclosing model, for one
-    type of layers or for all of them, leaves them alone: most would start all steps at softplus(0) = 0.69.
+    Initial step sizes are log-uniform between ``dt_min`` and ``dt_max``. An ``init_cfg`` of the enclosing model does
+    not apply to this layer: most would set all step sizes to softplus(0) = 0.69.
     """
 
     dt_min, dt_max = 0.001, 0.1
 
     def reset_parameters(self) -> None:
-        """Draw the weights and steps anew."""
+        """Initialize the weights and the step sizes."""
         bound = self.in_features**-0.5
         nn.init.uniform_(self.weight, -bound, bound)
         with torch.no_grad():
-            # In place, which sharded parameters can do too: bias = softplus^-1(dt) = dt + log(1 - exp(-dt)).
+            # In place, which also works for sharded parameters: bias = softplus^-1(dt) = dt + log(1 - exp(-dt)).
             dt = self.bias.uniform_(math.log(self.dt_min), math.log(self.dt_max)).exp_()
             dt.add_(dt.neg().expm1().neg().log())
 
     def apply(self, fn: Callable[[nn.Module], None]) -> nn.Module:
-        """As in any module, but for the functions by which mmengine carries out an ``init_cfg``."""
+        """Like ``nn.Module.apply``, but ignore the functions with which mmengine applies an ``init_cfg``."""
         return self if getattr(fn, "__module__", None) == INIT_CFG_MODULE else super().apply(fn)
 
 
 class InitializedModule(BaseModule):
-    """mmengine's ``BaseModule``, whose ``init_weights`` also initializes what ``to_empty`` left uninitialized.
+    """mmengine's ``BaseModule`` with an ``init_weights`` that also initializes parameters after ``to_empty``.
 
-    That is the case after ``with torch.device("meta"): model = ...`` and ``model.to_empty(device=...)``. Weights that
-    were loaded or initialized before are left alone.
+    This is needed after ``with torch.device("meta"): model = ...`` and ``model.to_empty(device=...)``. Weights that
+    were loaded or initialized since are not changed.
     """
 
     def __init__(self, init_cfg: dict | list[dict] | None = None) -> None:
@@ -65,9 +65,9 @@ class InitializedModule(BaseModule):
         self._is_empty = False
 
     def init_weights(self) -> None:
-        """Initialize the weights if they are uninitialized, then apply ``init_cfg``."""
+        """Initialize uninitialized weights, then apply ``init_cfg``."""
         if self._is_empty:
-            # Children first, so that a module can override them.
+            # Children first, so that a module can override their initialization.
             for module in reversed(list(self.modules())):
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()

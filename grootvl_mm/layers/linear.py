@@ -1,23 +1,47 @@
-"""Linear layers by the faster one of the two matrix libraries that PyTorch has for the CPU.
+"""Faster linear layers on the CPU: float32 matrix products by oneDNN instead of MKL.
 
-PyTorch multiplies float32 matrices by MKL, which leaves half of an AMD processor's width unused. oneDNN, which PyTorch
-brings for its convolutions, uses all of it. PyTorch's compiler takes the same operator.
+On AMD processors, MKL uses only half of the vector width; oneDNN, which PyTorch includes for convolutions, uses all of
+it. torch.compile uses the same oneDNN operator.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from grootvl_mm.ops._compat import is_autocast_enabled, onednn_linear
+from grootvl_mm.layers.untouched import has_own_kernels, untouched
+from grootvl_mm.ops._compat import is_autocast_enabled, is_eager, onednn_linear
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``; plain float32 tensors on the CPU go to oneDNN."""
+    """``F.linear``, by oneDNN for plain float32 tensors on the CPU."""
     if not _is_for_onednn(input, weight, bias):
         return F.linear(input, weight, bias)
     if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in (input, weight, bias)):
         return _OneDNNLinear.apply(input, weight, bias)
-    return onednn_linear(input, weight, bias, "none", [], "none")
+    return _multiply(input, weight, bias)
+
+
+def linear_in_chunks(projection: nn.Module, x: Tensor, chunks: int) -> tuple[Tensor, ...]:
+    """``projection(x).chunk(chunks, -1)`` for a projection without a bias.
+
+    On the CPU, an untouched linear layer computes each chunk by a separate product: the chunks are contiguous, and
+    their gradients need not be concatenated.
+    """
+    if (
+        is_eager(x)
+        and untouched(projection, kinds=(nn.Linear,), bias=False)
+        and has_own_kernels(x, projection.weight)
+        and x.device.type == "cpu"
+    ):
+        return tuple(F.linear(x, part) for part in projection.weight.chunk(chunks))
+    return projection(x).chunk(chunks, dim=-1)
+
+
+def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.gelu(F.linear(...))``; without gradients, oneDNN fuses GELU into the product."""
+    if torch.is_grad_enabled() or not _is_for_onednn(input, weight, bias):
+        return F.gelu(linear(input, weight, bias))
+    return onednn_linear(input, weight, bias, "gelu", [], "none")
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -28,20 +52,27 @@ def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and weight.dim() == 2
+        and x.dim() > 1
         and x.numel() > 0
         and not is_autocast_enabled("cpu")
-        and not torch._C._len_torch_dispatch_stack()  # counters and tracers of operators know PyTorch's own
+        and not torch._C._len_torch_dispatch_stack()  # FLOP counters and tracers expect PyTorch's operators
     )
 
 
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = onednn_linear(x.flatten(0, -2), weight, bias, "none", [], "none")
+    # Not a differentiable view: autograd forbids in-place changes of such views of a custom function's result.
+    return torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], weight.shape[0]))
+
+
 class _OneDNNLinear(torch.autograd.Function):
-    """``y = x weight^T + bias``; its gradients ``dy weight``, ``dy^T x`` and ``sum dy`` are linear layers again."""
+    """``y = x weight^T + bias``, with gradients ``dy weight``, ``dy^T x`` and ``sum dy``."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return onednn_linear(x, weight, bias, "none", [], "none")
+        return _multiply(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:

@@ -3,14 +3,15 @@
 from torch import Tensor, nn
 
 from grootvl_mm.layers.initialization import linear_layer
+from grootvl_mm.layers.mlp_in_pieces import mlp_in_pieces
 
 
 class MLP(nn.Module):
-    """Two linear layers with the exact GELU between, over the last axis.
+    """Two linear layers over the last axis, with the exact GELU between them.
 
     Args:
         channels: C, channels of input and output.
-        ratio: how many times as many the hidden layer has.
+        ratio: ratio of the hidden layer's channels to C.
     """
 
     def __init__(self, channels: int, ratio: int = 4) -> None:
@@ -21,10 +22,11 @@ class MLP(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew."""
+        """Initialize the weights."""
         self.fc1.reset_parameters()
         self.fc2.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
-        return self.fc2(self.act(self.fc1(x)))
+        y = mlp_in_pieces(x, self.fc1, self.act, self.fc2)
+        return self.fc2(self.act(self.fc1(x))) if y is None else y

@@ -14,10 +14,10 @@ from grootvl_mm.ops._compat import autocast_dtype, is_autocast_enabled, is_eager
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """Layer norm over the channels of (B, C, H, W) maps; fastest in the channels-last memory format."""
+    """Layer norm over the channels of feature maps (B, C, H, W); fastest in channels-last memory format."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any memory format; the result is a view in channels-last order."""
+        """(B, C, H, W) in any memory format to (B, C, H, W) in channels-last memory format."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -28,10 +28,10 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``F.layer_norm``; on GPUs our operator, which takes half the time."""
+    """``F.layer_norm``; on GPUs our operator, which is twice as fast."""
     if not _is_for_own(input, normalized_shape, weight, bias) or input.device.type != "cuda":
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
-    if is_autocast_enabled("cuda"):  # where PyTorch's gives float32
+    if is_autocast_enabled("cuda"):  # F.layer_norm returns float32 under autocast
         return own_layer_norm(input.float(), weight, bias, eps, torch.float32)
     return own_layer_norm(input, weight, bias, eps)
 
@@ -43,7 +43,7 @@ def narrow_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Layer norm in front of linear layers: under autocast its output has the 16-bit dtype they would cast it to."""
+    """Layer norm before linear layers: under autocast, its output has the 16-bit dtype to which they would cast it."""
     dtype = _narrow_dtype(input)
     if dtype is not None and _is_for_own(input, normalized_shape, weight, bias):
         return own_layer_norm(input, weight, bias, eps, dtype)
@@ -51,9 +51,9 @@ def narrow_layer_norm(
 
 
 def add_norm(x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """``x + branch`` and its norm, which linear layers read: one fused operator where it applies.
+    """``x + branch`` and its norm before linear layers: one fused operator if possible.
 
-    On the CPU it applies under autocast only; in float32, PyTorch's operators are as fast.
+    On the CPU, only under autocast: in float32, PyTorch's operators are as fast.
     """
     if is_eager(x) and untouched(norm, kinds=(nn.LayerNorm,)) and _takes_branch(x, branch, norm):
         dtype = _narrow_dtype(x)
@@ -75,7 +75,7 @@ def _takes_branch(x: Tensor, branch: Tensor, norm: nn.LayerNorm) -> bool:
 
 @unwatched
 def _narrow_dtype(x: Tensor) -> torch.dtype | None:
-    """The autocast dtype if a cast to it is all that happens between a norm of ``x`` and the linear layers after it."""
+    """The autocast dtype if linear layers would cast a norm of ``x`` to it; otherwise None."""
     device_type = x.device.type
     if not is_autocast_enabled(device_type) or x.dtype not in (torch.float32, autocast_dtype(device_type)):
         return None
@@ -84,7 +84,7 @@ def _narrow_dtype(x: Tensor) -> torch.dtype | None:
 
 @unwatched
 def _is_for_own(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether it is a norm over the last axis, with dtypes of weight and bias that PyTorch accepts as well."""
+    """Whether it is a norm over the last axis, with shapes and dtypes that PyTorch accepts as well."""
     return (
         has_own_kernels(x, weight, bias)
         and x.dtype in (torch.float32, torch.float16, torch.bfloat16)

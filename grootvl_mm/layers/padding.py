@@ -1,12 +1,12 @@
-"""Padded batches: where each image ends, and how to keep its padding from influencing it.
+"""Padded batches: keep padding from influencing the features of an image.
 
-Images of different sizes are batched by zero padding on the right and at the bottom. A constant region is the cheapest
-one for a minimum spanning tree: the tree joins the padding first and then runs through it, so the features of an image
-depend on the other images of its batch. They do not if
+Images of different sizes are batched by zero padding on the right and at the bottom. Edges inside such a constant
+region have the lowest weights, so the minimum spanning tree joins the padding first and then runs through it: the
+features of an image depend on the sizes of the other images in its batch. They do not if
 
-- convolutions read zeros at padded positions, as they do outside the border of an unpadded image;
-- edges that touch padding weigh more than all others, so that the tree inside the image is the tree of the image alone;
-- the input of the scan is zero at padded positions, which hang on that tree as a branch.
+- convolutions read zeros at padded positions, like outside the border of an unpadded image;
+- edges to padded positions weigh more than all others, so that the tree inside the image is that of the image alone;
+- the scan's input is zero at padded positions, which form a separate branch of the tree.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ LARGEST_WEIGHT, PADDING_WEIGHT, BORDER_WEIGHT = 1e38, 2e38, 3e38
 
 
 class Padding(NamedTuple):
-    """The padding of a batch of maps.
+    """The padding of a batch of feature maps.
 
     Attributes:
         valid: (B, H, W, 1) float32, 1 inside the image and 0 at padded positions.
@@ -33,14 +33,14 @@ class Padding(NamedTuple):
     edge_weight: Tensor
 
     def clear(self, x: Tensor) -> Tensor:
-        """Zero the padded positions of (B, H, W, *) by a product: seven times faster than ``torch.where``."""
+        """Zero the padded positions of (B, H, W, *); a product is seven times faster than ``torch.where``."""
         return torch.mul(x, self.valid.to(x.dtype))
 
     def cut(self, edge_weight: Tensor) -> Tensor:
-        """Edge weights (B, E) whose minimum spanning tree joins the padding last, at the last vertex of the image.
+        """Adjust edge weights (B, E): the minimum spanning tree joins the padding last, at the image's last vertex.
 
-        The tree inside the image is then that of the image alone for either root: if the root, the last vertex of the
-        map, is padded, the path to it starts at the last vertex of the image.
+        The tree inside the image is then that of the image alone, for either root: if the root is the last vertex of
+        the map and that is padded, the path to it starts at the last vertex of the image.
         """
         return torch.maximum(edge_weight.clamp(max=LARGEST_WEIGHT), self.edge_weight)
 
@@ -52,14 +52,14 @@ def find_valid_sizes(image: Tensor) -> Tensor:
         image: (B, C, H, W).
 
     Returns:
-        (B, 2) int64, heights and widths, computed on the image's device without synchronisation; 0 for a blank image.
+        (B, 2) int64, heights and widths, computed without synchronization; 0 for a blank image.
     """
     largest = image.abs().amax(dim=1)
     return torch.stack([_length(largest.amax(dim=2)), _length(largest.amax(dim=1))], dim=1)
 
 
 def check_valid_sizes(valid_sizes: Tensor | Sequence[Sequence[int]], image: Tensor) -> Tensor:
-    """Validate the sizes of images and convert them to a tensor.
+    """Check the sizes of images and convert them to a tensor.
 
     Args:
         valid_sizes: height and width of each image without padding.
@@ -69,11 +69,11 @@ def check_valid_sizes(valid_sizes: Tensor | Sequence[Sequence[int]], image: Tens
         (B, 2) int64 on the image's device.
 
     Raises:
-        TypeError: the sizes are not integers.
-        ValueError: not two numbers per image, or a size outside 1..H and 1..W (not checked on a GPU, where the check
-            would need a synchronisation).
+        TypeError: the sizes are not rows of integers.
+        ValueError: not two numbers per image, or a size outside 1..H or 1..W (not checked on a GPU, which would need a
+            synchronization).
     """
-    sizes = torch.as_tensor(valid_sizes)
+    sizes = _as_tensor(valid_sizes)
     if sizes.is_floating_point() or sizes.is_complex() or sizes.dtype == torch.bool:
         raise TypeError(f"valid_sizes must be integers, got {sizes.dtype}")
     batch, _, height, width = image.shape
@@ -91,24 +91,45 @@ def check_valid_sizes(valid_sizes: Tensor | Sequence[Sequence[int]], image: Tens
     return sizes.to(image.device, torch.int64, non_blocking=True)
 
 
+def _as_tensor(valid_sizes: Tensor | Sequence[Sequence[int]]) -> Tensor:
+    try:
+        if isinstance(valid_sizes, Sequence) and valid_sizes and all(isinstance(size, Tensor) for size in valid_sizes):
+            return torch.stack(list(valid_sizes))
+        return torch.as_tensor(valid_sizes)
+    except (RuntimeError, TypeError, ValueError) as error:
+        came = repr(valid_sizes)
+        raise TypeError(
+            "valid_sizes must be height and width of each image, as a tensor or rows of integers, got "
+            f"{came if len(came) < 200 else type(valid_sizes).__name__}"
+        ) from error
+
+
+def is_unpadded(valid_sizes: Tensor, image: Tensor) -> bool:
+    """Whether no image is padded; checked only on the CPU, where this needs no synchronization."""
+    if image.device.type != "cpu" or not is_eager(image):
+        return False
+    height, width = image.shape[2:]
+    return all(size == [height, width] for size in valid_sizes.tolist())
+
+
 def crop(image: Tensor, valid_sizes: Tensor) -> Tensor:
-    """Zero everything in (B, C, H, W) outside the sizes (B, 2)."""
+    """Zero images (B, C, H, W) outside the given sizes (B, 2)."""
     valid = _region(valid_sizes, *image.shape[2:])
     return image.masked_fill(~valid.unsqueeze(1), 0)
 
 
 def pyramid(valid_sizes: Tensor, image: Tensor, levels: int) -> list[Padding]:
-    """The padding of the feature maps at strides 2, 4, 8 and so on, as convolutions of stride 2 produce them.
+    """The padding of the feature maps at strides 2, 4, 8, ..., as convolutions of stride 2 produce them.
 
     Args:
         valid_sizes: (B, 2), heights and widths of the images.
         image: (B, C, H, W), the batch; only its shape is used.
-        levels: number of maps. The first one is inside the stem, which builds no tree: it gets no edge weights.
+        levels: number of maps. The first map is inside the stem, which builds no tree, and gets no edge weights.
     """
     paddings = []
     height, width = image.shape[2:]
     for level in range(levels):
-        # Written as convolutions compute it, so that symbolic shapes are equal.
+        # The same formula as in convolutions, so that symbolic shapes are equal.
         valid_sizes, height, width = ((size - 1) // 2 + 1 for size in (valid_sizes, height, width))
         paddings.append(map_padding(valid_sizes, height, width, has_tree=level > 0))
     return paddings
@@ -117,13 +138,13 @@ def pyramid(valid_sizes: Tensor, image: Tensor, levels: int) -> list[Padding]:
 def map_padding(sizes: Tensor, height: int, width: int, has_tree: bool = True) -> Padding:
     """The padding of one feature map.
 
-    Of the edges between image and padding, the tree may take only those at the last vertex of the image.
+    Of the edges between image and padding, only those at the image's last vertex may be in the tree.
 
     Args:
         sizes: (B, 2), heights and widths of the images on this map.
-        height: of the map.
-        width: of the map.
-        has_tree: whether trees are built on the map; otherwise edges get no weights.
+        height: height of the map.
+        width: width of the map.
+        has_tree: whether trees are built on the map; if not, ``edge_weight`` is empty.
     """
     valid = _region(sizes, height, width)
     padding = Padding(valid.unsqueeze(3).float(), valid.new_empty(0))
@@ -136,7 +157,7 @@ def map_padding(sizes: Tensor, height: int, width: int, has_tree: bool = True) -
     last = (sizes[:, :1] - 1) * width + sizes[:, 1:] - 1
     valid = valid.flatten(1)
     border = valid.index_select(1, first) & (first != last)
-    # Not by torch.where, which copies numbers to the device and waits for that.
+    # Not torch.where, which copies the numbers to the device and synchronizes.
     weight = torch.full_like(border, PADDING_WEIGHT, dtype=torch.float32).masked_fill(border, BORDER_WEIGHT)
     return padding._replace(edge_weight=weight.masked_fill(valid.index_select(1, second), -torch.inf))
 
@@ -149,5 +170,5 @@ def _region(sizes: Tensor, height: int, width: int) -> Tensor:
 
 
 def _length(largest: Tensor) -> Tensor:
-    """Index of the last nonzero value of each row of (B, N) plus one; 0 if there is none."""
+    """One plus the index of the last nonzero value in each row of (B, N); 0 if there is none."""
     return ((largest != 0) * torch.arange(1, largest.shape[1] + 1, device=largest.device)).amax(dim=1)

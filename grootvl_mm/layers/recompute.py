@@ -1,16 +1,17 @@
-"""Selective activation recomputation and faster functions for the modules of a block: the policy, in one place.
+"""Selective activation checkpointing and faster functions for the modules of a block.
 
 Inside :func:`lean`, the modules of a block are called and differentiated as usual, with two changes:
 
-- The outputs of layer norms, GELU, SiLU, masks and depth-wise convolutions are cheap to compute and expensive to keep.
-  Where autograd would save one of them, it saves a recipe that recomputes it from tensors that are kept anyway. A block
-  keeps 12 maps of its input's size instead of 18.
+- The outputs of layer norms, GELU, SiLU, masks and depth-wise convolutions are cheap to recompute but take much memory.
+  Instead of such an output, autograd saves a recipe that recomputes it from tensors that are saved anyway. A block
+  saves 12 tensors of the size of its input instead of 18.
 - ``F.linear`` in float32 on the CPU uses oneDNN, see :mod:`grootvl_mm.layers.linear`; ``F.layer_norm`` on GPUs and
   under autocast uses our operator, see :mod:`grootvl_mm.layers.norm`.
 
-Both act on the functions that modules call, not on the modules, so hooks, adapters, parametrizations and replaced
-modules behave as in any other model. Under ``torch.compile``, tracers and ``torch.func`` transforms, PyTorch's defaults
-apply.
+Both replace functions that modules call, not the modules, so hooks, adapters, parametrizations and replaced modules
+behave as in any other model. PyTorch's defaults apply under ``torch.compile``, tracers, ``torch.func`` transforms and
+other torch function modes. They also apply where activation checkpointing or other saved-tensor hooks start inside a
+block, because these call parts of the block again themselves.
 """
 
 import contextlib
@@ -25,21 +26,36 @@ from torch.overrides import TorchFunctionMode
 
 from grootvl_mm.layers.linear import linear
 from grootvl_mm.layers.norm import layer_norm, narrow_layer_norm
-from grootvl_mm.ops._compat import is_autocast_enabled, is_eager, top_saved_tensors_hooks
+from grootvl_mm.layers.untouched import has_foreign_mode
+from grootvl_mm.ops._compat import (
+    are_saved_tensors_hooks_enabled,
+    autocast_dtype,
+    is_autocast_enabled,
+    is_compiling,
+    is_eager,
+    top_saved_tensors_hooks,
+)
 
 Unpack = Callable[[], Tensor]
 
 
 def fast(x: Tensor) -> contextlib.AbstractContextManager:
     """Context manager that uses the faster functions of ``_FAST`` for layers applied to ``x``."""
-    return _Fast(_FAST) if is_eager(x) else contextlib.nullcontext()
+    return _Fast(_FAST) if is_eager(x) and not has_foreign_mode() else contextlib.nullcontext()
+
+
+def narrow(x: Tensor) -> contextlib.AbstractContextManager:
+    """Like :func:`fast`; under autocast, norms also return the dtype that the following layers would cast to."""
+    return _Fast(_FAST_IN_BLOCKS) if is_eager(x) else contextlib.nullcontext()
 
 
 def lean(x: Tensor) -> contextlib.AbstractContextManager:
     """Context manager for a block applied to ``x``: recomputation, and norms in the dtype of linear layers."""
-    if not is_eager(x):
+    if not is_eager(x) or has_foreign_mode():
         return contextlib.nullcontext()
-    return _Lean(x.device.type) if torch.is_grad_enabled() else _Fast(_FAST_IN_BLOCKS)
+    if torch.is_grad_enabled() and are_saved_tensors_hooks_enabled():
+        return _Lean(x.device.type)
+    return _Fast(_FAST_IN_BLOCKS)
 
 
 _FAST = {F.linear: linear, F.layer_norm: layer_norm}
@@ -47,25 +63,34 @@ _FAST_IN_BLOCKS = {F.linear: linear, F.layer_norm: narrow_layer_norm}
 
 
 class _Fast(TorchFunctionMode):
-    """Replaces functions of PyTorch by others."""
+    """Replaces PyTorch functions by others."""
+
+    keeps_results = True
 
     def __init__(self, functions: dict[Callable, Callable]) -> None:
         super().__init__()
         self.functions = functions
+        self.outer = top_saved_tensors_hooks()
+        self.top = self.outer  # the active hooks unless others were added within the block
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return self.functions.get(func, func)(*args, **(kwargs or {}))
+        return self._replaced(func)(*args, **(kwargs or {}))
+
+    def _replaced(self, func: Callable) -> Callable:
+        if func not in self.functions or is_compiling() or top_saved_tensors_hooks() != self.top:
+            return func
+        return self.functions[func]
 
 
 class _Lean(_Fast):
-    """Tracks the outputs of cheap functions by their storage, and hands autograd recipes instead of them."""
+    """Tracks the outputs of cheap functions by their storage; autograd saves recipes instead of them."""
 
     def __init__(self, device_type: str) -> None:
         super().__init__(_FAST_IN_BLOCKS)
         self.device_type = device_type
-        self.outer = top_saved_tensors_hooks()
         self.recipes: dict[int, tuple[StorageWeakRef, int, _Recipe]] = {}
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda unpack: unpack())
+        self.top = self._pack, _unpack
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(*self.top)
 
     def __enter__(self) -> "_Lean":
         self.hooks.__enter__()
@@ -78,24 +103,27 @@ class _Lean(_Fast):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        result = super().__torch_function__(func, types, args, kwargs)
+        replaced = self._replaced(func)
+        result = replaced(*args, **kwargs)
+        if is_compiling():
+            return result
         if func is torch.ops.grootvl.residual_layer_norm:
             total, normed = result
             _, _, _, *norm = args
             self._remember(normed, torch.ops.grootvl.layer_norm, (total, *norm), {})
         elif func in _CHEAP and type(result) is Tensor and _CHEAP[func](*args, **kwargs):
-            self._remember(result, self.functions.get(func, func), args, kwargs)
+            self._remember(result, replaced, args, kwargs)
         return result
 
     def _remember(self, result: Tensor, func: Callable, args: tuple, kwargs: dict) -> None:
         """Record that ``func`` recomputes ``result``."""
-        if not result.requires_grad:
+        storage = result.untyped_storage()
+        if not result.requires_grad or any(_is_in(storage, value) for value in (*args, *kwargs.values())):
             return
         autocast = {"device_type": self.device_type, "enabled": is_autocast_enabled(self.device_type)}
         if autocast["enabled"]:
-            autocast["dtype"] = torch.get_autocast_dtype(self.device_type)
+            autocast["dtype"] = autocast_dtype(self.device_type)
         inputs = [self._input(value) for value in (*args, *kwargs.values())]
-        storage = result.untyped_storage()
         # While the weak reference lives, no other storage gets this address.
         recipe = _Recipe(func, inputs, tuple(kwargs), autocast)
         self.recipes[storage._cdata] = StorageWeakRef(storage), result._version, recipe
@@ -106,7 +134,7 @@ class _Lean(_Fast):
         return self._pack(value if value.is_leaf else value.detach())
 
     def _pack(self, value: Tensor) -> Unpack:
-        """What autograd keeps for a saved tensor: a recipe if there is one, else the tensor itself."""
+        """What autograd saves for a tensor: its recipe if there is one, otherwise the tensor itself."""
         _, version, recipe = self.recipes.get(value.untyped_storage()._cdata, (None, None, None))
         if recipe is not None and version == value._version and recipe.is_possible():
             recipe.uses += 1
@@ -119,8 +147,17 @@ class _Lean(_Fast):
         return _Kept(value)
 
 
+def _unpack(kept: Unpack) -> Tensor:
+    return kept()
+
+
+def _is_in(storage: torch.UntypedStorage, value: Any) -> bool:
+    """Whether a tensor uses this storage: a function that modifies its input in place cannot be recomputed."""
+    return isinstance(value, Tensor) and value.untyped_storage()._cdata == storage._cdata
+
+
 class _Kept:
-    """A kept tensor; raises if it was modified in place since."""
+    """A saved tensor; raises an error if it has been modified in place."""
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
@@ -137,7 +174,7 @@ class _Kept:
 
 
 class _Recipe:
-    """Recomputes an output once for all nodes that saved it, and frees it after the last of them took it."""
+    """Recomputes an output once for all autograd nodes that saved it, and frees it after its last use."""
 
     def __init__(
         self, func: Callable, inputs: list[Callable[[], Any]], keywords: tuple[str, ...], autocast: dict[str, Any]
@@ -150,7 +187,7 @@ class _Recipe:
         self.value: Tensor | None = None
 
     def is_possible(self) -> bool:
-        """False if FSDP has freed a parameter: it restores it only in the backward pass of its own module."""
+        """False if FSDP has freed a parameter, which it restores only in the backward pass of its own module."""
         kept = (value.value for value in self.inputs if isinstance(value, _Kept))
         return all(value.untyped_storage().nbytes() or not value.numel() for value in kept)
 
@@ -168,8 +205,8 @@ class _Recipe:
         return value
 
 
-def _is_new(*args: Any, inplace: bool = False, **kwargs: Any) -> bool:
-    return not inplace
+def _always(*args: Any, **kwargs: Any) -> bool:
+    return True
 
 
 def _is_depthwise(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> bool:
@@ -181,10 +218,10 @@ def _is_mask(x: Tensor, mask: Tensor, **kwargs: Any) -> bool:
 
 
 _CHEAP = {
-    F.layer_norm: _is_new,
-    F.gelu: _is_new,
-    F.silu: _is_new,
+    F.layer_norm: _always,
+    F.gelu: _always,
+    F.silu: _always,
     F.conv2d: _is_depthwise,
     torch.mul: _is_mask,
-    torch.ops.grootvl.depthwise_conv_silu: _is_new,
+    torch.ops.grootvl.depthwise_conv_silu: _always,
 }

@@ -1,14 +1,14 @@
-"""What ``torch.jit.trace`` cannot record."""
+"""Support for ``torch.jit.trace``."""
 
 import torch
 from torch import Tensor
 
 
 def with_known_size(feature: Tensor) -> tuple[Tensor, int, int]:
-    """A map (B, C, H, W), its height and its width.
+    """Return a feature map (B, C, H, W), its height and its width.
 
-    ``torch.jit.trace`` turns sizes that trees depend on into constants. The map that is returned is cut in a way that
-    fails, in the recorded program, for maps of any other size.
+    ``torch.jit.trace`` records the sizes that trees depend on as constants. The returned map is split such that the
+    traced program raises an error for maps of any other size.
     """
     height, width = feature.shape[2:]
     if torch.jit.is_tracing():

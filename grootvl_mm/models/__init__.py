@@ -1,4 +1,4 @@
-"""GrootV for OpenMMLab. Needs torch and mmengine, not mmcv."""
+"""GrootV for OpenMMLab. Needs torch and mmengine, but not mmcv."""
 
 from grootvl_mm.models.grootv import GrootV
 from grootvl_mm.models.necks import GrootVNeck

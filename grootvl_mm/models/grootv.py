@@ -12,8 +12,8 @@ from grootvl_mm.layers.drop_path import DropPath
 from grootvl_mm.layers.initialization import InitializedModule
 from grootvl_mm.layers.mlp import MLP
 from grootvl_mm.layers.norm import LayerNorm2d, add_norm
-from grootvl_mm.layers.padding import Padding, check_valid_sizes, crop, find_valid_sizes, pyramid
-from grootvl_mm.layers.recompute import fast, lean
+from grootvl_mm.layers.padding import Padding, check_valid_sizes, crop, find_valid_sizes, is_unpadded, pyramid
+from grootvl_mm.layers.recompute import fast, lean, narrow
 from grootvl_mm.models.pretrained import complete_pretraining
 from grootvl_mm.models.published_checkpoints import (
     CheckpointError,
@@ -22,10 +22,11 @@ from grootvl_mm.models.published_checkpoints import (
 )
 from grootvl_mm.models.tree_ssm import TreeSSM
 from grootvl_mm.ops import Tree
+from grootvl_mm.ops._compat import is_transformed
 from grootvl_mm.registry import MODELS
 
 TREE_SHARINGS = ("block", "stage")
-# Leaves of symbolic traces, as torchvision's create_feature_extractor makes them.
+# Leaf functions for torch.fx tracing, such as in torchvision's create_feature_extractor.
 torch.fx.wrap("find_valid_sizes")
 torch.fx.wrap("pyramid")
 
@@ -34,7 +35,7 @@ layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class Stem(nn.Module):
-    """Two convolutions of stride 2: (B, in_channels, H, W) to (B, H/4, W/4, channels), rounded up."""
+    """Two convolutions of stride 2: (B, in_channels, H, W) to (B, H/4, W/4, channels), sizes rounded up."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -46,8 +47,11 @@ class Stem(nn.Module):
 
     def forward(self, image: Tensor, padding: Padding | None = None) -> Tensor:
         """Images NCHW to tokens NHWC; the padding to ignore is that of the map between the convolutions."""
-        x = self.conv1(image.contiguous(memory_format=torch.channels_last))
-        x = self.act(self.norm1(x.permute(0, 2, 3, 1)))
+        if not is_transformed():  # vmap does not support memory formats
+            image = image.contiguous(memory_format=torch.channels_last)
+        x = self.conv1(image)
+        with narrow(x):
+            x = self.act(self.norm1(x.permute(0, 2, 3, 1)))
         if padding is not None:
             x = padding.clear(x)
         x = self.conv2(x.permute(0, 3, 1, 2))
@@ -55,7 +59,7 @@ class Stem(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Convolution of stride 2 that doubles the channels: (B, C, H, W) to (B, H/2, W/2, 2 C), rounded up."""
+    """Convolution of stride 2 that doubles the channels: (B, C, H, W) to (B, H/2, W/2, 2 C), sizes rounded up."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -63,7 +67,7 @@ class Downsample(nn.Module):
         self.norm = layer_norm(2 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """A feature map NCHW to tokens NHWC."""
+        """NCHW feature map to NHWC tokens."""
         return self.norm(self.conv(x).permute(0, 2, 3, 1))
 
 
@@ -100,20 +104,22 @@ class Block(nn.Module):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start the layer scale anew."""
+        """Initialize the layer scale."""
         for gamma in (self.gamma1, self.gamma2):
             if gamma is not None:
                 nn.init.constant_(gamma, self.layer_scale)
 
     def forward(self, x: Tensor, tree: Tree | None = None, padding: Padding | None = None) -> tuple[Tensor, Tree]:
         """(B, H, W, C), the trees to scan along, or None, and the padding to ignore; returns tokens and trees."""
-        if self.with_cp and x.requires_grad:
+        # A symbolic trace has no tensors.
+        if self.with_cp and isinstance(x, Tensor) and x.requires_grad:
             return torch.utils.checkpoint.checkpoint(self._forward, x, tree, padding, use_reentrant=False)
         return self._forward(x, tree, padding)
 
     def _forward(self, x: Tensor, tree: Tree | None, padding: Padding | None) -> tuple[Tensor, Tree]:
         with lean(x):
-            mixed, tree = self.mixer(self.norm1(x), tree, padding)
+            # By name: tools that hook modules expect nothing but tensors among the positional arguments.
+            mixed, tree = self.mixer(self.norm1(x), tree=tree, padding=padding)
             x, normed = add_norm(x, self.drop_path(_scale(mixed, self.gamma1)), self.norm2)
             x = x + self.drop_path(_scale(self.mlp(normed), self.gamma2))
         return x, tree
@@ -124,18 +130,18 @@ def _scale(branch: Tensor, gamma: Tensor | None) -> Tensor:
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution and a norm, whose output is the stage's feature map, then the way to the next stage."""
+    """Blocks at one resolution, a norm, whose output is the feature map of the stage, and the downsampling."""
 
     def __init__(self, blocks: Sequence[Block], channels: int, downsample: bool, share_tree: bool) -> None:
         super().__init__()
         self.share_tree = share_tree
         self.blocks = nn.ModuleList(blocks)
-        # The last norm layer is what tools for Grad-CAM look at, and the map (B, C, H, W) is what they expect there.
+        # Grad-CAM tools hook the last norm layer and expect a map (B, C, H, W) there.
         self.norm = LayerNorm2d(channels, eps=1e-6)
         self.downsample = Downsample(channels) if downsample else None
 
     def forward(self, x: Tensor, padding: Padding | None = None) -> tuple[Tensor, Tensor]:
-        """(B, H, W, C) to the feature map (B, C, H, W), zero at padding that is to be ignored, and what comes next."""
+        """(B, H, W, C) to the feature map (B, C, H, W), zero at ignored padding, and the input of the next stage."""
         tree = None
         for block in self.blocks:
             x, used_tree = block(x, tree, padding)
@@ -148,38 +154,39 @@ class Stage(nn.Module):
 
 @MODELS.register_module()
 class GrootV(InitializedModule):
-    """GrootV: a hierarchical backbone whose token mixer scans each image along its minimum spanning trees.
+    """GrootV: hierarchical backbone with selective scans along minimum spanning trees of its feature maps.
 
-    Only what the outputs need is built: the stages up to the last of ``out_indices``, so that every parameter gets a
-    gradient. Published checkpoints load by ``init_cfg=dict(type='Pretrained', checkpoint=FILE)``.
+    Stages after the last of ``out_indices`` are not built, so that every parameter gets a gradient. Load published
+    checkpoints with ``init_cfg=dict(type='Pretrained', checkpoint=FILE)``.
 
     Args:
-        arch: ``pico`` (ours, for demos and tests), ``tiny``, ``small``, ``base``, ``large`` (the authors' name but our
-            size, which they do not state), or a dict with ``channels`` of the first stage and ``depths``, the
-            numbers of blocks of the stages. Stage i has ``channels * 2**i`` channels.
+        arch: ``pico`` (ours, for demos and tests), ``tiny``, ``small``, ``base``, ``large`` (named by the authors, who
+            do not state its size; the size is ours), or a dict with ``channels``, those of the first stage, and
+            ``depths``, the number of blocks in each stage. Stage i has ``channels * 2**i`` channels.
         in_channels: channels of the images.
-        out_indices: stages whose feature maps are returned, ascending; stage i has stride ``4 * 2**i``.
-        frozen_stages: the stem and the first so many stages get no gradient and stay in evaluation mode; -1 freezes
-            nothing, 0 the stem only.
-        norm_eval: accepted as the hosts' backbones have it; it changes nothing, for layer norms have one mode only.
-        with_cp: gradient checkpointing: recompute each block in the backward pass to save memory.
-        drop_path_rate: stochastic depth, rising linearly over the blocks from 0 to this.
-        layer_scale: initial value of the scale of each residual branch; None for no scale, as published.
-        tree_metric: ``cosine``, ``euclidean`` or ``manhattan``.
-        tree_root: ``first`` or ``last`` vertex.
+        out_indices: indices of the stages whose feature maps are returned, ascending; stage i has stride ``4 * 2**i``.
+        frozen_stages: number of stages that are frozen together with the stem: no gradients, evaluation mode; 0 freezes
+            only the stem, -1 nothing.
+        norm_eval: accepted for compatibility with other backbones; no effect, since layer norms have no running
+            statistics.
+        with_cp: activation checkpointing: recompute each block in the backward pass to save memory.
+        drop_path_rate: stochastic depth rate of the last block; rates rise linearly from 0 at the first block.
+        layer_scale: initial value of the layer scale of each residual branch; None for no layer scale, as published.
+        tree_metric: dissimilarity that defines the trees, ``cosine``, ``euclidean`` or ``manhattan``.
+        tree_root: the root of the trees, the ``first`` or ``last`` vertex.
         propagation: ``all``, ``up`` or ``down``, see :func:`grootvl_mm.ops.tree_scan`.
-        tree_sharing: ``block``: each block has trees of its own. ``stage``: the blocks of a stage share the trees that
+        tree_sharing: ``block``: each block builds its own trees. ``stage``: the blocks of a stage share the trees that
             its first block builds from its own SSM input (after in-projection, depth-wise convolution and SiLU). The
-            paper does not say which feature builds the shared tree.
-        scan: ``tree``, ``raster`` or ``cross``, with which the paper compares it, or ``random`` or ``maximum``: other
-            spanning trees, for ablations; see :class:`TreeSSM`.
-        ignore_padding: what a picture yields does not depend on the padding to its right and below, with which a batch
-            of pictures of different sizes is filled up: see :mod:`grootvl_mm.layers.padding`. Where pictures end is
-            told by their zero margins, unless ``forward`` gets their sizes. Maps are zero at padding.
-        init_cfg: mmengine's.
+            paper does not specify the features of the shared tree.
+        scan: ``tree``; ``raster`` or ``cross``, the baselines of the paper; ``random`` or ``maximum``, other spanning
+            trees for ablations. See :class:`TreeSSM`.
+        ignore_padding: make features independent of the zero padding to the right of and below each image in a batch,
+            see :mod:`grootvl_mm.layers.padding`. Image sizes are inferred from zero margins unless they are passed to
+            ``forward``. Feature maps are zero at padded positions.
+        init_cfg: initialization config of mmengine.
 
     Raises:
-        ValueError, TypeError: an argument that is not one of the above.
+        ValueError, TypeError: an argument is invalid.
     """
 
     arch_settings = {
@@ -189,8 +196,8 @@ class GrootV(InitializedModule):
         "base": {"channels": 128, "depths": (2, 2, 13, 2)},
         "large": {"channels": 192, "depths": (2, 2, 13, 2)},
     }
-    num_extra_tokens = 0  # the name by which mmpretrain's tools ask for class tokens
-    # 1 (and none) are the published names; see models/published_checkpoints.py.
+    num_extra_tokens = 0  # class tokens, for mmpretrain's tools
+    # Version 1 and files without a version have the published names, see published_checkpoints.py.
     _version = 2
 
     def __init__(
@@ -250,7 +257,9 @@ class GrootV(InitializedModule):
             raise ValueError(f"arch must be a name or a dict with the keys channels and depths, got {arch!r}")
         channels, depths = arch["channels"], tuple(arch["depths"])
         if channels < 2 or channels % 2 or not depths or min(depths) < 1:
-            raise ValueError(f"arch must have an even number of channels and at least one block a stage, got {arch!r}")
+            raise ValueError(
+                f"arch must have an even number of channels and at least one block per stage, got {arch!r}"
+            )
         return channels, depths
 
     @staticmethod
@@ -267,25 +276,26 @@ class GrootV(InitializedModule):
         return indices
 
     def init_weights(self) -> None:
-        """Initialize as ``init_cfg`` says; pretrained weights must be complete."""
+        """Initialize the weights by ``init_cfg``; pretrained weights must be complete."""
         with complete_pretraining(self):
             super().init_weights()
 
     def forward(self, image: Tensor, valid_sizes: Tensor | Sequence[Sequence[int]] | None = None) -> tuple[Tensor, ...]:
-        """Feature maps of images of any size.
+        """Compute the feature maps of images of any size.
 
         Args:
             image: (B, in_channels, H, W).
-            valid_sizes: (B, 2), height and width of each image without the padding to its right and below, which is
-                ignored then. By default, with ``ignore_padding``, the sizes without zero margins.
+            valid_sizes: (B, 2), height and width of each image without the padding to its right and below; if given,
+                padding is ignored. By default, with ``ignore_padding``, the sizes without zero margins.
 
         Returns:
-            For each of ``out_indices`` a map (B, channels * 2**i, h, w), h = ceil(H / (4 * 2**i)), contiguous.
+            A contiguous feature map (B, channels * 2**i, h, w) for each i in ``out_indices``, with
+            h = ceil(H / (4 * 2**i)) and w likewise.
 
         Raises:
-            TypeError, ValueError: ``valid_sizes`` are not the sizes of such images.
+            TypeError, ValueError: ``valid_sizes`` are not valid sizes for the batch.
         """
-        if isinstance(valid_sizes, torch.fx.Proxy):  # of an argument that nobody gave
+        if isinstance(valid_sizes, torch.fx.Proxy):  # placeholder for the default in torch.fx tracing
             valid_sizes = None
         if valid_sizes is not None:
             valid_sizes = check_valid_sizes(valid_sizes, image)
@@ -293,7 +303,8 @@ class GrootV(InitializedModule):
         elif self.ignore_padding:
             valid_sizes = find_valid_sizes(image)
         paddings: list[Padding | None] = [None] * (1 + len(self.stages))
-        if valid_sizes is not None:
+        # The sizes are no tensor in a symbolic trace.
+        if valid_sizes is not None and not (isinstance(valid_sizes, Tensor) and is_unpadded(valid_sizes, image)):
             paddings = pyramid(valid_sizes, image, levels=len(paddings))
         with fast(image):
             x = self.stem(image, paddings[0])
@@ -301,7 +312,7 @@ class GrootV(InitializedModule):
             for index, stage in enumerate(self.stages):
                 feature, x = stage(x, paddings[index + 1])
                 if index in self.out_indices:
-                    # In plain NCHW memory: mmcv's RoIAlign on the CPU reads any other as if it were that.
+                    # mmcv's RoIAlign on the CPU misreads other memory formats.
                     outputs.append(feature.contiguous())
         return tuple(outputs)
 
@@ -316,23 +327,23 @@ class GrootV(InitializedModule):
             module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "GrootV":
-        """Training mode for all but the frozen parts."""
+        """Set the training mode of all modules except frozen ones."""
         super().train(mode)
         self._freeze_stages()
         return self
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
-        """Layer of a parameter, for layer-wise learning rate decay.
+        """Layer index of a parameter, for layer-wise learning rate decay.
 
-        Layer 0 is the stem, each block one more; a stage's norm and downsampling count to its last block. What is not
-        part of the backbone is the last layer.
+        The stem is layer 0, and each block is a layer of its own. The norm and downsampling of a stage belong to its
+        last block. Parameters outside the backbone are in the last layer.
 
         Args:
             param_name: name of the parameter.
-            prefix: what stands in front of the backbone's own names, for example ``backbone.``.
+            prefix: prefix of the backbone's parameter names, for example ``backbone.``.
 
         Returns:
-            The layer and the number of layers.
+            The layer index and the number of layers.
         """
         num_layers = sum(self.depths) + 2
         if not param_name.startswith(prefix):
@@ -347,7 +358,7 @@ class GrootV(InitializedModule):
         return sum(self.depths[:stage]) + block + 1, num_layers
 
     def _checkpoint_filter(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Let mmpretrain's ``ImageClassifier``, which calls this before it loads weights, read published files."""
+        """Convert published weights; mmpretrain's ``ImageClassifier`` calls this before it loads a state dict."""
         self._loads_published = rename_published_classifier(state_dict, prefix)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -360,19 +371,22 @@ class GrootV(InitializedModule):
     def _check_matching_keys(
         self, state_dict: dict[str, Any], prefix: str, unexpected_keys: list[str], whole: bool
     ) -> None:
-        """A file of another model must not pass for a success just because loading is not strict.
+        """Raise an error for checkpoints of another model, which non-strict loading would silently accept.
 
-        Adapters, heads or a few stages alone may be loaded, but a published file is whole.
+        Adapters, heads or a few stages may be loaded alone, but a published checkpoint must be complete.
         """
-        own = {prefix + name: tuple(value.shape) for name, value in self.state_dict().items()}
-        found = {name: tuple(getattr(value, "shape", ())) for name, value in state_dict.items()}
+        # Not everything is a tensor: quantized layers keep their dtype, others an extra state.
+        own, found = (
+            {prefix + name: tuple(getattr(value, "shape", ())) for name, value in values.items()}
+            for prefix, values in ((prefix, self.state_dict()), ("", state_dict))
+        )
         matching = sum(found.get(name) == shape for name, shape in own.items())
-        # What begins with the prefix is all that torch hands on; of the rest, it knows the names that fit nowhere.
+        # state_dict has only the names with this prefix; of the others, torch reports those that match no module.
         foreign = sum(own.get(name) != shape for name, shape in found.items()) or len(unexpected_keys)
         if 2 * matching < len(own) and (whole or foreign > matching):
             example = next(name for name, shape in own.items() if found.get(name) != shape)
             near = [example] if example in found else list(found)
-            nothing = f"nothing below {prefix!r}" if prefix else "nothing"
+            nothing = f"nothing with the prefix {prefix!r}" if prefix else "nothing"
             raise CheckpointError(
                 f"this checkpoint does not fit {type(self).__name__}: {matching} of {len(own)} parameters match in "
                 f"name and shape. Expected for example {example!r} {own[example]}, found "

@@ -1,4 +1,4 @@
-"""Pretrained weights that are complete, or an error."""
+"""Checks that pretrained weights are complete."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ from grootvl_mm.utils.safe_checkpoints import CheckpointError
 
 @contextmanager
 def complete_pretraining(module: BaseModule) -> Iterator[None]:
-    """Check, while mmengine initializes ``module``, that ``init_cfg=dict(type='Pretrained', ...)`` sets every weight.
+    """Context manager for mmengine's ``init_weights``: check that a ``Pretrained`` ``init_cfg`` sets every weight.
 
     Raises:
-        CheckpointError: the file is damaged or not safe, or some weights are missing or of another shape or type.
+        CheckpointError: the file is damaged or unsafe, or a weight is missing or has another shape or type.
     """
     parts = module.init_cfg if isinstance(module.init_cfg, list) else [module.init_cfg]
     files = [part["checkpoint"] for part in parts if part and part["type"] in ("Pretrained", PretrainedInit)]
@@ -25,5 +25,5 @@ def complete_pretraining(module: BaseModule) -> Iterator[None]:
     try:
         with safe_loaders(), all_weights_loaded(module):
             yield
-    except AssertionError as error:  # mmengine's, where nothing begins with the prefix
+    except AssertionError as error:  # raised by mmengine if no name begins with the prefix
         raise CheckpointError(f"{files[-1]}: {error}; check init_cfg's prefix") from error

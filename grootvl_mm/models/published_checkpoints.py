@@ -1,7 +1,7 @@
-"""Parameter names of the published checkpoints, turned into ours.
+"""Converts the parameter names of published checkpoints to ours.
 
-The published files hold the weights under ``model`` (and averaged ones under ``model_ema``), in the names of the
-authors' classification code: ``patch_embed``, ``levels``, ``conv_head`` and ``head``.
+Published files have the weights under ``model`` and EMA weights under ``model_ema``, with the names of the authors'
+classification code: ``patch_embed``, ``levels``, ``conv_head`` and ``head``.
 """
 
 import re
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from grootvl_mm.utils.safe_checkpoints import CheckpointError
 
-# What a published file holds; of both, the first is taken.
+# Keys of the weights in a published file, in order of preference.
 WEIGHTS = ("model", "model_ema")
-# What data-parallel training and larger models put in front of the names.
+# Prefixes that data-parallel training and enclosing models add to names.
 PREFIXES = ("module.", "backbone.")
 
 _BACKBONE_RENAMES = tuple(
@@ -38,43 +38,45 @@ _NECK_RENAMES = (
     (re.compile(r"^conv_head\.0\."), "conv."),
     (re.compile(r"^conv_head\.1\.0\."), "norm."),
 )
-# Published with a leading axis for the scan direction or a trailing one for the state, both of length 1.
+# Published with an extra axis of length 1: a leading one for the scan direction or a trailing one for the state.
 _EXTRA_AXIS = {".x_proj_weight": 0, ".dt_projs_weight": 0, ".dt_projs_bias": 0, ".A_logs": 1}
 
 
 def is_published(names: Iterable[str]) -> bool:
-    """Whether these are names of the authors' code."""
+    """Whether these are parameter names of the authors' code."""
     return any(name.startswith(("patch_embed.", "levels.")) for name in names)
 
 
 def strip_prefixes(weights: Mapping[str, Any], prefixes: Sequence[str] = PREFIXES) -> dict[str, Any]:
-    """Take ``module.`` and ``backbone.``, in this order, off the names.
+    """Strip prefixes, by default ``module.`` and then ``backbone.``, from the names.
 
     Raises:
-        CheckpointError: Two names become the same.
+        CheckpointError: two names become the same.
     """
     stripped = {}
     for key, value in weights.items():
         name = _strip(key, prefixes)
         if name in stripped:
-            raise CheckpointError(f"the weights hold {name!r} twice, with and without a prefix")
+            raise CheckpointError(f"the weights contain {name!r} twice, with and without a prefix")
         stripped[name] = value
     return stripped
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights of a published file: what lies under ``model``, or else ``model_ema``, under the published names.
+    """The weights of a published file, those under ``model`` or otherwise ``model_ema``, with their published names.
 
     Args:
-        checkpoint: content of the file, or a bare state dict. What is not of the authors is given back as it is, but
-            for ``model`` around it and ``module.`` of data-parallel training.
+        checkpoint: content of the file, or a bare state dict. Weights of other models are returned unchanged, but taken
+            out of ``model`` and without the prefix ``module.``.
     """
     found = [name for name in WEIGHTS if isinstance(checkpoint.get(name), Mapping)]
     weights = dict(checkpoint[found[0]] if found else checkpoint)
+    if not all(isinstance(name, str) for name in weights):
+        raise CheckpointError("the weights are no dictionary of names to tensors")
     if len(found) > 1:
         print_log(
-            f"The checkpoint also holds averaged weights ({found[1]!r}); those under {found[0]!r} are taken. For the "
-            "others, convert it with tools/model_converters/grootv_to_mmpretrain.py.",
+            f"The checkpoint also contains EMA weights ({found[1]!r}); loading the weights under {found[0]!r}. To use "
+            "the EMA weights, convert the file with tools/model_converters/grootv_to_mmpretrain.py.",
             "current",
         )
     published = is_published(_strip(key, PREFIXES) for key in weights)
@@ -82,14 +84,14 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def convert_published(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Published weights as those of mmpretrain's ``ImageClassifier`` with our backbone and neck.
+    """Convert published weights to those of mmpretrain's ``ImageClassifier`` with our backbone and neck.
 
     Args:
-        state_dict: published names to tensors, with or without ``module.`` and ``backbone.`` in front; may be the whole
-            file with the weights under ``model``.
+        state_dict: published names to tensors, with or without the prefixes ``module.`` and ``backbone.``; may be the
+            content of a whole file with the weights under ``model``.
 
     Returns:
-        New names (``backbone.*``, ``neck.*``, ``head.fc.*``) to tensors. Names that are not known stay as they are.
+        New names (``backbone.*``, ``neck.*``, ``head.fc.*``) to tensors. Unknown names are unchanged.
     """
     converted = {}
     for key, value in unwrap(state_dict).items():
@@ -106,12 +108,12 @@ def convert_published(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def rename_published_classifier(state_dict: MutableMapping[str, Any], prefix: str) -> bool:
-    """Turn, in place, a published classifier below ``prefix`` into mmpretrain's with our backbone and neck.
+    """Convert, in place, a published classifier under ``prefix`` to mmpretrain's with our backbone and neck.
 
-    Any other state dict stays as it is, but for ``model`` around it.
+    Other weights are unchanged, but taken out of ``model``.
 
     Returns:
-        Whether it is a published one.
+        Whether the weights were published ones.
     """
     weights = unwrap(_below(state_dict, prefix))
     published = is_published(weights)
@@ -120,12 +122,12 @@ def rename_published_classifier(state_dict: MutableMapping[str, Any], prefix: st
 
 
 def rename_published_backbone(state_dict: MutableMapping[str, Any], prefix: str) -> bool:
-    """Rename, in place, the published backbone's entries below ``prefix``; the published head's are dropped.
+    """Rename, in place, the weights of a published backbone under ``prefix``, and drop those of its neck and head.
 
-    Any other state dict stays as it is, but for ``model`` around it.
+    Other weights are unchanged, but taken out of ``model``.
 
     Returns:
-        Whether they were published ones.
+        Whether the weights were published ones.
     """
     weights = unwrap(_below(state_dict, prefix))
     published = is_published(weights)
@@ -138,9 +140,9 @@ def rename_published_backbone(state_dict: MutableMapping[str, Any], prefix: str)
 
 
 def rename_published_neck(state_dict: MutableMapping[str, Any], prefix: str) -> None:
-    """Rename, in place, the published ``conv_head`` below ``prefix``; the rest of a published file is dropped.
+    """Rename, in place, a published ``conv_head`` under ``prefix``, and drop the other weights of a published file.
 
-    Any other state dict stays as it is, but for ``model`` around it.
+    Other weights are unchanged, but taken out of ``model``.
     """
     weights = unwrap(_below(state_dict, prefix))
     if any(key.startswith("conv_head.") for key in weights):
@@ -169,8 +171,10 @@ def _replace(state_dict: MutableMapping[str, Any], prefix: str, weights: Mapping
 def _rename_backbone(key: str, value: Tensor) -> tuple[str, Tensor]:
     for suffix, axis in _EXTRA_AXIS.items():
         if key.endswith(suffix):
+            if not isinstance(value, Tensor):
+                raise CheckpointError(f"{key!r} is a {type(value).__name__}, expected a tensor")
             if value.ndim <= axis:
-                raise CheckpointError(f"some weights have too few axes: {key!r} has the shape {tuple(value.shape)}")
+                raise CheckpointError(f"{key!r} must have at least {axis + 1} axes, got shape {tuple(value.shape)}")
             value = value.squeeze(axis)
     return _substitute(key, _BACKBONE_RENAMES), value
 

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from grootvl_mm.layers.conv import conv_silu
 from grootvl_mm.layers.initialization import InitializedModule, StepProjection, linear_layer
+from grootvl_mm.layers.linear import linear_in_chunks
 from grootvl_mm.layers.padding import Padding
 from grootvl_mm.layers.tracing import with_known_size
 from grootvl_mm.layers.untouched import untouched
 from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_scan, tree_selective_scan
+from grootvl_mm.ops._compat import is_autocast_enabled
 from grootvl_mm.ops.scan import PROPAGATIONS, selective_scan
 from grootvl_mm.ops.tree import METRICS
 
@@ -28,19 +30,19 @@ def raster_path(
     device: torch.device,
     padding: Padding | None = None,
 ) -> Tree:
-    """The path through all positions in reading order as a tree.
+    """The raster-order path through all positions, as a tree.
 
     Args:
         batch: number of images.
         height: number of rows.
         width: number of columns.
-        root: ``first`` or ``last`` vertex: the end of the path that is the root.
+        root: the end of the path that is the root, the ``first`` or ``last`` vertex.
         by_columns: column by column instead of row by row.
         device: device of the tree.
-        padding: to be left for the end that is not the root.
+        padding: padded positions come last, farthest from the root.
 
     Returns:
-        The same tree for each image, apart from padding.
+        The trees, one per image; identical unless there is padding.
     """
     order = torch.arange(height * width, dtype=torch.int32, device=device)
     if by_columns:
@@ -56,14 +58,15 @@ def raster_path(
 
 
 def scattered_weight(height: int, width: int, seed: int, device: torch.device) -> Tensor:
-    """Edge weights of a pseudorandom spanning tree, which is always the same.
+    """Deterministic pseudorandom edge weights.
 
-    A weight depends on the seed and on where its edge lies, not on the map's size, so that padding changes nothing.
+    A weight depends only on the seed and the position of its edge, not on the size of the map, so that padding does not
+    change the tree.
 
     Args:
         height: number of rows.
         width: number of columns.
-        seed: any number from 0.
+        seed: an integer, at least 0.
         device: device of the weights.
 
     Returns:
@@ -72,7 +75,7 @@ def scattered_weight(height: int, width: int, seed: int, device: torch.device) -
     row, column = torch.arange(height, device=device).unsqueeze(1), torch.arange(width, device=device)
     key = 1 + seed
     for number in (row, column):
-        # The fifth power permutes the numbers below this prime, and scatters them.
+        # The fifth power is a permutation of the numbers below this prime.
         key = (key * _SCATTER + number + 1) % _PRIME
         square = key * key % _PRIME
         key = square * square % _PRIME * key % _PRIME
@@ -85,20 +88,20 @@ _PRIME, _SCATTER = 2**31 - 1, 1_103_515_245
 
 
 class TreeSSM(InitializedModule):
-    """Selective state space model along a minimum spanning tree of the feature map; state size 1.
+    """Tree state space layer: a selective state space model (state size 1) along a spanning tree of the feature map.
 
     Args:
-        channels: C, channels of input and output. Inside there are D = 2 * C.
-        tree_metric: dissimilarity that the tree minimises, ``cosine``, ``euclidean`` or ``manhattan``.
-        tree_root: ``first`` or ``last`` vertex.
+        channels: C, channels of input and output. The inner dimension is D = 2 * C.
+        tree_metric: dissimilarity that defines the tree, ``cosine``, ``euclidean`` or ``manhattan``.
+        tree_root: the root of the tree, the ``first`` or ``last`` vertex.
         propagation: ``all``, ``up`` or ``down``, see :func:`grootvl_mm.ops.tree_scan`.
-        scan: ``tree``, or what it is compared with. ``raster``: the path row by row takes the place of the tree.
-            ``cross``: the mean of the outputs for the path row by row and the path column by column. With
-            ``propagation='all'`` a path is scanned in both directions. ``random``: the spanning tree of random
-            weights, in training a new one for each image and call, in evaluation always the same. ``maximum``: the
-            maximum spanning tree, which joins what differs most. The metric matters for ``tree`` and ``maximum``.
-        scan_seed: number that the trees of ``random`` in evaluation come from; :class:`GrootV` numbers its blocks.
-        init_cfg: mmengine's.
+        scan: ``tree``, the minimum spanning tree, or a baseline. ``raster``: a path row by row. ``cross``: the mean of
+            the outputs of the paths row by row and column by column. ``random``: the spanning tree of random weights,
+            drawn for each image and call in training, fixed in evaluation. ``maximum``: the maximum spanning tree. With
+            ``propagation='all'``, paths are scanned in both directions. ``tree_metric`` is used by ``tree`` and
+            ``maximum`` only.
+        scan_seed: seed of the ``random`` trees in evaluation; :class:`GrootV` uses the index of the block.
+        init_cfg: initialization config of mmengine.
 
     Raises:
         ValueError: an unknown metric, root, propagation or scan.
@@ -143,37 +146,41 @@ class TreeSSM(InitializedModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew: the state matrix starts as -1, the skip connection as 1."""
+        """Initialize the weights; the state matrix starts as -1 and the skip connection as 1."""
         for projection in (self.in_proj, self.x_proj, self.out_proj, self.dt_proj):
             projection.reset_parameters()
         nn.init.zeros_(self.A_log)
         nn.init.ones_(self.Ds)
 
     def forward(self, x: Tensor, tree: Tree | None = None, padding: Padding | None = None) -> tuple[Tensor, Tree]:
-        """Mix the positions of a feature map.
+        """Mix the tokens of a feature map.
 
         Args:
             x: (B, H, W, C).
-            tree: trees to scan along; by default those of this layer's own features.
-            padding: what no position inside of a picture may depend on; the result there means nothing.
+            tree: trees to scan along; by default built from this layer's features.
+            padding: padding to ignore; results at padded positions are undefined.
 
         Returns:
-            (B, H, W, C), and the trees that were used (for ``cross`` those row by row).
+            (B, H, W, C), and the trees of the scan (for ``cross``, the paths row by row).
         """
-        if padding is not None:
-            x = padding.clear(x)  # and so what the convolution reads: the projection has no bias
-        x, gate = self.in_proj(x).chunk(2, dim=-1)
+        # The convolution must read zeros at padding. A projection without bias keeps the zeros of its narrower input.
+        keeps_zeros = padding is None or untouched(self.in_proj, kinds=(nn.Linear,), bias=False)
+        if padding is not None and keeps_zeros:
+            x = padding.clear(x)
+        x, gate = linear_in_chunks(self.in_proj, x, 2)
+        if not keeps_zeros:
+            x = padding.clear(x)
         x = conv_silu(self.conv2d, x)
         if tree is None:
             tree = self.build_tree(x.permute(0, 3, 1, 2), padding)
         dt, b, c = self.x_proj(x).split([self.dt_rank, 1, 1], dim=-1)
         if padding is not None:
-            b = padding.clear(b)  # and so what is scanned
+            b = padding.clear(b)  # clears the scan's input, delta * b * x
         y = self.selective_scan(x, dt, b, c, gate, tree, padding)
         return self.out_proj(y), tree
 
     def build_tree(self, feature: Tensor, padding: Padding | None = None) -> Tree:
-        """The trees of (B, D, H, W) features."""
+        """Build the trees of (B, D, H, W) features."""
         feature, height, width = with_known_size(feature)
         if self.scan in ("raster", "cross"):
             batch = feature.shape[0]
@@ -184,16 +191,16 @@ class TreeSSM(InitializedModule):
         return grid_tree(weight, height, width, root=0 if self.tree_root == "first" else height * width - 1)
 
     def edge_weight(self, feature: Tensor) -> Tensor:
-        """What the trees of (B, D, H, W) features minimise: (B, E), see :func:`grootvl_mm.ops.grid_edge_weight`."""
+        """The edge weights (B, E) of (B, D, H, W) features, see :func:`grootvl_mm.ops.grid_edge_weight`."""
         if self.scan == "random":
             return self._random_weight(feature)
-        # exp cannot overflow for the cosine; for the distances it does, so their exponents are compared.
+        # Distances use their exponents, since exp would overflow; that of the cosine cannot.
         weight = grid_edge_weight(feature, self.tree_metric, log=self.tree_metric != "cosine")
         return -weight if self.scan == "maximum" else weight
 
     def _random_weight(self, feature: Tensor) -> Tensor:
         batch, _, height, width = feature.shape
-        if self.training:  # activation checkpointing restores the state of the generator, and so the trees
+        if self.training:  # activation checkpointing restores the RNG state, so recomputed trees are the same
             return torch.rand(batch, (height - 1) * width + height * (width - 1), device=feature.device)
         return scattered_weight(height, width, self.scan_seed, feature.device).repeat(batch, 1)
 
@@ -207,7 +214,7 @@ class TreeSSM(InitializedModule):
         tree: Tree,
         padding: Padding | None = None,
     ) -> Tensor:
-        """The scan of ``(B, H, W, *)`` values along trees; for ``cross``, the mean of the scans by rows and columns."""
+        """Selective scan of ``(B, H, W, *)`` values; for ``cross``, the mean of the scans by rows and by columns."""
         batch, height, width, _ = x.shape
         values = [value.flatten(1, 2) for value in (x, dt, b, c, gate)]
         y = self._selective_scan(*values, tree)
@@ -217,8 +224,10 @@ class TreeSSM(InitializedModule):
         return y.unflatten(1, (height, width))
 
     def _selective_scan(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, gate: Tensor, tree: Tree) -> Tensor:
-        """``delta = softplus(dt_proj(dt))``, ``h = tree_scan(delta b x, exp(-exp(A_log) delta))`` and
-        ``out_norm(h_norm(h) c + Ds x) SiLU(gate)``, by one operator where that does all that the modules do.
+        """Selective scan of ``(B, L, *)`` values along trees, by one fused operator if the modules are untouched.
+
+        ``delta = softplus(dt_proj(dt))``, ``h = tree_scan(delta b x, exp(-exp(A_log) delta))`` and
+        ``y = out_norm(h_norm(h) c + Ds x) SiLU(gate)``.
         """
         if (
             untouched(self.dt_proj, kinds=(StepProjection, nn.Linear))
@@ -239,12 +248,13 @@ class TreeSSM(InitializedModule):
                 eps=self.h_norm.eps,
                 propagation=self.propagation,
             )
+        A_log, Ds = self.A_log, self.Ds
+        if not is_autocast_enabled(x.device.type):  # a model of 16 bits may keep them in float32
+            A_log, Ds = A_log.to(x.dtype), Ds.to(x.dtype)
         return selective_scan(
             partial(self._tree_scan, tree=tree),
             *(self.dt_proj, self.h_norm, self.out_norm),
-            *(x, dt, b, c, gate),
-            A_log=self.A_log,
-            Ds=self.Ds,
+            *(x, dt, b, c, gate, A_log, Ds),
         )
 
     def _tree_scan(self, x: Tensor, decay: Tensor, tree: Tree) -> Tensor:

@@ -1,4 +1,4 @@
-"""The operators of GrootV: edge weights, spanning trees, scans along them and their neighbours. Needs torch only."""
+"""The operators of GrootV: edge weights, spanning trees, tree scans, layer norm and convolution. Needs torch only."""
 
 from grootvl_mm.ops._library import extension_error
 from grootvl_mm.ops.conv import depthwise_conv_silu

@@ -1,4 +1,4 @@
-"""Checks of what users pass to the operators: each error says what came, what was expected and what to do."""
+"""Checks of the operators' arguments."""
 
 import functools
 from collections.abc import Callable
@@ -12,10 +12,10 @@ FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def unwatched(look: Callable) -> Callable:
-    """A decorator for functions that only look at tensors.
+    """Decorator for functions that only read properties of tensors: disables torch function modes.
 
-    A torch function mode, such as that of :mod:`grootvl_mm.layers.recompute`, would be called for every dtype, shape
-    and device that is asked for; that takes longer than to launch a kernel.
+    Otherwise a mode such as that of :mod:`grootvl_mm.layers.recompute` is called for every access to a dtype, shape or
+    device, which takes longer than launching a kernel.
     """
 
     @functools.wraps(look)
@@ -32,11 +32,11 @@ def unwatched(look: Callable) -> Callable:
 def check_tensor(
     name: str, value: Tensor, shape: str | tuple[int, ...], dim: int, dtypes: tuple[torch.dtype, ...] = FLOATING
 ) -> None:
-    """A tensor of the given rank and of one of the dtypes.
+    """Check that a value is a tensor with the given number of axes and one of the dtypes.
 
     Raises:
-        TypeError: not a tensor, or another dtype.
-        ValueError: another rank.
+        TypeError: it is not a tensor or has another dtype.
+        ValueError: it has another number of axes.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {shape}, got {type(value).__name__}")
@@ -48,10 +48,10 @@ def check_tensor(
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """One of a few words.
+    """Check that a value is one of the choices.
 
     Raises:
-        ValueError: another one.
+        ValueError: it is not.
     """
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
@@ -59,10 +59,10 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 @unwatched
 def check_same_device(**tensors: Tensor) -> None:
-    """All tensors on one device.
+    """Check that all tensors are on one device.
 
     Raises:
-        ValueError: they are on several.
+        ValueError: they are not.
     """
     if len({tensor.device for tensor in tensors.values()}) > 1:
         found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
@@ -71,10 +71,10 @@ def check_same_device(**tensors: Tensor) -> None:
 
 @unwatched
 def check_parameter_dtype(name: str, parameter: Tensor, x: Tensor) -> None:
-    """A parameter in the dtype of ``x``, or in float32 where ``x`` has 16 bits.
+    """Check that a parameter has the dtype of ``x``, or float32 if ``x`` is 16-bit.
 
     Raises:
-        TypeError: another dtype.
+        TypeError: it has another dtype.
     """
     if parameter.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
-        raise TypeError(f"{name} must be {x.dtype} as x is, or float32 where x has 16 bits, got {parameter.dtype}")
+        raise TypeError(f"{name} must be {x.dtype} like x, or float32 if x is 16-bit, got {parameter.dtype}")

@@ -1,7 +1,7 @@
-"""Backports of what is newer than PyTorch 2.1, and the parts of PyTorch that have no public name.
+"""Backports of APIs newer than PyTorch 2.1, and wrappers of private PyTorch APIs.
 
-The fallbacks serve PyTorch 2.1 and later (.dev_scripts/check_oldest_torch.sh runs them there). They are for eager mode:
-torch.compile and torch.export of the operators need PyTorch 2.4.
+The backports support eager mode only (.dev_scripts/check_oldest_torch.sh tests them on PyTorch 2.1): torch.compile and
+torch.export of the operators need PyTorch 2.4.
 """
 
 import contextlib
@@ -10,19 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 if hasattr(torch.library, "infer_schema"):
     from torch.library import infer_schema
 else:
 
     def infer_schema(function: Callable, *, mutates_args: tuple[()]) -> str:
-        """The schema of an operator that changes none of its inputs, by the annotations of a function."""
+        """Infer an operator schema from the annotations of a function that mutates no arguments."""
         import torch._custom_op.impl
 
         return torch._custom_op.impl.infer_schema(function)
 
 
-# Registrations end with the library that they were made by.
+# Keeps libraries alive: PyTorch undoes the registrations of a destroyed one.
 _LIBRARIES: list[torch.library.Library] = []
 
 
@@ -43,7 +44,7 @@ if hasattr(torch.library, "register_fake"):
 else:
 
     def register_fake(operator: str) -> Callable[[Callable], Callable]:
-        """A decorator: the function says what the results look like, for tensors without values."""
+        """Decorator that registers a fake kernel, which computes the metadata of the results."""
 
         def register(function: Callable) -> Callable:
             _implement(operator, function, "Meta")
@@ -53,11 +54,10 @@ else:
 
 
 if hasattr(torch.library, "register_autograd"):
-    from torch.library import register_autograd
+    from torch.library import register_autograd as _register_gradient
 else:
 
-    def register_autograd(operator: str, backward: Callable, *, setup_context: Callable) -> None:
-        """Give an operator its gradient."""
+    def _register_gradient(operator: str, backward: Callable, *, setup_context: Callable) -> None:
         overload = _overload(operator)
 
         def forward(ctx: torch.autograd.function.FunctionCtx, *inputs: Any) -> Any:
@@ -71,19 +71,57 @@ else:
         _implement(operator, function.apply, "Autograd")
 
 
+def register_autograd(operator: str, backward: Callable, *, setup_context: Callable) -> None:
+    """Register the gradient of an operator for autograd and, since PyTorch 2.4, for reverse mode of ``torch.func``.
+
+    PyTorch's own registration supports only autograd and raises an error under ``torch.func`` transforms.
+    """
+    _register_gradient(operator, backward, setup_context=setup_context)
+    if not hasattr(torch.library, "register_autograd"):
+        return
+    overload = _overload(operator)
+
+    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> Any:
+        """Loop over the batch: the operators are batched themselves, but their parameters have no batch axis."""
+        outputs = []
+        for index in range(info.batch_size):
+            pairs = zip(inputs, in_dims, strict=True)
+            outputs.append(overload(*(value if dim is None else value.select(dim, index) for value, dim in pairs)))
+        if isinstance(outputs[0], Tensor):
+            return torch.stack(outputs), 0
+        return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
+
+    parts = {"forward": overload, "setup_context": setup_context, "backward": backward, "vmap": vmap}
+    namespace = {name: staticmethod(part) for name, part in parts.items()}
+    function = type(f"{overload.__name__}_transformed", (torch.autograd.Function,), namespace)
+
+    def kernel(*inputs: Any) -> Any:
+        interpreter = retrieve_current_functorch_interpreter()
+        if interpreter.key() != torch._C._functorch.TransformType.Functionalize:
+            return function.apply(*inputs)
+        from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI  # not in 2.1
+
+        functional = FunctorchFunctionalizeAPI(interpreter)
+        inputs = functional.unwrap_tensors(inputs)
+        with functional.redispatch_to_next():
+            return functional.wrap_tensors(overload(*inputs))
+
+    _implement(operator, kernel, "FuncTorchDynamicLayerFrontMode")
+
+
 if hasattr(torch, "get_autocast_dtype"):
     from torch import get_autocast_dtype as autocast_dtype
 else:
 
     def autocast_dtype(device_type: str) -> torch.dtype:
-        """The dtype of autocast for a kind of device."""
+        """The autocast dtype of a device type."""
         return torch.get_autocast_cpu_dtype() if device_type == "cpu" else torch.get_autocast_gpu_dtype()
 
 
 def implement_autocast(operator: str, device_type: str, cast: Callable[..., tuple]) -> None:
-    """Let an operator run under autocast with ``cast(dtype of autocast, *inputs)`` in place of its inputs.
+    """Register an autocast rule: the operator runs on ``cast(autocast_dtype, *inputs)``.
 
-    It serves operators whose inputs have different dtypes, where ``torch.library.register_autocast`` gives them one.
+    Unlike ``torch.library.register_autocast``, it allows inputs to have different dtypes.
     """
     overload = _overload(operator)
     key = f"Autocast{device_type.upper()}"
@@ -97,15 +135,15 @@ def implement_autocast(operator: str, device_type: str, cast: Callable[..., tupl
 
 
 try:
-    from torch.utils.flop_counter import flop_registry, register_flop_formula
+    from torch.utils.flop_counter import register_flop_formula
 except ImportError:
-    from torch.utils.flop_counter import flop_mapping as flop_registry
+    from torch.utils.flop_counter import flop_mapping
 
     def register_flop_formula(target: Callable) -> Callable[[Callable], Callable]:
-        """A decorator: the function counts the operations of an operator from the shapes of its inputs."""
+        """Decorator that registers a FLOP formula, a function of the shapes of the inputs."""
 
         def register(formula: Callable) -> Callable:
-            flop_registry[target] = formula
+            flop_mapping[target] = formula
             return formula
 
         return register
@@ -116,25 +154,25 @@ if hasattr(torch.compiler, "is_compiling"):
 else:
     from torch._utils import is_compiling
 
-# Where PyTorch does not tell them apart, every compiler counts as an export.
+# Older versions cannot tell an export from other compilations, so every compilation counts as an export.
 is_exporting = getattr(torch.compiler, "is_exporting", is_compiling)
 
 if hasattr(torch.amp, "is_autocast_available"):
 
     def is_autocast_enabled(device_type: str) -> bool:
-        """Whether autocast is on for a kind of device; some, such as meta, have none."""
+        """Whether autocast is enabled for a device type; False for types without autocast, such as meta."""
         return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 else:
 
     def is_autocast_enabled(device_type: str) -> bool:
-        """Whether autocast is on for a kind of device; some, such as meta, have none."""
+        """Whether autocast is enabled for a device type; False for types without autocast, such as meta."""
         is_enabled = {"cpu": torch.is_autocast_cpu_enabled, "cuda": torch.is_autocast_enabled}.get(device_type)
         return is_enabled is not None and is_enabled()
 
 
 def enable_autograd() -> contextlib.AbstractContextManager:
-    """Within a kernel, which the dispatcher calls below autograd, lets autograd see what the kernel calls."""
+    """Context manager that re-enables autograd inside a kernel, which the dispatcher calls below autograd."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for device_type in ("CPU", "CUDA", "Other", "Functionality"):
         excluded = excluded.remove(getattr(torch._C.DispatchKey, f"Autograd{device_type}"))
@@ -144,42 +182,52 @@ def enable_autograd() -> contextlib.AbstractContextManager:
 
 _top_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
-# (x, weight, bias, activation, its scalars, its algorithm); None if PyTorch was built without oneDNN, and below 2.4,
-# whose oneDNN misreads expanded tensors.
+# (x, weight, bias, activation, its scalars, its algorithm). None if PyTorch was built without oneDNN, and before
+# PyTorch 2.4, whose oneDNN misreads expanded tensors.
 onednn_linear = None
 if torch.backends.mkldnn.is_available() and hasattr(torch.library, "register_autograd"):
     onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether operators on ``x`` run at once and as they are: no compiler, tracer, subclass or functional transform.
+    """Whether ``x`` is a plain tensor in eager mode: no compiler, tracer, subclass or functional transform.
 
-    Never on versions of PyTorch that do not say which hooks on saved tensors are active.
+    Always False on versions of PyTorch that do not report the active saved-tensor hooks.
     """
     return (
         type(x) is Tensor
         and _top_saved_tensors_hooks is not None
         and not is_compiling()
         and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
+        and not is_transformed()
         and not is_forward_ad()
     )
 
 
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func``, such as ``vmap`` or ``grad``, is active."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def is_forward_ad() -> bool:
-    """Whether forward-mode automatic differentiation is on."""
+    """Whether forward-mode automatic differentiation is enabled."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def top_saved_tensors_hooks() -> tuple[Callable, Callable] | None:
-    """The innermost pair of active hooks on saved tensors (pack, unpack), such as those of activation checkpointing."""
+    """The innermost active saved-tensor hooks (pack, unpack), such as those of activation checkpointing."""
     return _top_saved_tensors_hooks(True)
 
 
+def are_saved_tensors_hooks_enabled() -> bool:
+    """Whether hooks on saved tensors may be used; ``torch.autograd.graph.disable_saved_tensors_hooks`` forbids them."""
+    return torch._C._autograd._saved_tensors_hooks_is_enabled()
+
+
 __all__ = [
+    "are_saved_tensors_hooks_enabled",
     "autocast_dtype",
     "enable_autograd",
-    "flop_registry",
     "implement_autocast",
     "infer_schema",
     "is_autocast_enabled",
@@ -187,6 +235,7 @@ __all__ = [
     "is_eager",
     "is_exporting",
     "is_forward_ad",
+    "is_transformed",
     "onednn_linear",
     "register_autograd",
     "register_fake",

@@ -1,8 +1,8 @@
-"""What CUDA kernels find out about trees before they scan along them: computed once, kept as long as the trees.
+"""Caches the cuts of trees: pieces that CUDA scans process in parallel, computed once per tree.
 
-The scans of other devices need no cut. A cut is only as good as the vertices it was made from, so it is shared by
-several scans only along a tree that ``grid_tree`` or ``graph_tree`` has made, in memory that nobody else has, and while
-that stays as it is. Elsewhere a scan has one of its own, which its backward pass uses again.
+Scans on other devices need no cut. A cut is valid as long as its tree is not modified. Scans therefore share a cut only
+along trees from ``grid_tree`` or ``graph_tree``, whose memory has no other owner, and only until the tree is modified
+in place. Along any other tree, each scan computes a separate cut, which its backward pass reuses.
 """
 
 from typing import TYPE_CHECKING
@@ -17,37 +17,37 @@ from grootvl_mm.ops._compat import is_eager, is_exporting
 if TYPE_CHECKING:
     from grootvl_mm.ops.tree import Tree
 
-# By the parents of the trees: a Tree is a tuple of two tensors and has no room for more.
+# Keyed by Tree.parent, since a Tree is a plain tuple that cannot hold its cut.
 _SHARED = WeakTensorKeyDictionary()
 
 
 class _SharedCut:
-    """The cut of a tree, and what it was made under."""
+    """The cut of a tree, with the stream and tensor versions that it was computed from."""
 
     def __init__(self, order: Tensor) -> None:
         self.order = order
-        self._made_under: tuple | None = None
+        self._key: tuple | None = None
         self._cut: Tensor | None = None
 
     def of(self, tree: "Tree") -> Tensor:
-        """The cut, made again if the tree has been changed in place, or if the one here belongs to another stream."""
+        """The cut, recomputed if the tree was modified in place or the current stream is another one."""
         stream = torch.cuda.current_stream(tree.parent.device).cuda_stream if tree.parent.is_cuda else None
-        now = (stream, *(None if part.is_inference() else part._version for part in tree))
-        if self._cut is None or self._made_under != now:
-            self._cut, self._made_under = torch.ops.grootvl.tree_cut(*tree), now
+        key = (stream, *(None if part.is_inference() else part._version for part in tree))
+        if self._cut is None or self._key != key:
+            self._cut, self._key = torch.ops.grootvl.tree_cut(*tree), key
         return self._cut
 
 
 def share_cut(tree: "Tree") -> None:
-    """Let the scans along a fresh tree share its cut."""
+    """Let all scans along a newly computed tree share its cut."""
     if _may_share(tree.parent):
         _SHARED[tree.parent] = _SharedCut(tree.order)
 
 
 def cut_of(tree: "Tree") -> Tensor | None:
-    """The cut for a scan along a tree, (B, N) int32, or None where it has none.
+    """The cut for a scan along a tree, (B, N) int32, or None if the device uses none.
 
-    Exported and traced programs are for every device, so they have none.
+    Also None in exported and traced programs, which must run on any device.
     """
     if tree.parent.device.type not in _library.CUTTING_DEVICES or is_exporting() or torch.jit.is_tracing():
         return None
@@ -59,9 +59,10 @@ def cut_of(tree: "Tree") -> Tensor | None:
 
 
 def _may_share(parent: Tensor) -> bool:
-    """Whether a cut may outlive the scan it was made for.
+    """Whether scans may share a cut.
 
-    Not in a CUDA graph, whose replays change the tree unnoticed, nor where compilers and tracers watch.
+    Not during CUDA graph capture, since replays change the tree without changing its version, nor in compilers and
+    tracers.
     """
     return (
         parent.device.type in _library.CUTTING_DEVICES

@@ -1,9 +1,9 @@
-"""Loads the compiled operators and tells PyTorch what it has to know about them.
+"""Loads the compiled operators and registers their fake kernels, gradients, autocast rules and FLOP formulas.
 
-The extension ``grootvl_mm/_C*.so`` defines ``torch.ops.grootvl.*`` with CPU and, where built, CUDA kernels. Where it is
-missing, or has no kernel for a device, the reference of the same name takes its place; on CUDA, operators of
-``THROUGH_HOST`` take the kernel of the CPU. What holds for all (shapes of the results, gradients, autocast, FLOPs) is
-registered here once. ``GROOTVL_LIBRARY=FILE`` loads another build of it.
+The extension ``grootvl_mm/_C*.so`` defines ``torch.ops.grootvl.*`` with CPU and, if built for it, CUDA kernels. If it
+is missing, or an operator has no kernel for a device, the reference implementation of the same name is used; operators
+in ``THROUGH_HOST`` run their CPU kernels for CUDA tensors. ``GROOTVL_LIBRARY=FILE`` loads another build of the
+extension.
 """
 
 import os
@@ -44,7 +44,7 @@ REFERENCES: dict[str, Callable] = {
     )
 }
 
-# Operators without CUDA kernels whose CPU kernels serve CUDA tensors better than the reference does.
+# Operators without CUDA kernels, for which copying to the host is faster than the reference on the GPU.
 THROUGH_HOST = frozenset({"graph_tree"})
 
 
@@ -54,7 +54,7 @@ def extension_error() -> str | None:
 
 
 def has_kernels(device_type: str) -> bool:
-    """Whether the compiled operators have kernels for a kind of device, such as ``cuda``."""
+    """Whether the compiled operators have kernels for a device type, such as ``cuda``."""
     return device_type in _KERNELS
 
 
@@ -72,8 +72,8 @@ def _load_extension() -> str | None:
     missing = [name for name in (*REFERENCES, "tree_cut") if not hasattr(getattr(torch.ops, NAMESPACE), name)]
     if missing:
         raise ImportError(
-            f"{libraries[0]} was compiled from other sources than these: it has no {', '.join(missing)}. Compile it "
-            "again: pip install --no-build-isolation CHECKOUT"
+            f"{libraries[0]} was compiled from other sources: it has no {', '.join(missing)}. Recompile it: "
+            "pip install --no-build-isolation CHECKOUT"
         )
     return None
 
@@ -83,7 +83,7 @@ def _has_kernel(name: str, device_type: str) -> bool:
 
 
 def _through_host(name: str) -> Callable:
-    """The operator on the CPU, for tensors of another device: copied there, and the results back."""
+    """A kernel that copies its inputs to the CPU, runs the operator there and copies the results back."""
 
     def kernel(*inputs: Any) -> tuple[Tensor, ...]:
         device = next(value.device for value in inputs if isinstance(value, Tensor))
@@ -94,7 +94,7 @@ def _through_host(name: str) -> Callable:
 
 
 def _install_references(library: torch.library.Library) -> None:
-    """Give every operator that lacks kernels of its own those of the reference, or those of the CPU."""
+    """Register the reference, or the CPU kernel, for every operator and device without a compiled kernel."""
     for name, function in REFERENCES.items():
         if _EXTENSION_ERROR is not None:
             library.define(name + infer_schema(function, mutates_args=()))
@@ -121,7 +121,7 @@ _install_references(_LIBRARY)
 if _EXTENSION_ERROR is not None:
     warnings.warn(
         f"grootvl_mm runs on its slow PyTorch operators: {_EXTENSION_ERROR}. "
-        "Install it again, with a C++ compiler at hand: pip install --no-build-isolation CHECKOUT",
+        "Reinstall it with a C++ compiler available: pip install --no-build-isolation CHECKOUT",
         stacklevel=2,
     )
 
@@ -150,7 +150,7 @@ def _(edge_index: Tensor, edge_weight: Tensor, num_vertices: int, root: Tensor) 
     return parent, torch.empty_like(parent)
 
 
-# The kinds of devices whose scans want to know the cuts of their trees, the result of the operator tree_cut.
+# Device types whose scans use cuts, the results of the operator tree_cut.
 CUTTING_DEVICES = frozenset(device_type for device_type in ("cpu", "cuda") if _has_kernel("tree_cut", device_type))
 
 
@@ -184,7 +184,7 @@ def _(grad_y: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _no_gradient(name: str) -> None:
-    """The tree is a choice, not a function with a slope: nothing flows back through its operators."""
+    """Mark an operator as not differentiable: building a tree is a discrete choice."""
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.num_inputs = len(inputs)
@@ -214,7 +214,7 @@ def _scan_backward(ctx: Any, grad_h: Tensor) -> tuple:
 
 
 def _scan_double_backward(ctx: Any, *grad_grads: Tensor) -> tuple:
-    """Differentiates the formula of the backward, written with differentiable scans."""
+    """Double backward through the backward formula, in which the scans are differentiable operators."""
     *differentiable, parent, order, cut = ctx.saved_tensors
 
     def backward(grad_h: Tensor, x: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,7 +242,7 @@ def _selective_scan_backward(ctx: Any, grad_y: Tensor) -> tuple:
 
 
 def _selective_scan_double_backward(ctx: Any, *grad_grads: Tensor) -> tuple:
-    """Differentiates the backward of the same computation in PyTorch operators around ``tree_scan``."""
+    """Double backward through the same computation in PyTorch operators and ``tree_scan``."""
     *differentiable, parent, order, cut = ctx.saved_tensors
 
     def backward(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -261,13 +261,13 @@ register_autograd(
 
 
 def _autocast_scan(autocast: torch.dtype, x: Tensor, decay: Tensor, *rest: Any) -> tuple:
-    """The wider dtype of the two; 16 bits are computed in float32 as they are."""
+    """Cast to the wider dtype of the two: 16-bit inputs need no cast, since they are accumulated in float32."""
     dtype = torch.promote_types(x.dtype, decay.dtype)
     return x.to(dtype), decay.to(dtype), *rest
 
 
 def _autocast_selective_scan(autocast: torch.dtype, *inputs: Any) -> tuple:
-    """Activations stay as they are, in the widest dtype among them; only parameters, which are small, are cast."""
+    """Cast activations to the widest dtype among them, and parameters, which are small, to at least float32."""
     values = reference.SelectiveScanInputs(*inputs[: len(reference.SelectiveScanInputs._fields)])
     dtype = reduce(torch.promote_types, (value.dtype for value in values.activations()))
     activations = (value.to(dtype) for value in values.activations())
@@ -280,15 +280,14 @@ for _device_type in ("cpu", "cuda"):
     implement_autocast(f"{NAMESPACE}::tree_selective_scan", _device_type, _autocast_selective_scan)
 
 
-# Operations for each element of x, a multiplication and an addition counting two. The choice of the tree counts none:
-# it compares, it does not calculate.
+# FLOPs per element of x; a multiply-add counts as two. Building a tree counts as none: it only compares.
 _SCAN_FLOPS = {"up": 2, "down": 2, "all": 6}
 _SCAN_BACKWARD_FLOPS = {"up": 5, "down": 5, "all": 15}
 _WEIGHT_FLOPS = {"cosine": 6, "euclidean": 6, "manhattan": 4}
 
 
 def _propagation(args: tuple) -> str:
-    """The argument of a scan that is text; a cut may come after it."""
+    """The propagation among the arguments of a scan: the only string."""
     return next(value for value in args if isinstance(value, str))
 
 
@@ -322,7 +321,7 @@ def _(x_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
     return _SCAN_BACKWARD_FLOPS[_propagation(args)] * x_shape.numel()
 
 
-# Beside the scan and the projection of dt: softplus 2, decay 2, input 2, layer norms 7 each, skip connection 3, gate 4.
+# Without scan and projection of dt: softplus 2, decay 2, scan input 2, layer norms 7 each, skip connection 3, gate 4.
 _SELECTIVE_FLOPS = 27
 
 

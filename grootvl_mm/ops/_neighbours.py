@@ -1,4 +1,4 @@
-"""What PyTorch has to know about the scan's neighbours, layer norm and depth-wise convolution; see ``_library.py``."""
+"""Fake kernels, gradients, autocast rules and FLOP formulas of layer norm and depth-wise convolution."""
 
 from typing import Any
 
@@ -11,34 +11,19 @@ from grootvl_mm.ops._library import NAMESPACE, _operator
 
 
 @register_fake(f"{NAMESPACE}::layer_norm")
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+def _(x: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(x, dtype=args[-1], memory_format=torch.contiguous_format)
 
 
 @register_fake(f"{NAMESPACE}::residual_layer_norm")
-def _(
-    x: Tensor,
-    branch: Tensor,
-    factor: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     total = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return total, torch.empty_like(total, dtype=dtype)
+    return total, torch.empty_like(total, dtype=args[-1])
 
 
 @register_fake(f"{NAMESPACE}::layer_norm_backward")
-def _(
-    grad_sum: Tensor | None,
-    grad_normed: Tensor,
-    value: Tensor,
-    factor: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    branch_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(grad_sum: Tensor | None, grad_normed: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    value, _, weight, _, branch_dtype = args
     grad_x = torch.empty_like(value, memory_format=torch.contiguous_format)
     grad_branch = value.new_empty(0) if branch_dtype is None else torch.empty_like(grad_x, dtype=branch_dtype)
     return grad_x, grad_branch, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
@@ -67,7 +52,7 @@ def _layer_norm_backward(ctx: Any, grad_normed: Tensor) -> tuple:
 
 def _save_residual_layer_norm(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, branch, factor, weight, _, ctx.eps, _ = inputs
-    # Where the branch is added as it is, its gradient is that of x.
+    # Without a cast or a factor, the gradient of the branch is that of x.
     ctx.branch_dtype = None if branch.dtype == x.dtype and factor is None else branch.dtype
     ctx.normed_dtype = output[1].dtype
     ctx.set_materialize_grads(False)
@@ -90,12 +75,12 @@ def _save_layer_norm_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _layer_norm_double_backward(ctx: Any, *grad_grads: Tensor) -> tuple:
-    """Differentiates the formula of the backward, written in PyTorch's operators."""
+    """Double backward through the backward formula in PyTorch operators."""
     grad_sum, grad_normed, value, factor, weight = ctx.saved_tensors
     has_branch, of_sum = ctx.branch_dtype is not None, () if grad_sum is None else (grad_sum,)
 
     def backward(grad_normed: Tensor, value: Tensor, weight: Tensor, grad_sum: Tensor | None = None) -> tuple:
-        grad_x, grad_branch, *of_parameters = reference_neighbours.plain_layer_norm_backward(
+        grad_x, grad_branch, *of_parameters = reference_neighbours.layer_norm_backward.__wrapped__(
             grad_sum, grad_normed, value, factor, weight, ctx.eps, ctx.branch_dtype
         )
         return (grad_x, grad_branch, *of_parameters) if has_branch else (grad_x, *of_parameters)
@@ -123,7 +108,7 @@ def _conv_backward(ctx: Any, grad_y: Tensor) -> tuple:
 
 
 def _conv_double_backward(ctx: Any, *grad_grads: Tensor) -> tuple:
-    return reference.vjp(reference_neighbours.plain_conv_silu_backward, ctx.saved_tensors, grad_grads)
+    return reference.vjp(reference_neighbours.depthwise_conv_silu_backward.__wrapped__, ctx.saved_tensors, grad_grads)
 
 
 register_autograd(f"{NAMESPACE}::depthwise_conv_silu", _conv_backward, setup_context=_save_conv)
@@ -131,7 +116,7 @@ register_autograd(f"{NAMESPACE}::depthwise_conv_silu_backward", _conv_double_bac
 
 
 def _normed_dtype(x: Tensor, dtype: torch.dtype | None, autocast: torch.dtype) -> torch.dtype:
-    """That of autocast, into which the next matrix product would cast, where x leaves a choice."""
+    """The requested dtype; by default that of autocast for a float32 ``x``, as the next linear layer would cast."""
     return dtype or (autocast if x.dtype == torch.float32 else x.dtype)
 
 
@@ -147,7 +132,7 @@ def _autocast_residual_layer_norm(autocast: torch.dtype, x: Tensor, *inputs: Any
 
 
 def _autocast_conv(autocast: torch.dtype, x: Tensor, weight: Tensor) -> tuple:
-    """As PyTorch's convolution, but the weight keeps its precision, and float64 stays."""
+    """Cast like ``F.conv2d``, but keep float64 inputs and the dtype of the weight."""
     return x if x.dtype == torch.float64 else x.to(autocast), weight
 
 
@@ -157,7 +142,7 @@ for _device_type in ("cpu", "cuda"):
     implement_autocast(f"{NAMESPACE}::depthwise_conv_silu", _device_type, _autocast_conv)
 
 
-# Operations for each element, a multiplication and an addition counting two.
+# FLOPs per element; a multiply-add counts as two.
 _NORM_FLOPS, _RESIDUAL_FLOPS, _TAPS_FLOPS, _SILU_FLOPS = 7, 2, 18, 4
 
 

@@ -8,23 +8,23 @@ from grootvl_mm.ops._checks import check_parameter_dtype, check_same_device, che
 
 
 def depthwise_conv_silu(x: Tensor, weight: Tensor) -> Tensor:
-    """SiLU of a depth-wise 3x3 convolution with padding 1 and no bias, channels last.
+    """SiLU of a depth-wise 3x3 convolution with padding 1 and no bias, in channels-last layout.
 
-    ``x`` is read where it lies as long as its channels are neighbours in memory; half of a projection's result needs no
-    copy. The backward pass computes the convolution again, so nothing but the inputs is kept. 16-bit inputs are
-    computed in float32 and rounded once. Differentiable twice.
+    If the channels of ``x`` are contiguous in memory, ``x`` is read without a copy, for example half of a projection's
+    result. The backward pass recomputes the convolution, so autograd saves only the inputs. 16-bit inputs are
+    computed in float32 and rounded once. Supports derivatives of any order.
 
     Args:
-        x: (B, H, W, D) float32, float64, float16 or bfloat16. Under autocast it is cast as for a convolution.
-        weight: (D, 1, 3, 3), as that of ``nn.Conv2d(D, D, 3, groups=D)``; dtype of ``x``, or float32 where ``x`` has 16
-            bits.
+        x: (B, H, W, D) float32, float64, float16 or bfloat16. Under autocast it is cast like the input of ``F.conv2d``.
+        weight: (D, 1, 3, 3), like that of ``nn.Conv2d(D, D, 3, groups=D)``; dtype of ``x``, or float32 if ``x`` is
+            16-bit.
 
     Returns:
         (B, H, W, D), dtype of ``x``, contiguous.
 
     Raises:
-        TypeError: an argument is no tensor, or dtypes do not fit together.
-        ValueError: shapes or devices do not fit together.
+        TypeError: an argument is not a tensor, or the dtypes do not match.
+        ValueError: shapes or devices do not match.
     """
     _check(x, weight)
     return torch.ops.grootvl.depthwise_conv_silu(x, weight)

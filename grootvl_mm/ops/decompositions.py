@@ -1,17 +1,17 @@
-"""The forward operators as straight lines of PyTorch's own operators, for runtimes that have no others (ONNX).
+"""Decompositions of the forward operators into standard PyTorch operators, for runtimes without custom ones (ONNX).
 
-Trees are usually built and scanned by loops whose length depends on the data. Here every loop has a fixed number of
-rounds, which grows with the logarithm of the number of vertices, so that it can be unrolled into a graph:
+The number of rounds of every loop is independent of the data and grows with the logarithm of the number of vertices, so
+that loops can be unrolled into a graph:
 
-- the tree edges by Boruvka's algorithm: in each round every component is joined to its nearest neighbour;
-- the parents by a walk around the tree that takes each edge once in either direction, ranked by pointer doubling: the
-  direction that comes first leads away from the root;
-- the scans by pointer doubling: after k rounds each vertex has the sum over its 2^k nearest ancestors (down), or over
-  the descendants that are so near (up).
+- Tree edges: Boruvka's algorithm, which joins every component to its nearest neighbour in each round.
+- Parents: an Euler tour of the tree, ranked by pointer doubling. Of the two arcs of an edge, the first one leads away
+  from the root.
+- Scans: pointer doubling. After k rounds, each vertex has the sum over its 2^k nearest ancestors (down), or over its
+  descendants within that distance (up).
 
-Arguments and results are those of the operators of the same name, except for the order of a tree: these scans need
-none, and what stands in its place is none. Weights are taken to be finite, and trees to be trees. The number of
-vertices is fixed when the graph is made; the batch size need not be.
+Arguments and results are those of the operators of the same name, except that the ``order`` of a tree is a placeholder,
+which these scans do not use. Inputs are not validated. The number of vertices is fixed at export; the batch size may be
+dynamic.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from grootvl_mm.ops import reference, reference_neighbours
 
 
 def decomposition_table() -> dict[torch._ops.OpOverload, Callable]:
-    """The operators and what they decompose into, for ``torch.export.ExportedProgram.run_decompositions``."""
+    """The decomposition of each operator, for ``torch.export.ExportedProgram.run_decompositions``."""
     functions = (grid_edge_weight, grid_tree, tree_scan, tree_selective_scan)
     functions += (
         reference_neighbours.layer_norm,
@@ -39,7 +39,7 @@ def grid_edge_weight(feature: Tensor, metric: str, log: bool) -> Tensor:
 
 
 def grid_tree(edge_weight: Tensor, height: int, width: int, root: int) -> tuple[Tensor, Tensor]:
-    """(B, E) to ``parent`` (B, L) int32, and the vertices as they are numbered in the place of the order."""
+    """(B, E) to ``parent`` (B, L) int32, and a placeholder for ``order``."""
     edges = reference.grid_edges(height, width, edge_weight.device)
     in_tree = reference.spanning_tree(edge_weight, *edges, height * width)
     parent = reference.root_tree(in_tree, height, width, root).to(torch.int32)
@@ -53,7 +53,7 @@ def tree_scan(
     ancestor = parent.long()
     is_root = (ancestor == reference.vertices_like(ancestor)).unsqueeze(-1)
     decay = _float32(decay).masked_fill(is_root, 0.0)
-    jumps = []  # for k = 0, 1, ...: the ancestor 2^k further up, and the product of the decays on the way
+    jumps = []  # for k = 0, 1, ...: the ancestor 2^k edges up, and the product of the decays on the path to it
     weight = decay
     for _ in range(reference.num_doublings(parent.shape[1])):
         index = ancestor.unsqueeze(-1).expand_as(x)

@@ -12,27 +12,27 @@ _INTEGERS = (torch.int64, torch.int32)
 
 
 def graph_tree(edge_index: Tensor, edge_weight: Tensor, num_vertices: int, root: int | Tensor = 0) -> Tree:
-    """Minimum spanning trees of a connected graph, whose edges the batch shares and whose weights it does not.
+    """Minimum spanning trees of a connected graph with shared edges and one set of edge weights per batch item.
 
-    Among equal weights the edge with the lower index is taken (Kruskal with a stable sort), so the trees are unique
-    and the same on every device; on the edges of a grid, in their order, they are those of :func:`grid_tree`. An edge
-    of infinite weight is one of last resort: it is in the tree only where nothing else connects its ends. Self-loops
-    are never in the tree, and of parallel edges at most one is. The trees are computed on the CPU: those of CUDA
-    tensors are copied there and back, and the GPU is waited for.
+    Among equal weights, the edge with the lower index wins, as in Kruskal's algorithm with a stable sort. The trees are
+    therefore unique and the same on every device; for the edges of a grid they equal those of :func:`grid_tree`. An
+    infinite weight is larger than any other: such edges join only what edges of finite weight do not connect.
+    Self-loops are never in the tree, nor is more than one of several parallel edges. The trees are always computed on
+    the CPU: CUDA tensors are copied to the host and back, which synchronizes.
 
     Args:
         edge_index: (2, E) int64 or int32, both ends of each undirected edge, in either order.
-        edge_weight: (B, E) float32, float64, float16 or bfloat16, on the same device; any value but NaN.
+        edge_weight: (B, E) float32, float64, float16 or bfloat16, on the same device; infinite is allowed, NaN is not.
         num_vertices: number of vertices L, at least 1.
-        root: the root of all trees, 0 <= root < L, or that of each of them, (B,) int64 or int32.
+        root: root of all trees, 0 <= root < L, or one root per tree, (B,) int64 or int32.
 
     Returns:
-        The trees, L vertices each. The parents do not depend on the device; the order may.
+        The trees, with L vertices each. ``parent`` is the same on every device; ``order`` may differ.
 
     Raises:
-        TypeError: an argument is no tensor, or of another dtype.
-        ValueError: shapes or devices that do not fit together, a vertex outside of 0..L-1, a weight that is NaN, or a
-            graph that is not connected (the empty batch needs no edges).
+        TypeError: an argument is not a tensor or has an unsupported dtype.
+        ValueError: shapes or devices do not match, a vertex is outside 0..L-1, a weight is NaN, or the graph is not
+            connected (not checked for an empty batch).
     """
     roots = _check_graph(edge_index, edge_weight, num_vertices, root)
     tree = Tree(*torch.ops.grootvl.graph_tree(edge_index.long(), edge_weight, num_vertices, roots))
@@ -42,7 +42,7 @@ def graph_tree(edge_index: Tensor, edge_weight: Tensor, num_vertices: int, root:
 
 @unwatched
 def _check_graph(edge_index: Tensor, edge_weight: Tensor, num_vertices: int, root: int | Tensor) -> Tensor:
-    """The root of each tree, (B,) int64."""
+    """Check the arguments; return the root of each tree, (B,) int64."""
     check_tensor("edge_index", edge_index, "(2, E)", 2, _INTEGERS)
     check_tensor("edge_weight", edge_weight, "(B, E)", 2)
     if edge_index.shape[0] != 2:

@@ -1,4 +1,4 @@
-"""Layer norm, alone or with the residual connection in front of it, in one pass over memory."""
+"""Layer norm, optionally fused with the residual connection before it."""
 
 import torch
 from torch import Tensor
@@ -8,24 +8,24 @@ from grootvl_mm.ops._checks import FLOATING, check_parameter_dtype, check_same_d
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None) -> Tensor:
-    """Layer norm over the last axis, written in the dtype that the next layer reads.
+    """Layer norm over the last axis, with a choice of the output dtype.
 
-    16-bit inputs are computed in float32. Differentiable twice.
+    16-bit inputs are computed in float32. Supports derivatives of any order.
 
     Args:
         x: (..., C) float32, float64, float16 or bfloat16.
-        weight: (C), dtype of ``x``, or float32 where ``x`` has 16 bits.
+        weight: (C), dtype of ``x``, or float32 if ``x`` is 16-bit.
         bias: (C), likewise.
         eps: added to the variance.
-        dtype: of the result: that of ``x``, or 16 bits for a float32 ``x``. By default that of ``x``; under autocast a
-            float32 ``x`` is normed into the dtype of autocast.
+        dtype: dtype of the result: that of ``x``, or a 16-bit dtype if ``x`` is float32. By default that of ``x``; for
+            a float32 ``x`` under autocast, that of autocast.
 
     Returns:
         (..., C), contiguous.
 
     Raises:
-        TypeError: an argument is no tensor, or dtypes do not fit together.
-        ValueError: shapes or devices do not fit together.
+        TypeError: an argument is not a tensor, or the dtypes do not match.
+        ValueError: shapes or devices do not match.
     """
     _check_norm(x, weight, bias, dtype)
     return torch.ops.grootvl.layer_norm(x, weight, bias, eps, dtype)
@@ -41,25 +41,26 @@ def residual_layer_norm(
     factor: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``x + factor * branch`` and the layer norm of the sum.
+    """Residual connection and layer norm: ``x + factor * branch`` and the layer norm of this sum.
 
-    A float32 residual stream takes branches of 16 bits as they are. Differentiable twice, but for ``factor``.
+    A 16-bit branch is added to a float32 residual stream without a cast. Supports derivatives of any order, except with
+    respect to ``factor``.
 
     Args:
         x: (B, ..., C) float32, float64, float16 or bfloat16.
-        branch: (B, ..., C), dtype of ``x``, or 16 bits for a float32 ``x``.
-        weight: (C), dtype of ``x``, or float32 where ``x`` has 16 bits.
+        branch: (B, ..., C), dtype of ``x``, or a 16-bit dtype if ``x`` is float32.
+        weight: (C), dtype of ``x``, or float32 if ``x`` is 16-bit.
         bias: (C), likewise.
         eps: added to the variance.
-        factor: (B), for each sample, as stochastic depth draws it; floating.
-        dtype: of the norm, as in :func:`layer_norm`.
+        factor: (B), any floating dtype: one factor per sample, as in stochastic depth.
+        dtype: dtype of the norm, as in :func:`layer_norm`.
 
     Returns:
         The sum in the dtype of ``x``, and its layer norm; both (B, ..., C), contiguous.
 
     Raises:
-        TypeError: an argument is no tensor, or dtypes do not fit together.
-        ValueError: shapes or devices do not fit together, or ``factor`` requires a gradient.
+        TypeError: an argument is not a tensor, or the dtypes do not match.
+        ValueError: shapes or devices do not match, or ``factor`` requires a gradient.
     """
     _check_norm(x, weight, bias, dtype)
     _check_branch(x, branch, factor)
@@ -81,7 +82,7 @@ def _check_branch(x: Tensor, branch: Tensor, factor: Tensor | None) -> None:
             )
         check_same_device(x=x, factor=factor)
         if factor.requires_grad:
-            raise ValueError("factor has no gradient here; multiply branch by it instead")
+            raise ValueError("factor must not require a gradient; multiply branch by it instead")
 
 
 @unwatched
@@ -101,4 +102,4 @@ def _check_norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype | No
 
 def _check_dtype(name: str, dtype: torch.dtype, x: Tensor) -> None:
     if dtype != x.dtype and not (x.dtype == torch.float32 and dtype in FLOATING[2:]):
-        raise TypeError(f"{name} must be {x.dtype} as x is, or have 16 bits where x is float32, got {dtype}")
+        raise TypeError(f"{name} must be {x.dtype} like x, or 16-bit if x is float32, got {dtype}")

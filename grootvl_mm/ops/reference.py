@@ -1,10 +1,11 @@
-"""The operators in plain PyTorch: the oracle of the tests, and what runs where the extension was not compiled.
+"""The operators in plain PyTorch: oracle for tests and fallback without the extension.
 
-Every function here has the name, the arguments and the result of the dispatcher operator ``torch.ops.grootvl.<name>``;
-the type hints are its schema. They are written for clarity and run vertex levels one after the other, so they are slow.
-Shapes: ``B`` batch, ``C`` or ``D`` channels, ``L = height * width`` vertices in row-major order, ``E`` edges.
+A function with the name of an operator ``torch.ops.grootvl.<name>`` has the same arguments and results; its type hints
+are the schema of the operator. The functions are written for clarity and process trees level by level, so they are
+slow. Shapes: ``B`` batch, ``C`` or ``D`` channels, ``L = height * width`` vertices in row-major order, ``E`` edges.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grootvl_mm.ops._compat import enable_autograd
+from grootvl_mm.ops._compat import enable_autograd, is_transformed
 
 
 def grid_edges(height: int, width: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Both ends of every edge of the 4-connected grid, in the order that breaks ties.
+    """Both ends of every edge of the 4-connected grid, in the order of edge indices, which break ties.
 
     First all vertical edges ``(v, v + width)`` row by row, then all horizontal edges ``(v, v + 1)`` row by row.
 
@@ -33,14 +34,14 @@ def grid_edges(height: int, width: int, device: torch.device | str = "cpu") -> t
 def grid_edge_weight(feature: Tensor, metric: str, log: bool) -> Tensor:
     """Dissimilarity of neighbouring positions: (B, C, H, W) to (B, E) float32.
 
-    Sums run in float64, so that equal features get equal weights wherever they lie. What is not finite (overflow of the
-    exponential, features that are not numbers) becomes the largest finite float32.
+    Sums are accumulated in float64, so that equal features get equal weights at any position. Overflow and NaN are
+    replaced by the largest float32.
     """
     return edge_weight(feature.to(torch.float64), metric, log)
 
 
 def edge_weight(feature: Tensor, metric: str, log: bool) -> Tensor:
-    """As :func:`grid_edge_weight`, but summed in the precision of the feature."""
+    """Like :func:`grid_edge_weight`, but accumulated in the dtype of the feature."""
     channels_last = feature.permute(0, 2, 3, 1)
     pairs = (
         (channels_last[:, :-1], channels_last[:, 1:]),
@@ -54,7 +55,7 @@ def edge_weight(feature: Tensor, metric: str, log: bool) -> Tensor:
 
 
 def _negative_cosine(lower: Tensor, higher: Tensor) -> Tensor:
-    # Not torch.cosine_similarity, which writes in place and so does not decompose.
+    # torch.cosine_similarity works in place and cannot be decomposed.
     return -(F.normalize(lower, dim=-1, eps=1e-8) * F.normalize(higher, dim=-1, eps=1e-8)).sum(-1)
 
 
@@ -76,7 +77,7 @@ _METRICS = {
 def grid_tree(edge_weight: Tensor, height: int, width: int, root: int) -> tuple[Tensor, Tensor]:
     """Minimum spanning tree of the grid, rooted: (B, E) to ``parent`` and ``order``, both (B, L) int32.
 
-    Boruvka's algorithm over all images at once; among equal weights the lower edge index wins.
+    Boruvka's algorithm on all images at once; ties go to the lower edge index.
 
     Raises:
         ValueError: a weight is NaN or infinite.
@@ -90,12 +91,12 @@ def grid_tree(edge_weight: Tensor, height: int, width: int, root: int) -> tuple[
 
 
 def num_doublings(reach: int) -> int:
-    """How often 1 has to be doubled to become ``reach`` or more."""
+    """The number of doublings after which 1 is at least ``reach``."""
     return (int(reach) - 1).bit_length()
 
 
 def vertices_like(like: Tensor) -> Tensor:
-    """The numbers of the vertices, (B, L) int64."""
+    """The index of each vertex, (B, L) int64."""
     return torch.arange(like.shape[1], device=like.device).repeat(like.shape[0], 1)
 
 
@@ -126,7 +127,7 @@ def graph_tree(edge_index: Tensor, edge_weight: Tensor, num_vertices: int, root:
 
 
 def root_graph(in_tree: Tensor, lower: Tensor, higher: Tensor, num_vertices: int, root: Tensor) -> Tensor:
-    """The parents (B, L) int64 of the trees with the marked edges, -1 where no path leads from the root."""
+    """The parents (B, L) int64 in the trees of the marked edges, -1 for vertices not connected to the root."""
     parent = torch.full((len(in_tree), num_vertices), -1, device=in_tree.device)
     parent.scatter_(1, root.unsqueeze(1), root.unsqueeze(1))
     while True:
@@ -142,7 +143,7 @@ def root_graph(in_tree: Tensor, lower: Tensor, higher: Tensor, num_vertices: int
 
 
 def spanning_tree(edge_weight: Tensor, lower: Tensor, higher: Tensor, num_vertices: int) -> Tensor:
-    """Marks the tree edges: (B, E) bool. Among equal weights the lower edge index wins."""
+    """Mark the edges of the minimum spanning trees, (B, E) bool; ties go to the lower edge index."""
     num_edges = edge_weight.shape[1]
     edge = torch.arange(num_edges, device=edge_weight.device)
     itself = torch.arange(num_vertices, device=edge_weight.device).repeat(edge_weight.shape[0], 1)
@@ -151,7 +152,7 @@ def spanning_tree(edge_weight: Tensor, lower: Tensor, higher: Tensor, num_vertic
     for done in range(num_doublings(num_vertices) if num_edges else 0):
         ends = component.index_select(1, lower), component.index_select(1, higher)
         crossing = ends[0] != ends[1]
-        # The least weight of each component, then the least edge of that weight.
+        # The least weight at each component, then the lowest edge index of that weight.
         least = torch.full_like(itself, torch.inf, dtype=edge_weight.dtype)
         for end in ends:
             least = least.scatter_reduce(1, end, torch.where(crossing, edge_weight, torch.inf), "amin")
@@ -164,7 +165,7 @@ def spanning_tree(edge_weight: Tensor, lower: Tensor, higher: Tensor, num_vertic
         index = chosen.clamp(max=num_edges - 1)
         neighbour = ends[0].gather(1, index) + ends[1].gather(1, index) - itself
         neighbour = torch.where(chosen < num_edges, neighbour, itself)
-        # Two components that choose each other: the lower one leads.
+        # If two components chose each other, the lower one becomes the leader.
         mutual = (neighbour.gather(1, neighbour) == itself) & (itself < neighbour)
         leader = torch.where(mutual, itself, neighbour)
         for _ in range(num_doublings(num_vertices >> done)):
@@ -174,13 +175,13 @@ def spanning_tree(edge_weight: Tensor, lower: Tensor, higher: Tensor, num_vertic
 
 
 def root_tree(in_tree: Tensor, height: int, width: int, root: int) -> Tensor:
-    """The parents (B, L) int64 of the trees with the marked edges."""
+    """The parents (B, L) int64 in the trees of the marked edges, by an Euler tour."""
     batch, vertices, num_vertical = in_tree.shape[0], height * width, (height - 1) * width
     vertical = in_tree[:, :num_vertical].view(batch, height - 1, width)
     horizontal = in_tree[:, num_vertical:].view(batch, height, width - 1)
     no_row, no_column = in_tree.new_zeros(batch, 1, width), in_tree.new_zeros(batch, height, 1)
-    # Whether the edge to the south, west, north, east of each vertex is in the tree: clockwise, the opposite direction
-    # is two further. (4, B, L)
+    # Whether the edge to the south, west, north, east of each vertex is in the tree, (4, B, L). The directions are
+    # clockwise, so that d and d + 2 are opposite.
     linked = [
         torch.cat([vertical, no_row], 1).flatten(1),
         torch.cat([no_column, horizontal], 2).flatten(1),
@@ -191,10 +192,10 @@ def root_tree(in_tree: Tensor, height: int, width: int, root: int) -> Tensor:
     vertex = torch.arange(vertices, device=in_tree.device)
     across = [(vertex + step).clamp(0, vertices - 1) for step in steps]
 
-    # The walk around the tree as the next arc of each arc. Arc ``direction * L + vertex`` leaves the vertex; it is
-    # followed by the next one, clockwise, that leaves where it leads to.
+    # The Euler tour as the next arc of each arc. Arc ``direction * L + vertex`` leaves the vertex; the next one leaves
+    # the vertex at its other end in the next direction clockwise that has an edge.
     def leaving(first: int) -> Tensor:
-        """The first arc that leaves each vertex, looking around clockwise from a direction."""
+        """The first arc that leaves each vertex, clockwise from a direction."""
         arc = vertex + vertices * ((first + 3) % 4)
         for turn in (2, 1, 0):
             direction = (first + turn) % 4
@@ -219,7 +220,7 @@ def root_tree(in_tree: Tensor, height: int, width: int, root: int) -> Tensor:
 
 
 def vertex_depth(parent: Tensor) -> Tensor:
-    """Number of edges from each vertex to the root: (B, L) int32 to (B, L) int64, by pointer doubling."""
+    """The number of edges from each vertex to the root, by pointer doubling: (B, L) int32 to (B, L) int64."""
     ancestor = parent.long()
     depth = (ancestor != torch.arange(ancestor.shape[1], device=ancestor.device)).long()
     while True:
@@ -270,7 +271,7 @@ def tree_scan(
 ) -> Tensor:
     """``h_i = sum_j S(i, j) x_j``, with S(i, j) the product of the decays on the path: (B, L, D) to (B, L, D).
 
-    16-bit inputs are accumulated in float32 and rounded once at the end. The ``cut`` is not needed.
+    16-bit inputs are accumulated in float32 and rounded once at the end. ``cut`` is ignored.
     """
     levels = _Levels(parent, accumulated(decay))
     rows = accumulated(x).flatten(0, 1)
@@ -292,7 +293,7 @@ def tree_scan_backward(
     propagation: str,
     cut: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x`` and ``decay``, each (B, L, D); that of the root's decay is 0."""
+    """Gradients of ``x`` and ``decay``, each (B, L, D); the gradient of the root's decay is 0."""
 
     def scan(value: Tensor, direction: str) -> Tensor:
         return tree_scan(value, accumulated(decay), parent, order, direction)
@@ -304,7 +305,7 @@ def tree_scan_backward(
 def scan_backward(
     scan: Callable[[Tensor, str], Tensor], grad_h: Tensor, x: Tensor, decay: Tensor, parent: Tensor, propagation: str
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of ``x`` and ``decay`` around any ``scan(value, propagation)``, differentiable where that is."""
+    """Gradients of ``x`` and ``decay`` by means of ``scan(value, propagation)``; differentiable if ``scan`` is."""
     index = parent.long().unsqueeze(-1).expand_as(x)
     below_root = (parent != vertices_like(parent)).unsqueeze(-1)
     if propagation == "up":
@@ -321,7 +322,7 @@ def scan_backward(
 
 
 class SelectiveScanInputs(NamedTuple):
-    """The floating inputs of the selective scan, in the order of the operators."""
+    """The floating inputs of the selective scan, in the order of the operator's arguments."""
 
     x: Tensor
     dt: Tensor
@@ -338,11 +339,11 @@ class SelectiveScanInputs(NamedTuple):
     out_norm_bias: Tensor
 
     def activations(self) -> tuple[Tensor, ...]:
-        """Those that are computed from the image."""
+        """The inputs that depend on the image."""
         return self[:5]
 
     def parameters(self) -> tuple[Tensor, ...]:
-        """Those that are learned."""
+        """The learned inputs."""
         return self[5:]
 
 
@@ -359,29 +360,43 @@ def selective_scan(
     A_log: Tensor,
     Ds: Tensor,
 ) -> Tensor:
-    """The selective scan around any ``scan(input, decay)``, projection of the steps and norms, which may be modules."""
+    """The selective scan by means of ``scan(input, decay)``, a step projection and norms, which may be modules."""
     delta, decay = steps_and_decays(dt_proj, dt, A_log)
     h = scan(delta * b * x, decay)
     return out_norm(h_norm(h) * c + Ds * x) * F.silu(gate)
 
 
 def steps_and_decays(dt_proj: Callable[[Tensor], Tensor], dt: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor]:
-    """``delta = softplus(dt_proj(dt))`` and ``exp(-exp(A_log) delta)``, both (B, L, D)."""
+    """``delta = softplus(dt_proj(dt))`` and ``decay = exp(-exp(A_log) delta)``, both (B, L, D)."""
     delta = F.softplus(dt_proj(dt))
     return delta, torch.exp(-torch.exp(A_log) * delta)
 
 
-def plain_selective_scan(scan: Callable[[Tensor, Tensor], Tensor], inputs: SelectiveScanInputs, eps: float) -> Tensor:
+def plain_selective_scan(
+    scan: Callable[[Tensor, Tensor], Tensor],
+    inputs: SelectiveScanInputs,
+    eps: float,
+    layer_norm: Callable[..., Tensor] = F.layer_norm,
+) -> Tensor:
     """:func:`selective_scan` of the operator's inputs."""
     x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds, *norms = inputs
     channels = x.shape[-1:]
     return selective_scan(
         scan,
         lambda value: F.linear(value, dt_weight, dt_bias),
-        lambda value: F.layer_norm(value, channels, *norms[:2], eps),
-        lambda value: F.layer_norm(value, channels, *norms[2:], eps),
+        lambda value: layer_norm(value, channels, *norms[:2], eps),
+        lambda value: layer_norm(value, channels, *norms[2:], eps),
         *(x, dt, b, c, gate, A_log, Ds),
     )
+
+
+def smooth_layer_norm(x: Tensor, channels: Sequence[int], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """``F.layer_norm`` over the last axis with correct derivatives of any order; PyTorch's are wrong from the third on.
+
+    (As of 2.14, its second derivative takes the mean and the deviation that the forward pass kept for constants.)
+    """
+    centred = x - x.mean(-1, keepdim=True)
+    return centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() * weight + bias
 
 
 def vjp(
@@ -390,6 +405,14 @@ def vjp(
     grads: Tensor | tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of a function's inputs from those of its outputs, differentiable again where grad mode is on."""
+    if is_transformed():
+
+        def weighted(*values: Tensor) -> Tensor:
+            outputs = function(*values)
+            pairs = zip(outputs, grads, strict=True) if isinstance(outputs, tuple) else ((outputs, grads),)
+            return sum((output * grad).sum() for output, grad in pairs if grad is not None)
+
+        return torch.func.grad(weighted, argnums=tuple(range(len(inputs))))(*inputs)
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         leaves = [
@@ -400,12 +423,12 @@ def vjp(
 
 
 def with_cut(args: Sequence[Tensor | float | str | None]) -> tuple[Tensor | float | str | None, ...]:
-    """The arguments of a scan with its last one, the cut, which the dispatcher leaves out where it is None."""
+    """The arguments of a scan, completed by the cut, which the dispatcher omits if it is None."""
     return (*args, None) if isinstance(args[-1], str) else tuple(args)
 
 
 def _spelled(leading: Sequence[str] = ()) -> Callable[[Callable], Callable]:
-    """Gives a function of ``*args`` the signature that the operator's schema is made of."""
+    """Decorator: gives a function of ``*args`` the signature from which the operator's schema is inferred."""
 
     def spell(function: Callable) -> Callable:
         types = dict.fromkeys((*leading, *SelectiveScanInputs._fields, "parent", "order"), Tensor)
@@ -420,9 +443,23 @@ def _spelled(leading: Sequence[str] = ()) -> Callable[[Callable], Callable]:
     return spell
 
 
+def backward_kernel(function: Callable) -> Callable:
+    """Decorator for kernels of backward operators that use autograd internally: their results have no graph.
+
+    ``__wrapped__`` is the undecorated function, which is differentiable if grad mode is on.
+    """
+
+    @functools.wraps(function)
+    def kernel(*args: Tensor | float | str | torch.dtype | None) -> tuple[Tensor, ...]:
+        with torch.no_grad(), enable_autograd():
+            return function(*args)
+
+    return kernel
+
+
 @_spelled()
 def tree_selective_scan(*args: Tensor | float | str) -> Tensor:
-    """Everything between the projections of the layer, see :func:`grootvl_mm.ops.tree_selective_scan`: (B, L, D)."""
+    """See :func:`grootvl_mm.ops.tree_selective_scan`."""
     *inputs, parent, order, eps, propagation, _ = with_cut(args)
 
     def scan(value: Tensor, decay: Tensor) -> Tensor:
@@ -432,15 +469,15 @@ def tree_selective_scan(*args: Tensor | float | str) -> Tensor:
     return plain_selective_scan(scan, values, eps).to(inputs[0].dtype)
 
 
+@backward_kernel
 @_spelled(leading=("grad_y",))
 def tree_selective_scan_backward(
     *args: Tensor | float | str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the 13 floating inputs of :func:`tree_selective_scan`, in their order and dtype."""
+    """Gradients of the 13 floating inputs of :func:`tree_selective_scan`, in their order and dtypes."""
     *tensors, parent, order, eps, propagation, _ = with_cut(args)
     grad_y, *inputs = map(accumulated, tensors)
-    with enable_autograd():
-        grads = selective_scan_backward(grad_y, inputs, parent, order, eps, propagation)
+    grads = selective_scan_backward(grad_y, inputs, parent, order, eps, propagation)
     return tuple(grad.to(value.dtype) for grad, value in zip(grads, tensors[1:], strict=True))
 
 
@@ -453,14 +490,17 @@ def selective_scan_backward(
     propagation: str,
     cut: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The gradients around the operator ``tree_scan``, differentiable again where grad mode is on."""
+    """The same gradients by means of the operator ``tree_scan``, differentiable if grad mode is on."""
 
     def scan(value: Tensor, decay: Tensor) -> Tensor:
         return torch.ops.grootvl.tree_scan(value, decay, parent, order, propagation, cut)
 
-    return vjp(lambda *values: plain_selective_scan(scan, SelectiveScanInputs(*values), eps), inputs, grad_y)
+    def forward(*values: Tensor) -> Tensor:
+        return plain_selective_scan(scan, SelectiveScanInputs(*values), eps, smooth_layer_norm)
+
+    return vjp(forward, inputs, grad_y)
 
 
 def accumulated(value: Tensor) -> Tensor:
-    """The value in what the operators compute in: at least float32."""
+    """Cast to the accumulation dtype, which is at least float32, and make contiguous."""
     return value.to(torch.promote_types(value.dtype, torch.float32)).contiguous()

@@ -1,15 +1,14 @@
-"""The neighbours of the scan in plain PyTorch: the oracle of the tests, and the fallback without compiled kernels."""
+"""Layer norm and depth-wise convolution in plain PyTorch: oracle for tests and fallback without the extension."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grootvl_mm.ops._compat import enable_autograd
-from grootvl_mm.ops.reference import accumulated, vjp
+from grootvl_mm.ops.reference import accumulated, backward_kernel, smooth_layer_norm, vjp
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
-    """Layer norm over the last axis, see :func:`grootvl_mm.ops.layer_norm`: (..., C) to (..., C)."""
+    """See :func:`grootvl_mm.ops.layer_norm`."""
     value, weight, bias = (accumulated(tensor) for tensor in (x, weight, bias))
     return F.layer_norm(value, x.shape[-1:], weight, bias, eps).to(dtype or x.dtype)
 
@@ -23,11 +22,12 @@ def residual_layer_norm(
     eps: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """``x + factor * branch`` and its layer norm, see :func:`grootvl_mm.ops.residual_layer_norm`: two (B, ..., C)."""
+    """See :func:`grootvl_mm.ops.residual_layer_norm`."""
     total = (accumulated(x) + _scaled(accumulated(branch), factor)).to(x.dtype)
     return total, layer_norm(total, weight, bias, eps, dtype)
 
 
+@backward_kernel
 def layer_norm_backward(
     grad_sum: Tensor | None,
     grad_normed: Tensor,
@@ -37,27 +37,13 @@ def layer_norm_backward(
     eps: float,
     branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of what was added up and normed (..., C), of the branch, of weight and of bias (C).
+    """Gradients of ``value``, the normalized tensor (..., C), of the branch, and of weight and bias (C).
 
-    Without a ``branch_dtype`` the second has no elements.
+    The gradient of the branch is empty if ``branch_dtype`` is None.
     """
-    with torch.no_grad(), enable_autograd():
-        return plain_layer_norm_backward(grad_sum, grad_normed, value, factor, weight, eps, branch_dtype)
-
-
-def plain_layer_norm_backward(
-    grad_sum: Tensor | None,
-    grad_normed: Tensor,
-    value: Tensor,
-    factor: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    branch_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`layer_norm_backward`, differentiable again where grad mode is on."""
 
     def norm(value: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.layer_norm(value, value.shape[-1:], weight, bias, eps)
+        return smooth_layer_norm(value, value.shape[-1:], weight, bias, eps)
 
     inputs = (accumulated(value), accumulated(weight), torch.zeros_like(accumulated(weight)))
     grad_x, grad_weight, grad_bias = vjp(norm, inputs, accumulated(grad_normed))
@@ -68,14 +54,14 @@ def plain_layer_norm_backward(
 
 
 def _scaled(value: Tensor, factor: Tensor | None) -> Tensor:
-    """(B, ..., C) times a factor for each sample (B)."""
+    """(B, ..., C) times one factor per sample, (B)."""
     if factor is None:
         return value
     return value * factor.to(value.dtype).view(-1, *[1] * (value.dim() - 1))
 
 
 def depthwise_conv_silu(x: Tensor, weight: Tensor) -> Tensor:
-    """SiLU of a depth-wise 3x3 convolution, see :func:`grootvl_mm.ops.depthwise_conv_silu`: (B, H, W, D), the same."""
+    """See :func:`grootvl_mm.ops.depthwise_conv_silu`."""
     return _plain_conv_silu(accumulated(x), accumulated(weight)).to(x.dtype).contiguous()
 
 
@@ -84,14 +70,9 @@ def _plain_conv_silu(x: Tensor, weight: Tensor) -> Tensor:
     return F.silu(z).permute(0, 2, 3, 1)
 
 
+@backward_kernel
 def depthwise_conv_silu_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of ``x`` (B, H, W, D) and ``weight`` (D, 1, 3, 3)."""
-    with torch.no_grad(), enable_autograd():
-        return plain_conv_silu_backward(grad_y, x, weight)
-
-
-def plain_conv_silu_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`depthwise_conv_silu_backward`, differentiable again where grad mode is on."""
     inputs = (accumulated(x), accumulated(weight))
     grad_x, grad_weight = vjp(_plain_conv_silu, inputs, accumulated(grad_y))
     return grad_x.to(x.dtype).contiguous(), grad_weight.to(weight.dtype).contiguous()

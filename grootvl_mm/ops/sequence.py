@@ -1,4 +1,4 @@
-"""The graph of a sequence of tokens, whose spanning trees GrootL scans: every token and a few before it."""
+"""The graph of a token sequence for GrootL: each token is connected to the few tokens before it."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -13,15 +13,15 @@ _EPS = 1e-8
 
 
 def sequence_edges(length: int, reach: int = 3, device: torch.device | str | None = None) -> Tensor:
-    """The edges between the tokens of a sequence that are at most ``reach`` apart, for :func:`graph_tree`.
+    """Edges between tokens of a sequence that are at most ``reach`` apart, for :func:`graph_tree`.
 
-    In the order that breaks ties: from the last token to the first, and from each to the one before, the second
-    before, and so on.
+    They are sorted from the last token to the first, and for each token by increasing distance; this order breaks ties
+    between equal weights.
 
     Args:
         length: number of tokens L, at least 1.
-        reach: how far apart two tokens may be, at least 1; with 1 the graph is a chain.
-        device: of the result.
+        reach: largest distance of two connected tokens, at least 1; with 1 the graph is a chain.
+        device: device of the result.
 
     Returns:
         (2, E) int64, the later and the earlier token of each edge.
@@ -32,7 +32,7 @@ def sequence_edges(length: int, reach: int = 3, device: torch.device | str | Non
     if length < 1 or reach < 1:
         raise ValueError(f"length and reach must be at least 1, got {length} and {reach}")
     reach = min(reach, length - 1)
-    # The tokens that have all their edges, then those that have fewer.
+    # Tokens with `reach` predecessors first, then those with fewer.
     token = torch.arange(length - 1, reach - 1, -1, device=device).unsqueeze(1)
     full = [(token - gap).expand(-1, reach).flatten() for gap in (0, torch.arange(1, reach + 1, device=device))]
     row, column = torch.triu_indices(max(reach - 1, 0), max(reach - 1, 0), device=device)
@@ -45,37 +45,36 @@ def sequence_edge_weight(
     span_start: Tensor | None = None,
     span_length: Tensor | None = None,
 ) -> Tensor:
-    """Dissimilarity of tokens, ``exp(-cos)``: the weights of :func:`sequence_edges`.
+    """Edge weights ``exp(-cos(f_u, f_v))`` for the edges of :func:`sequence_edges`.
 
-    Several features stand for their outer product, ``f_t = features[0]_t x features[1]_t x ...``, which is never
-    computed: the cosine of outer products is the product of the cosines. Norms of the outer product are not below
-    1e-8. Summed in float32 (float64 for float64 features). The result has no gradient.
+    Several features represent their outer product, ``f_t = features[0]_t x features[1]_t x ...``, which is never
+    materialized: the cosine of outer products is the product of the cosines. Norms of the outer product are clamped to
+    at least 1e-8. Sums are accumulated in float32 (float64 for float64 features). The result has no gradient.
 
-    Tokens more than 1 apart are connected only within a span of the sequence, such as its prompt: weights of other
-    such edges are infinite, so that one list of edges serves a batch with different spans. Outside of it the tree is
-    the chain of the tokens.
+    Edges between tokens more than 1 apart are restricted to a span of the sequence, such as its prompt: outside the
+    span their weights are infinite, so that the tree is the chain of the tokens there. One set of edges thus serves a
+    batch with different spans.
 
     Args:
-        features: (B, L, C), or several such tensors whose numbers of channels may differ; float32, float64, float16
-            or bfloat16.
-        reach: as that of :func:`sequence_edges`.
-        span_start: (B,) int64 or int32, the first token of each span; 0 where it is None.
-        span_length: (B,) int64 or int32, the number of tokens of each span; all that follow where it is None. Spans
-            may end behind the sequence, and may be empty.
+        features: (B, L, C), or several such tensors, which may differ in C; float32, float64, float16 or bfloat16.
+        reach: the ``reach`` of :func:`sequence_edges`.
+        span_start: (B,) int64 or int32, first token of each span; 0 by default.
+        span_length: (B,) int64 or int32, number of tokens in each span; up to the end of the sequence by default. Spans
+            may extend beyond the sequence, and may be empty.
 
     Returns:
-        (B, E) float32 (float64 for float64 features). Not NaN: what is not a number becomes the largest finite value.
+        (B, E) float32 (float64 for float64 features). Never NaN: NaN is replaced by the largest finite value.
 
     Raises:
-        TypeError: an argument is no tensor, or of another dtype.
-        ValueError: shapes or devices that do not fit together, or ``reach`` is below 1.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
+        ValueError: shapes or devices do not match, or ``reach`` is below 1.
     """
     features = (features,) if isinstance(features, Tensor) else tuple(features)
     _check_sequence(features, reach, span_start, span_length)
     length = features[0].shape[1]
     later, earlier = sequence_edges(length, reach, features[0].device)
     gap = later - earlier
-    # Where an edge is if those of one gap follow those of another, by their earlier tokens.
+    # The index of each edge in the result of _cosines.
     place = (gap - 1) * length - gap * (gap - 1) // 2 + earlier
     with torch.no_grad():
         weight = torch.exp(-_cosines(features, min(reach, length - 1)))[:, place]
@@ -90,8 +89,8 @@ def sequence_edge_weight(
 
 
 def _cosines(features: Sequence[Tensor], reach: int) -> Tensor:
-    """Those between each token and the next one, then between each and the one after that, and so on: (B, E)."""
-    # Contiguous, so that sums are rounded in the same way wherever a token lies: equal tokens have equal weights.
+    """The cosines of all pairs of tokens that are 1 apart, then of those 2 apart, and so on: (B, E)."""
+    # `accumulated` is contiguous, so that all sums are rounded in the same way: equal tokens get equal weights.
     features = [accumulated(feature) for feature in features]
     norm = reduce(torch.mul, [feature.square().sum(-1).sqrt() for feature in features]).clamp(min=_EPS)
     cosines = [norm[:, :0]]

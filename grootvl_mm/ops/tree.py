@@ -14,18 +14,18 @@ METRICS = ("cosine", "euclidean", "manhattan")
 
 
 class Tree(NamedTuple):
-    """Rooted spanning trees of a batch, each with L vertices: of images L = height * width, in row-major order.
+    """Rooted spanning trees of a batch, each with L vertices; for images, L = height * width in row-major order.
 
     Attributes:
-        parent: (B, L) int32, the vertex next to each vertex on the path to the root; the root's is the root.
-        order: (B, L) int32, all vertices, every parent before its children.
+        parent: (B, L) int32, the parent of each vertex; the root is its own parent.
+        order: (B, L) int32, all vertices in topological order: each parent before its children.
     """
 
     parent: Tensor
     order: Tensor
 
     def edges(self) -> Tensor:
-        """The tree edges as (B, L - 1, 2) int32, the lower vertex first, sorted by it."""
+        """The tree edges, (B, L - 1, 2) int32, sorted; each has its lower vertex first."""
         batch, vertices = self.parent.shape
         vertex = torch.arange(vertices, dtype=torch.int32, device=self.parent.device)
         vertex = vertex.expand_as(self.parent)
@@ -36,33 +36,34 @@ class Tree(NamedTuple):
         return ends.gather(1, key.argsort(dim=1).unsqueeze(-1).expand_as(ends))
 
     def depth(self) -> Tensor:
-        """Number of edges between each vertex and the root, (B, L) int32."""
+        """The number of edges from each vertex to the root, (B, L) int32."""
         return vertex_depth(self.parent).to(torch.int32)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Tree":
-        """The same trees on another device."""
+        """Copy the trees to a device."""
         return Tree(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
 
 
 def grid_edge_weight(feature: Tensor, metric: str = "cosine", log: bool = False) -> Tensor:
-    """Dissimilarity of neighbouring positions: the smaller, the more alike (equation 2 of the paper).
+    """Dissimilarity of neighbouring positions of a feature map (equation 2 of the paper).
 
-    ``cosine`` is ``exp(-cos(f_u, f_v))`` (norms not below 1e-8), ``euclidean`` ``exp(sum (f_u - f_v)^2)`` and
-    ``manhattan`` ``exp(sum |f_u - f_v|)``, accumulated in float32 (float64 for float64 features). The result has no
-    gradient. It is always finite: overflow and features that are NaN or infinite give the largest float32.
+    ``cosine`` is ``exp(-cos(f_u, f_v))`` with norms clamped to at least 1e-8, ``euclidean`` is
+    ``exp(sum (f_u - f_v)^2)`` and ``manhattan`` is ``exp(sum |f_u - f_v|)``. Sums are accumulated in float32 (float64
+    for float64 features). The result has no gradient and is always finite: overflow and NaN or infinite features give
+    the largest float32.
 
     Args:
-        feature: (B, C, H, W) float32, float64, float16 or bfloat16, any memory format; channels-last is the fast one.
+        feature: (B, C, H, W) float32, float64, float16 or bfloat16, any memory format; fastest in channels-last.
         metric: ``cosine``, ``euclidean`` or ``manhattan``.
-        log: return the exponents themselves. They order the edges like the weights and cannot overflow.
+        log: return the exponents, which order the edges like the weights and avoid the overflow of ``exp``.
 
     Returns:
         (B, E) float32, E = (H - 1) * W + H * (W - 1): first the vertical edges ``(v, v + W)``, then the horizontal
         edges ``(v, v + 1)``, each row by row.
 
     Raises:
-        TypeError: ``feature`` is no tensor or of another dtype.
-        ValueError: another rank, no vertex (H or W is 0), or an unknown metric.
+        TypeError: ``feature`` is not a tensor or has an unsupported dtype.
+        ValueError: ``feature`` is not 4-D, H or W is 0, or ``metric`` is unknown.
     """
     check_tensor("feature", feature, "(B, C, H, W)", 4)
     check_choice("metric", metric, METRICS)
@@ -72,24 +73,24 @@ def grid_edge_weight(feature: Tensor, metric: str = "cosine", log: bool = False)
 
 
 def grid_tree(edge_weight: Tensor, height: int, width: int, root: int = 0) -> Tree:
-    """Minimum spanning tree of the 4-connected grid, rooted at one vertex.
+    """Minimum spanning trees of the 4-connected grid, rooted at one vertex (section 3.2 of the paper).
 
-    Among equal weights the edge with the lower index is taken (Kruskal with a stable sort), so the tree is unique and
-    the same on every device.
+    Among equal weights, the edge with the lower index wins, as in Kruskal's algorithm with a stable sort. The tree is
+    therefore unique and the same on every device.
 
     Args:
-        edge_weight: (B, E) float32 as :func:`grid_edge_weight` returns them; any finite values.
+        edge_weight: (B, E) float32 in the order of :func:`grid_edge_weight`; any finite values.
         height: number of rows, at least 1.
         width: number of columns, at least 1.
         root: vertex index of the root, 0 <= root < height * width.
 
     Returns:
-        The trees. The parents do not depend on the device; the order may.
+        The trees. ``parent`` is the same on every device; ``order`` may differ.
 
     Raises:
-        TypeError: ``edge_weight`` is no tensor or of another dtype.
-        ValueError: another rank, E that does not fit height and width, or a root outside the grid.
-        ValueError, RuntimeError: a weight is NaN or infinite (not checked on CUDA, where looking would stall the GPU).
+        TypeError: ``edge_weight`` is not a tensor or has an unsupported dtype.
+        ValueError: ``edge_weight`` does not have shape (B, E), or the root is outside the grid.
+        ValueError, RuntimeError: a weight is NaN or infinite (not checked on CUDA, which would need a synchronization).
     """
     check_tensor("edge_weight", edge_weight, "(B, E)", 2, (torch.float32,))
     if height < 1 or width < 1:

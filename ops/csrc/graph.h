@@ -1,10 +1,10 @@
-// Spanning trees of any connected graph: what the operator promises, and the checks of its arguments.
+// Spanning trees of any connected graph: the contract, and its checks.
 //
 // graph_tree(edge_index, edge_weight, num_vertices, root) -> (parent, order)
-//   edge_index (2, E) int64: both ends of each edge, which the trees of the batch share. edge_weight (B, E), any
-//   floating dtype, no NaN. root (B,) int64. parent, order (B, L) int32, L = num_vertices: the minimum spanning trees,
-//   the root's parent being itself, and their vertices, every parent before its children. Among equal weights the lower
-//   edge index wins. An infinite weight is larger than any other. An edge from a vertex to itself is never in a tree.
+//   edge_index (2, E) int64: both ends of each edge, shared by the batch. edge_weight (B, E), any floating dtype, may
+//   be infinite but not NaN. root (B,) int64. parent (B, L) int32, L = num_vertices: the parents in the minimum
+//   spanning trees; the root is its own parent. order (B, L) int32: all vertices, each parent before its children. Ties
+//   go to the lower edge index. Self-loops are never in a tree.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -38,7 +38,7 @@ inline void check_graph(
       edge_weight.size(0),
       "), got ",
       root.sizes());
-  // Vertices and edges are int32.
+  // Kernels index vertices and edges by int32.
   constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
   TORCH_CHECK_VALUE(
       0 < num_vertices && num_vertices < kLargest && num_edges < kLargest,

@@ -1,29 +1,27 @@
-// Scans along rooted trees: what the operators promise on every device, and the checks they share.
+// Scans along rooted trees: the contract on every device, and its checks.
 //
 // tree_scan(x, decay, parent, order, propagation, cut) -> h
-//   x, decay (B, L, D), one floating dtype; parent, order (B, L) int32 as grid_tree returns them; any strides. h (B, L,
-//   D) contiguous:
+//   x, decay (B, L, D), the same floating dtype; parent, order (B, L) int32 as grid_tree returns them; any strides.
+//   h (B, L, D) contiguous:
 //     up    u_v = x_v + sum over children c of decay_c * u_c;  h = u
 //     down  h_root = x_root;  h_v = x_v + decay_v * h_parent(v)
 //     all   h_root = u_root;  h_v = u_v + decay_v * (h_parent(v) - decay_v * u_v)
 //   16-bit values are accumulated in float32.
 // tree_scan_backward(grad_h, x, decay, parent, order, propagation, cut) -> (grad_x, grad_decay)
-//   for the gradient of h; each (B, L, D) contiguous; that of the root's decay is 0.
+//   Both (B, L, D) contiguous; the gradient of the root's decay is 0.
 // tree_cut(parent, order) -> cut
-//   what a device can know of trees before it scans along them, (B, N) int32, only for its scans along the same trees,
-//   which otherwise find it out themselves. Devices without this operator ignore what they are given.
+//   The trees cut into pieces that can be scanned in parallel, (B, N) int32. It saves scans along the same trees from
+//   cutting them again; it is valid only on this device. Devices without this operator ignore the argument.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <c10/util/Optional.h>
 #include <c10/util/string_view.h>
 
 #include <tuple>
 
-namespace grootvl {
+#include "checks.h"
 
-using OptionalTensor = c10::optional<at::Tensor>;
+namespace grootvl {
 
 enum class Propagation { kAll, kUp, kDown };
 
@@ -59,43 +57,16 @@ inline void check_scan_inputs(
         ", got ",
         vertices.sizes());
   }
-  for (const at::Tensor& other : {decay, parent, order}) {
-    TORCH_CHECK_VALUE(
-        other.device() == x.device(), "all inputs must be on the device of x ", x.device(), ", got ", other.device());
-  }
+  check_device("decay", decay, x);
+  check_device("parent", parent, x);
+  check_device("order", order, x);
 }
 
-inline void check_scan_gradient(const at::Tensor& grad_h, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(
-      grad_h.sizes() == x.sizes() && grad_h.scalar_type() == x.scalar_type() && grad_h.device() == x.device(),
-      "grad_h must have the shape, dtype and device of x ",
-      x.sizes(),
-      ' ',
-      x.scalar_type(),
-      ' ',
-      x.device(),
-      ", got ",
-      grad_h.sizes(),
-      ' ',
-      grad_h.scalar_type(),
-      ' ',
-      grad_h.device());
-}
-
-inline bool is_16_bit(const at::Tensor& x) {
-  return x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
-}
-
-// For devices that need nothing set while they compute.
-struct NoScope {
-  explicit NoScope(c10::Device) {}
-};
-
-// Both operators for any input, from what a device computes for inputs that are not empty:
-//   Device::forward(x, decay, parent, order, cut, propagation, h) and
-//   Device::backward(grad_h, x, decay, parent, order, cut, propagation, grad_x, grad_decay), results last;
-//   Device::computes(x) tells whether it takes these; 16-bit inputs that it does not are cast to float32;
-//   Device::Scope, made from the inputs' device, lives meanwhile.
+// Both operators for any valid input. A device implements them for non-empty inputs and fills the results:
+//   Device::forward(x, decay, parent, order, cut, propagation, h);
+//   Device::backward(grad_h, x, decay, parent, order, cut, propagation, grad_x, grad_decay);
+//   Device::computes(x): false for 16-bit inputs that must be cast to float32 first;
+//   Device::Scope(device) is alive during the call.
 template <typename Device>
 struct ScanOperators {
   static at::Tensor forward(
@@ -128,7 +99,7 @@ struct ScanOperators {
       const OptionalTensor& cut) {
     const Propagation propagation = parse_propagation(propagation_name);
     check_scan_inputs(x, decay, parent, order);
-    check_scan_gradient(grad_h, x);
+    check_gradient("grad_h", grad_h, x);
     const typename Device::Scope scope(x.device());
     if (!Device::computes(x)) {
       const auto [grad_x, grad_decay] =

@@ -1,5 +1,5 @@
-// The schemas of all operators. Kernels are registered beside their implementation; shapes of results, gradients and
-// autocast in grootvl_mm/ops/_library.py.
+// The schemas of all operators. Kernels are registered where they are implemented; fake kernels, gradients and autocast
+// in grootvl_mm/ops/_library.py and _neighbours.py.
 #include <torch/library.h>
 
 TORCH_LIBRARY(grootvl, m) {

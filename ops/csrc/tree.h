@@ -1,13 +1,13 @@
-// Spanning trees of the 4-connected grid: what the operators promise on every device, and the checks they share.
+// Spanning trees of the 4-connected grid: the contract on every device, and its checks.
 //
 // grid_edge_weight(feature, metric, log) -> weight
 //   feature (B, C, H, W), any floating dtype and strides. weight (B, E) float32, E = (H-1)*W + H*(W-1): first the
-//   vertical edges (v, v+W), then the horizontal edges (v, v+1), each row by row. Always finite: what overflows or is
-//   not a number becomes the largest float. With log the exponents of the weights.
+//   vertical edges (v, v+W), then the horizontal edges (v, v+1), each row by row. Always finite: overflow and NaN
+//   become the largest float32. With log, the exponents of the weights.
 // grid_tree(edge_weight, height, width, root) -> (parent, order)
-//   edge_weight (B, E) float32, finite. parent, order (B, L) int32, L = height * width: the minimum spanning tree, the
-//   root's parent being itself, and its vertices, every parent before its children. Among equal weights the lower edge
-//   index wins.
+//   edge_weight (B, E) float32, finite. parent (B, L) int32, L = height * width: the parents in the minimum spanning
+//   tree; the root is its own parent. order (B, L) int32: all vertices, each parent before its children. Ties go to the
+//   lower edge index.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -43,10 +43,10 @@ inline void check_feature(const at::Tensor& feature) {
 inline void check_edge_weight(const at::Tensor& edge_weight, int64_t height, int64_t width, int64_t root) {
   TORCH_CHECK_TYPE(
       edge_weight.scalar_type() == at::kFloat, "edge_weight must be float32, got ", edge_weight.scalar_type());
-  // Vertices are int32, and the walk over the tree packs two more bits beside each.
+  // Kernels pack a vertex and two more bits into an int32.
   TORCH_CHECK_VALUE(
       height > 0 && width > 0 && height < (int64_t{1} << 29) / width,
-      "height and width must be at least 1 with less than 2^29 vertices, got ",
+      "height and width must be at least 1, with fewer than 2^29 vertices, got ",
       height,
       " and ",
       width);

@@ -1,4 +1,4 @@
-"""Necks that belong to GrootV."""
+"""Necks for GrootV."""
 
 from grootvl_mm.models.necks.grootv_neck import GrootVNeck
 

@@ -1,4 +1,4 @@
-"""What stands between the backbone and the linear classifier in the published classification model."""
+"""The neck of the published classification models, between the backbone and the linear head."""
 
 from typing import Any
 
@@ -12,12 +12,13 @@ from grootvl_mm.registry import MODELS
 
 @MODELS.register_module()
 class GrootVNeck(InitializedModule):
-    """Convolution 1x1, batch norm, GELU and global average pooling.
+    """1x1 convolution, batch norm, GELU and global average pooling.
 
     Args:
-        in_channels: channels of the last stage, 8 times the backbone's ``channels``.
-        out_channels: channels for the classifier, 12 times the backbone's ``channels`` as published.
-        init_cfg: mmengine's; ``dict(type='Pretrained', checkpoint=...)`` also reads published checkpoints.
+        in_channels: channels of the last stage, 8 times the ``channels`` of the backbone.
+        out_channels: input channels of the head; 12 times the ``channels`` of the backbone in the published models.
+        init_cfg: initialization config of mmengine; ``dict(type='Pretrained', checkpoint=...)`` also loads published
+            checkpoints.
     """
 
     _version = 2
@@ -30,12 +31,12 @@ class GrootVNeck(InitializedModule):
         self.pool = nn.AdaptiveAvgPool2d(1)
 
     def init_weights(self) -> None:
-        """Initialize as ``init_cfg`` says; pretrained weights must be complete."""
+        """Initialize the weights by ``init_cfg``; pretrained weights must be complete."""
         with complete_pretraining(self):
             super().init_weights()
 
     def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor]:
-        """The last of the feature maps, (B, in_channels, H, W), to one (B, out_channels)."""
+        """The last feature map (B, in_channels, H, W) to a tuple of one tensor (B, out_channels)."""
         feature = inputs if isinstance(inputs, Tensor) else inputs[-1]
         return (self.pool(self.act(self.norm(self.conv(feature)))).flatten(1),)
 

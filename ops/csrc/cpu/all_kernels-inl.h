@@ -1,4 +1,4 @@
-// All kernels of one instruction set; included inside its namespace, in the order in which they build on each other.
+// All kernels of one instruction set, in the order of their dependencies. Included inside its namespace.
 // clang-format off
 #include "cpu/elementary-inl.h"
 #include "cpu/vectors-inl.h"

@@ -1,5 +1,5 @@
-// Numbering and listing what a condition picks, in order. Every step waits for the number of those before it, unless
-// the processor compresses vectors: AVX-512 does.
+// Stream compaction: numbers or lists the elements that satisfy a condition, in order. Scalar code depends on the count
+// so far at every step; AVX-512 can compress whole vectors.
 #pragma once
 
 #include <cstdint>
@@ -10,17 +10,17 @@
 
 namespace grootvl::cpu {
 
-// The weight of an edge that is not there, above that of any edge.
+// The weight of a missing edge, larger than that of any edge.
 inline constexpr uint32_t kNoEdge = 0xffffffff;
 
-// Two numbers in one word, which is compared and stored at once.
+// Packs two numbers into one word, ordered by `high`, then by `low`.
 inline uint64_t pack(uint32_t high, uint32_t low) {
   return static_cast<uint64_t>(high) << 32 | low;
 }
 
 struct Compaction {
-  // Numbers the components c of begin..count-1 that point to themselves, from `number` on: id[c], which is -1 for the
-  // others. Returns the number after the last.
+  // Numbers the components c in begin..count-1 that point to themselves, starting at `number`: id[c] is that number, or
+  // -1 for the other components. Returns the next free number.
   static int32_t number_roots(
       int32_t count, const int32_t* __restrict pointer, int32_t* __restrict id, int32_t begin = 0, int32_t number = 0) {
     for (int32_t c = begin; c < count; ++c) {
@@ -31,8 +31,8 @@ struct Compaction {
     return number;
   }
 
-  // Lists the edges i of 0..count-1 that join different components, from[i] and to[i], and are there. ends gets the
-  // components, keys the weight and `first` + i. Returns how many. Behind the list, 8 words may be overwritten.
+  // Lists the existing edges i in 0..count-1 whose components from[i] and to[i] differ. ends packs the components, keys
+  // the weight and the index `first` + i. Returns their number. Up to 8 words after the list may be overwritten.
   static int64_t list_crossing(
       int64_t count,
       const int32_t* __restrict from,
@@ -55,7 +55,7 @@ struct Compaction {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 
-// The same in vectors of 16 and 8.
+// The same in vectors of 16 and 8 elements.
 struct CompactionAvx512 {
   static int32_t number_roots(int32_t count, const int32_t* __restrict pointer, int32_t* __restrict id) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

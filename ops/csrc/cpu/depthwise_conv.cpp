@@ -1,5 +1,5 @@
-// CPU kernels of the depth-wise convolution. Bands of rows go to the threads; the gradient of the weight is summed band
-// by band and added in one order, so results do not depend on the number of threads.
+// CPU kernels of the depth-wise convolution. Threads share the images in bands of rows. The gradient of the weight is
+// summed band by band in a fixed order, so results do not depend on the number of threads.
 #include "depthwise_conv.h"
 
 #include <ATen/Parallel.h>
@@ -8,22 +8,21 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/dtypes.h"
 #include "cpu/kernels.h"
 
 namespace grootvl::cpu {
 
 namespace {
 
-// Some rows of one image.
+// Rows first..last-1 of one image.
 struct Band {
   int64_t index, image, first, last;
 };
 
-// All images in bands that do not depend on the number of threads.
+// Splits all images into bands, independently of the number of threads.
 class Bands {
  public:
-  // `least` is the number of rows of a band unless an image has fewer.
+  // A band has at least `least` rows, unless the image has fewer.
   Bands(const at::Tensor& x, int64_t least)
       : height_(x.size(1)),
         rows_(std::min(height_, std::max(least, kValues / std::max<int64_t>(1, x.size(2) * x.size(3))))),
@@ -45,7 +44,7 @@ class Bands {
   }
 
  private:
-  // Enough values that a band costs more than to hand it to a thread.
+  // Enough values to make a band worth the overhead of a task.
   static constexpr int64_t kValues = 16384;
 
   int64_t height_, rows_, each_, count_;
@@ -61,13 +60,13 @@ class Images {
     return tensor_.stride(2);
   }
 
-  // nullptr outside of the image.
+  // nullptr outside the image.
   const scalar_t* row(int64_t image, int64_t row) const {
     const bool inside = 0 <= row && row < tensor_.size(1);
     return inside ? data_ + image * tensor_.stride(0) + row * tensor_.stride(1) : nullptr;
   }
 
-  // A row and both beside it.
+  // A row and its two neighbours.
   ConvolutionRows<scalar_t> rows(int64_t image, int64_t middle) const {
     return {
         {row(image, middle - 1), row(image, middle), row(image, middle + 1)},
@@ -107,7 +106,7 @@ struct Cpu {
 
   static at::Tensor backward(
       const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight, at::Tensor& grad_x) {
-    // Rows of a band; those beside it are computed twice.
+    // The gradients of the rows next to a band are computed twice, so bands must not be too small.
     constexpr int64_t kLeastRows = 16;
     const at::Tensor taps = weight.view({-1, kTaps}).t().contiguous(), reversed = taps.flip(0);
     const int64_t height = x.size(1), width = x.size(2), channels = x.size(3), values = width * channels;
@@ -119,7 +118,7 @@ struct Cpu {
       const Images<scalar_t> images(x), of_y(grad_y);
       scalar_t* const to = grad_x.mutable_data_ptr<scalar_t>();
       bands.for_each([&](const Band& band) {
-        // The gradients of three rows in turn, and a position of zeros.
+        // A ring buffer for the gradients of three rows, and one position of zeros.
         std::vector<acc_t> memory(3 * values + channels);
         const auto memory_of = [&](int64_t row) { return memory.data() + row % 3 * values; };
         const auto grad_of = [&](int64_t row) { return 0 <= row && row < height ? memory_of(row) : nullptr; };

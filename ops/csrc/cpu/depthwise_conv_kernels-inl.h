@@ -1,11 +1,11 @@
-// The depth-wise 3x3 convolution of rows of an image, whose positions have their channels side by side.
+// The depth-wise 3x3 convolution of a row of a channels-last image.
 
 struct DepthwiseConvKernels : Elementary {
-  // Neighbouring positions whose sums are made together.
+  // Neighbouring positions that are summed together.
   static constexpr int kPositions = 4;
 
-  // Calls finish(column, count, channel, sums) with the sums over the taps for `count` positions of the middle row from
-  // a column on and for some channels, (kPositions, channels). weight is (9, channels).
+  // Calls finish(column, count, channel, sums) for blocks of the middle row: `sums` (kPositions, channels of the block)
+  // is the convolution at `count` positions from `column` on. weight is (9, channels).
   template <typename scalar_t, typename acc_t, typename Finish>
   static void convolve_row(const ConvolutionRows<scalar_t>& in, const acc_t* weight, const Finish& finish) {
     for (int64_t column = 0; column < in.width; column += kPositions) {
@@ -61,7 +61,7 @@ struct DepthwiseConvKernels : Elementary {
   template <typename Array>
   static constexpr int extent = std::extent_v<std::remove_reference_t<Array>>;
 
-  // Some channels of neighbouring positions, as finish gets them: from memory, 0 behind the last position, and to it.
+  // Load and store blocks of the shape that `finish` gets; positions after `count` are loaded as 0.
   template <typename scalar_t, size_t kSize>
   static void load_positions(const scalar_t* from, int64_t stride, int count, scalar_t (&values)[kSize]) {
     constexpr size_t kWidth = kSize / kPositions;
@@ -82,7 +82,7 @@ struct DepthwiseConvKernels : Elementary {
     }
   }
 
-  // y = SiLU(convolution) of one row.
+  // One row of y = SiLU(convolution).
   template <typename scalar_t, typename acc_t>
   static void convolve(const ConvolutionRows<scalar_t>& in, const acc_t* weight, scalar_t* y) {
     convolve_row(in, weight, [&](int64_t column, int count, int64_t channel, const auto& z) {
@@ -96,7 +96,7 @@ struct DepthwiseConvKernels : Elementary {
     });
   }
 
-  // The gradient of what SiLU gets, of one row, (width, channels), from that of y.
+  // One row (width, channels) of the gradient before SiLU, from that of y.
   template <typename scalar_t, typename acc_t>
   static void silu_backward(
       const ConvolutionRows<scalar_t>& in,
@@ -118,7 +118,7 @@ struct DepthwiseConvKernels : Elementary {
     });
   }
 
-  // From that to the gradient of x, of one row: the convolution with the taps in reverse.
+  // One row of the gradient of x, from the gradient before SiLU: the convolution with reversed taps.
   template <typename scalar_t, typename acc_t>
   static void convolve_backward(const ConvolutionRows<acc_t>& grad, const acc_t* reversed, scalar_t* grad_x) {
     convolve_row(grad, reversed, [&](int64_t column, int count, int64_t channel, const auto& sums) {
@@ -132,7 +132,7 @@ struct DepthwiseConvKernels : Elementary {
     });
   }
 
-  // Adds the gradient of the weight, (9, channels), of one row.
+  // Adds the contribution of one row to the gradient of the weight (9, channels).
   template <typename scalar_t, typename acc_t>
   static void weight_backward(const ConvolutionRows<scalar_t>& in, const acc_t* grad, acc_t* grad_weight) {
     int64_t c = 0;
@@ -156,7 +156,7 @@ struct DepthwiseConvKernels : Elementary {
       const scalar_t* from = in.row[r] + channel;
       const acc_t* of_z = grad + channel;
       Lanes::load(of_z, at);
-      // Position `column` of x goes with the gradients one to its right (tap 0), at it and one to its left (tap 2).
+      // x at `column` is multiplied by the gradients to its right (tap 0), at it, and to its left (tap 2).
       for (int64_t column = 0; column < in.width; ++column) {
         behind = Values{};
         if (column + 1 < in.width) {

@@ -1,12 +1,11 @@
-// Elementary functions and sums that the compiler can vectorise; the library's exp and log it cannot. In float32 their
-// relative error is below 3e-7; in float64, which serves tests, they are the library's.
+// Elementary functions and sums that the compiler can vectorize, unlike std::exp and std::log1p. In float32 the
+// relative error is below 3e-7; in float64, which only tests use, they call the standard library.
 
 struct Elementary {
-  // Sums run in this many lanes whatever the instruction set, so that they are rounded alike.
+  // Sums use this many lanes on every instruction set, so that they are rounded in the same way.
   static constexpr int kLanes = 16;
 
-  // The sum of value(c) for c in 0..count-1. A last part of a vector is filled up with zeros, so that the sums stay in
-  // registers.
+  // The sum of value(c) for c in 0..count-1. The remainder is padded with zeros, so that the sums stay in registers.
   template <typename Value>
   static auto sum(int64_t count, const Value& value) {
     using scalar_t = decltype(value(int64_t(0)));
@@ -42,15 +41,15 @@ struct Elementary {
     }
   }
 
-  // 2^k times a polynomial on [-ln(2)/2, ln(2)/2]. Below -87 it stays at e^-87; above 88.7 it overflows to infinity.
+  // e^x as 2^k times a polynomial on [-ln(2)/2, ln(2)/2]; e^-87 below -87, infinity above 88.7.
   static float exponential(float x) {
     const float bounded = std::min(std::max(x, -87.0f), 89.0f);
-    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+    // Adding 1.5 * 2^23 rounds to an integer, which is left in the low bits.
     const float shifted = bounded * 1.44269504f + 12582912.0f;
     const float k = shifted - 12582912.0f;
     const int32_t exponent = bits_of(shifted) - bits_of(12582912.0f);
     const float r = (bounded - k * 0.693359375f) + k * 2.12194440e-4f;
-    // In two factors, since 2^128 is no float.
+    // In two factors, since 2^128 is not a float.
     const int32_t half = exponent >> 1;
     return near_zero(r) * power_of_two(half) * power_of_two(exponent - half);
   }
@@ -59,11 +58,10 @@ struct Elementary {
     return std::exp(x);
   }
 
-  // The same for x <= 0, in less time: the result is at most 1, so one factor 2^k does. Below -87 it stays at e^-87.
+  // The same for x <= 0, but faster: the result is at most 1, so that one factor 2^k suffices. e^-87 below -87.
   static float exponential_of_negative(float x) {
     const float bounded = std::max(x, -87.0f);
-    // The number that rounds to an integer leaves k + 127 in the low bits, the exponent of 2^k once it is shifted
-    // there.
+    // Leaves k + 127 in the low bits; shifted into the exponent field, it is 2^k.
     const float shifted = bounded * 1.44269504f + (12582912.0f + 127.0f);
     const float k = shifted - (12582912.0f + 127.0f);
     const float r = (bounded - k * 0.693359375f) + k * 2.12194440e-4f;
@@ -74,7 +72,7 @@ struct Elementary {
     return std::exp(x);
   }
 
-  // log(1 + t) for 0 <= t <= 1: t times a polynomial in the distance from the middle.
+  // log(1 + t) for 0 <= t <= 1: t times a polynomial in t - 1/2.
   static float log_one_plus(float t) {
     const float s = t - 0.5f;
     float p = 5.2534579299e-03f;
@@ -98,7 +96,7 @@ struct Elementary {
     return sigmoid(x, exponential_of_negative(-std::abs(x)));
   }
 
-  // The same with e^-|x| at hand.
+  // The same, given e = e^-|x|.
   template <typename scalar_t>
   static scalar_t sigmoid(scalar_t x, scalar_t e) {
     return (x < 0 ? e : scalar_t(1)) / (scalar_t(1) + e);

@@ -1,5 +1,5 @@
-// CPU kernel of the spanning trees of any graph: Kruskal's algorithm. Trees are split over threads; results do not
-// depend on how many there are.
+// CPU kernel of the spanning trees of any graph: Kruskal's algorithm, parallel over the trees of a batch. Results do
+// not depend on the number of threads.
 #include "graph.h"
 
 #include <ATen/Dispatch.h>
@@ -16,7 +16,6 @@
 #include <vector>
 
 #include "cpu/ordered_bits.h"
-#include "cpu/types.h"
 
 namespace grootvl::cpu {
 
@@ -26,7 +25,7 @@ struct Edge {
   int32_t first, second;
 };
 
-// Which vertices are connected by the edges so far.
+// Disjoint sets: which vertices the edges so far connect.
 class Components {
  public:
   explicit Components(int64_t vertices) : leader_(vertices) {
@@ -44,7 +43,7 @@ class Components {
     return v;
   }
 
-  // Whether both were in different components.
+  // Merges the components of u and v. Returns whether they were different.
   bool join(int32_t u, int32_t v) {
     u = find(u);
     v = find(v);
@@ -56,7 +55,7 @@ class Components {
   std::vector<int32_t> leader_;
 };
 
-// Memory for one tree after another.
+// Memory to build trees in, one after another.
 template <typename weight_t>
 class GraphWorkspace {
  public:
@@ -70,7 +69,7 @@ class GraphWorkspace {
         scattered_(edges.size()),
         ascending_(edges.size()) {}
 
-  // False if the edges do not connect the vertices.
+  // Builds the spanning tree. Returns false if the graph is not connected.
   bool spanning_tree(const weight_t* weight) {
     sort_edges(weight);
     components_.separate();
@@ -90,9 +89,9 @@ class GraphWorkspace {
     return missing == 0;
   }
 
-  // Takes leaf after leaf off the tree, which is used up: whatever one edge is left for is its parent. As a leaf is
-  // followed by its parent where that has become one, most vertices stand beside their parents in the order.
-  void hang_from(int32_t root, int32_t* parent, int32_t* order) {
+  // Roots the tree by removing its leaves one by one: the last neighbour of a leaf is its parent. A parent that becomes
+  // a leaf is removed next, so that most vertices are next to their parents in the order. Consumes the tree.
+  void root_at(int32_t root, int32_t* parent, int32_t* order) {
     int32_t* last = order + vertices_;
     for (int32_t v = 0; v < vertices_; ++v) {
       for (int32_t leaf = v; degree_[leaf] == 1 && leaf != root;) {
@@ -116,7 +115,7 @@ class GraphWorkspace {
     int32_t edge;
   };
 
-  // By weight, then by index: a radix sort is stable.
+  // Sorts by weight, then by index: radix sort is stable.
   void sort_edges(const weight_t* weight) {
     constexpr int kBits = 8, kDigits = 8 * sizeof(key_t) / kBits;
     constexpr key_t kMask = (1 << kBits) - 1;
@@ -140,7 +139,7 @@ class GraphWorkspace {
       }
       std::swap(sorted_, scattered_);
     }
-    // Not while components are joined, which would wait for every edge from far away.
+    // Gathered in advance: while joining components, each random access would stall.
     std::transform(
         sorted_.begin(), sorted_.end(), ascending_.begin(), [&](const Entry& entry) { return edges_[entry.edge]; });
   }
@@ -148,7 +147,7 @@ class GraphWorkspace {
   const std::vector<Edge>& edges_;
   int64_t vertices_;
   Components components_;
-  // Of the tree: how many edges each vertex has, and the exclusive or of the vertices at their other ends.
+  // Of the tree: the degree of each vertex, and the exclusive or of its neighbours.
   std::vector<int32_t> degree_, across_;
   std::vector<Entry> sorted_, scattered_;
   std::vector<Edge> ascending_;
@@ -214,7 +213,7 @@ std::tuple<at::Tensor, at::Tensor> graph_tree(
   check_graph(edge_index, edge_weight, num_vertices, root);
   const std::vector<Edge> edges = read_edges(edge_index, num_vertices);
   const std::vector<int32_t> roots = read_roots(root, num_vertices);
-  // Every value of 16 bits is one of 32.
+  // float32 represents 16-bit weights exactly.
   const bool is_double = edge_weight.scalar_type() == at::kDouble;
   const at::Tensor weight = edge_weight.to(is_double ? at::kDouble : at::kFloat).contiguous();
   const int64_t batch = weight.size(0), num_edges = weight.size(1);
@@ -235,7 +234,7 @@ std::tuple<at::Tensor, at::Tensor> graph_tree(
         } else if (!workspace.spanning_tree(of_tree)) {
           is_connected = false;
         } else {
-          workspace.hang_from(roots[tree], parents + tree * num_vertices, orders + tree * num_vertices);
+          workspace.root_at(roots[tree], parents + tree * num_vertices, orders + tree * num_vertices);
         }
       }
     });

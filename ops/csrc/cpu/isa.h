@@ -1,4 +1,4 @@
-// Instruction sets that the kernels are compiled for, and the choice at run time.
+// The instruction sets that kernels are compiled for, and the choice at run time.
 #pragma once
 
 #include <cstdlib>
@@ -8,8 +8,8 @@ namespace grootvl::cpu {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
-// The best instruction set of this processor that the kernels exist for. The environment variable
-// GROOTVL_CPU_ISA=baseline|avx2|avx512 forces a lower one, for tests and measurements.
+// The best instruction set that this processor supports. The environment variable GROOTVL_CPU_ISA=baseline|avx2|avx512
+// forces a lower one, for tests and benchmarks.
 inline Isa choose_isa() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
   const char* asked = std::getenv("GROOTVL_CPU_ISA");

@@ -1,4 +1,4 @@
-// The kernels, compiled once for each instruction set, and the choice among them at run time.
+// The kernels, compiled once for each instruction set, and the dispatch among them at run time.
 #pragma once
 
 #include <algorithm>
@@ -48,7 +48,7 @@ namespace avx512 = baseline;
 
 namespace grootvl::cpu {
 
-// Calls call(kernels) with those of this processor.
+// Calls call(kernels) with the kernels of the best instruction set of this processor.
 template <typename Call>
 void with_kernels(const Call& call) {
   switch (isa()) {

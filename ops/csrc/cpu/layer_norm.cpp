@@ -1,5 +1,5 @@
-// CPU kernels of the layer norm. Rows go to the threads in pieces; sums over rows are made piece by piece and added in
-// one order, so results do not depend on the number of threads.
+// CPU kernels of the layer norm. Threads share the rows in pieces. Sums over rows are computed piece by piece and added
+// in a fixed order, so results do not depend on the number of threads.
 #include "layer_norm.h"
 
 #include <ATen/Parallel.h>
@@ -7,14 +7,13 @@
 
 #include <algorithm>
 
-#include "cpu/dtypes.h"
 #include "cpu/kernels.h"
 
 namespace grootvl::cpu {
 
 namespace {
 
-// The rows of all samples, in pieces that do not depend on the number of threads.
+// Splits the rows of all samples into pieces, independently of the number of threads.
 struct Pieces {
   explicit Pieces(const at::Tensor& x)
       : channels(x.size(-1)),
@@ -23,7 +22,7 @@ struct Pieces {
         size(std::max<int64_t>(1, kValues / channels)),
         count(at::divup(rows, size)) {}
 
-  // Calls run(piece, first row, last row) on all threads.
+  // Calls run(piece, first row, end row) in parallel.
   template <typename Run>
   void for_each(const Run& run) const {
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
@@ -33,7 +32,7 @@ struct Pieces {
     });
   }
 
-  // Enough values that a piece costs more than to hand it to a thread.
+  // Enough values to make a piece worth the overhead of a task.
   static constexpr int64_t kValues = 16384;
 
   int64_t channels, rows, rows_a_sample, size, count;
@@ -57,9 +56,9 @@ struct Cpu {
       const acc_t* factor = optional_data<acc_t>(in.factor);
       const acc_t *weight = in.weight.const_data_ptr<acc_t>(), *bias = in.bias.const_data_ptr<acc_t>();
       const acc_t eps = static_cast<acc_t>(in.eps);
-      with_scalar_beside<scalar_t>(normed.scalar_type(), [&](auto of_normed) {
+      with_same_or_16_bit<scalar_t>(normed.scalar_type(), [&](auto of_normed) {
         auto* to = normed.mutable_data_ptr<decltype(of_normed)>();
-        with_scalar_beside<scalar_t>(
+        with_same_or_16_bit<scalar_t>(
             in.branch.defined() ? in.branch.scalar_type() : in.x.scalar_type(), [&](auto of_branch) {
               using branch_t = decltype(of_branch);
               const branch_t* branch = optional_data<branch_t>(in.branch);
@@ -72,7 +71,7 @@ struct Cpu {
                       const acc_t scale = factor == nullptr ? acc_t(1) : factor[r / pieces.rows_a_sample];
                       kernels.add(x + at, branch + at, scale, channels, total + at);
                     }
-                    // What is stored is normed, rounded as it is, since that is what the backward pass will see.
+                    // Normalizes the rounded sum, which is what the backward pass reads.
                     kernels.norm((branch == nullptr ? x : total) + at, weight, bias, eps, channels, to + at);
                   }
                 });
@@ -99,10 +98,10 @@ struct Cpu {
       const acc_t *factor = optional_data<acc_t>(in.factor), *weight = in.weight.const_data_ptr<acc_t>();
       const acc_t eps = static_cast<acc_t>(in.eps);
       scalar_t* to = grad_x.mutable_data_ptr<scalar_t>();
-      with_scalar_beside<scalar_t>(grad_normed.scalar_type(), [&](auto of_grad) {
+      with_same_or_16_bit<scalar_t>(grad_normed.scalar_type(), [&](auto of_grad) {
         const auto* grad = grad_normed.const_data_ptr<decltype(of_grad)>();
         const at::ScalarType branch_dtype = grad_branch.defined() ? grad_branch.scalar_type() : in.x.scalar_type();
-        with_scalar_beside<scalar_t>(branch_dtype, [&](auto of_branch) {
+        with_same_or_16_bit<scalar_t>(branch_dtype, [&](auto of_branch) {
           using branch_t = decltype(of_branch);
           branch_t* to_branch = grad_branch.defined() ? grad_branch.mutable_data_ptr<branch_t>() : nullptr;
           pieces.for_each([&](int64_t piece, int64_t first, int64_t last) {

@@ -1,8 +1,7 @@
-// Layer norms of rows of channels, and what is added to a row in front of them.
+// Layer norm of a row of channels, and the residual connection before it.
 
 struct LayerNormKernels : Elementary {
-  // The sum of what term(lanes, c) gives for registers of values. Four of them are summed side by side, since an
-  // addition takes several cycles.
+  // The sum of term(lanes, c) over registers of channels, in four accumulators to hide the latency of additions.
   template <typename acc_t, typename Term>
   __attribute__((always_inline)) static acc_t sum_vectors(int64_t channels, const Term& term) {
     using Lanes = Vector<acc_t>;
@@ -72,9 +71,8 @@ struct LayerNormKernels : Elementary {
     });
   }
 
-  // grad_x = the gradient of a row before a layer norm, from that behind it, + grad_sum; and factor times that as the
-  // gradient of the branch. grad_sum and grad_branch may be missing, grad_x may be grad. Adds to the gradients of
-  // weight and bias.
+  // grad_x = gradient of the row, from `grad`, that of its layer norm, + grad_sum; grad_branch = factor * grad_x; adds
+  // to grad_weight and grad_bias. grad_sum and grad_branch may be null, grad_x may alias grad.
   template <typename scalar_t, typename grad_t, typename branch_t, typename acc_t>
   static void norm_backward(
       const scalar_t* row,

@@ -1,4 +1,4 @@
-// Floating values as integers of the same order.
+// Maps floating-point values to unsigned integers of the same order.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace grootvl::cpu {
 template <typename value_t>
 using OrderedBits = std::conditional_t<sizeof(value_t) == sizeof(uint64_t), uint64_t, uint32_t>;
 
-// Adding zero makes one of the two zeros. No number, infinities included, becomes the largest integer.
+// Adding zero turns -0 into 0. The largest integer is left free: no number, not even infinity, maps to it.
 template <typename value_t>
 inline OrderedBits<value_t> ordered_bits(value_t value) {
   using bits_t = OrderedBits<value_t>;

@@ -1,4 +1,4 @@
-// Values of 16 bits to float32 and back, in operations that the compiler can vectorise.
+// Conversions between 16-bit types and float32 that the compiler can vectorize.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -26,13 +26,13 @@ struct Rounding {
   static float widen(c10::Half value) {
     const uint32_t sign = static_cast<uint32_t>(value.x & 0x8000) << 16, rest = static_cast<uint32_t>(value.x & 0x7fff)
                                                                                 << 13;
-    // The exponents have different biases; the product is exact, for subnormal numbers too.
+    // Correct for the different exponent biases; the product is exact, also for subnormal numbers.
     const uint32_t scaled = of_bits<uint32_t>(of_bits<float>(rest) * 0x1p112f);
-    // What is not finite stays so.
+    // Infinity and NaN stay so.
     return of_bits<float>(sign | scaled | (rest >= 0x0f800000 ? 0x7f800000 : 0));
   }
 
-  // To the nearest, ties to even.
+  // Rounds to nearest, ties to even.
   template <typename scalar_t, typename acc_t>
   static scalar_t round(acc_t value) {
     if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
@@ -41,9 +41,9 @@ struct Rounding {
       return c10::BFloat16(static_cast<uint16_t>(value == value ? rounded : 0x7fc0), c10::BFloat16::from_bits());
     } else if constexpr (std::is_same_v<scalar_t, c10::Half>) {
       const uint32_t bits = of_bits<uint32_t>(value), sign = bits & 0x80000000, rest = bits ^ sign;
-      // The other bias, and half of what is cut off, a little less where the result is even.
+      // Changes the exponent bias and adds half a unit in the last place, a little less if the result is even.
       const uint32_t normal = (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13;
-      // Below 2^-14 the addition of 1/2 rounds to multiples of 2^-24 and leaves their number in the low bits.
+      // Below 2^-14, adding 1/2 rounds to a multiple of 2^-24 and leaves the multiplier in the low bits.
       const uint32_t subnormal = of_bits<uint32_t>(of_bits<float>(rest) + 0.5f) - of_bits<uint32_t>(0.5f);
       const uint32_t large = rest > 0x7f800000 ? 0x7e00 : 0x7c00;
       const uint32_t rounded = rest < 0x38800000 ? subnormal : rest >= 0x47800000 ? large : normal;

@@ -1,4 +1,4 @@
-// CPU kernels of the tree scan. Every channel of an image is computed by one thread in one order, so results do not
+// CPU kernels of the tree scan. One thread computes a whole channel of an image in a fixed order, so results do not
 // depend on the number of threads.
 #include "scan.h"
 
@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/dtypes.h"
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
 #include "cpu/trees.h"
@@ -17,7 +16,7 @@ namespace grootvl::cpu {
 
 namespace {
 
-// Images of a batch, and where there are fewer of them than threads, shares of their channels.
+// An image of the batch or, if there are fewer images than threads, a range of its channels.
 struct Task {
   int64_t image, first, width;
 };

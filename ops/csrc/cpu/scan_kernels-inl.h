@@ -1,14 +1,14 @@
-// Scans of one image over some of its channels. Included once for each instruction set, inside its namespace.
+// Scans of a range of channels of one image. Included once for each instruction set, inside its namespace.
 //
-// A row holds the channels of one vertex. The channels are not cut into narrow blocks that fit a cache: the memory
-// system follows long rows so much better that this gains more. A row of sums does not exist until a child adds to it;
-// until then the vertex's sum is its input (`has_sum`), so no pass is spent on copying.
+// A row holds the channels of one vertex. Channels are not split into blocks that fit a cache, because memory access is
+// much faster in long rows. The sum of a vertex is its input until a child adds to it (`has_sum`), so that no pass is
+// needed to copy inputs.
 //
-// Inputs and results are stored as stored_t, sums as acc_t, in which all is computed. Where the two are one type, the
-// sums are kept where the results go; else they have rows of their own, and results are rounded as they are made.
+// Inputs and results are stored as stored_t; sums are computed and stored as acc_t. If the types are the same, the sums
+// are stored in the results; otherwise they have rows of their own, and results are rounded when they are written.
 
 struct ScanKernels {
-  // How many vertices ahead of its use a row is asked for: the order is known, its rows lie anywhere.
+  // How many vertices ahead rows are prefetched: the order is known, but rows are scattered in memory.
   static constexpr int64_t kAhead = 6;
 
   template <typename stored_t>
@@ -24,7 +24,7 @@ struct ScanKernels {
     return first ? a : b;
   }
 
-  // Calls use(row) with the first row or the second one.
+  // Calls use(row) with row a if `first`, otherwise with row b.
   template <typename first_t, typename second_t, typename Use>
   __attribute__((always_inline)) static void with_either(
       bool first, const first_t* a, const second_t* b, const Use& use) {
@@ -37,7 +37,7 @@ struct ScanKernels {
     }
   }
 
-  // Calls use(row of x, row of y) with the sums of a vertex, or its inputs where there are none yet.
+  // Calls use(row of x, row of y) with the sums of a vertex, or with its inputs if it has no sums yet.
   template <typename acc_t, typename stored_t, typename Use>
   __attribute__((always_inline)) static void with_both(
       bool has_sum,
@@ -56,7 +56,7 @@ struct ScanKernels {
     }
   }
 
-  // A row of one type from another.
+  // Copies a row and converts its type.
   template <typename from_t, typename to_t>
   static void copy_row(const from_t* from, int64_t width, to_t* to) {
 #pragma GCC ivdep
@@ -74,7 +74,7 @@ struct ScanKernels {
     }
   }
 
-  // Leaves to root: u_p = x_p + sum of a_v u_v over the children v, into the rows of sums.
+  // From the leaves to the root: u_p = x_p + sum over children v of a_v u_v, into the rows of sums.
   template <typename decay_t, typename stored_t, typename acc_t>
   static void up(
       const Tree& tree,
@@ -132,8 +132,8 @@ struct ScanKernels {
     }
   }
 
-  // What no pass up has written: the sums of vertices without children are their inputs. And all sums, where they are
-  // not the results themselves.
+  // Completes the results of an up pass: copies the inputs of leaves, and converts the sums unless they are stored in
+  // the results already.
   template <typename stored_t, typename acc_t>
   static void finish_sums(
       const Tree& tree,
@@ -151,7 +151,7 @@ struct ScanKernels {
     }
   }
 
-  // Root to leaves, in place of the sums: h_v = u_v + a_v (h_p - a_v u_v) after a pass up, else x_v + a_v h_p.
+  // From the root to the leaves, in place: h_v = u_v + a_v (h_p - a_v u_v) after an up pass, otherwise x_v + a_v h_p.
   template <bool kAfterUp, typename decay_t, typename stored_t, typename acc_t>
   static void down(
       const Tree& tree,
@@ -191,7 +191,7 @@ struct ScanKernels {
     }
   }
 
-  // sums: rows of acc_t, those of h where it is stored as such.
+  // sums: rows of acc_t; those of h if stored_t is acc_t.
   template <typename decay_t, typename stored_t, typename acc_t>
   static void scan(
       const Tree& tree,
@@ -214,8 +214,8 @@ struct ScanKernels {
     }
   }
 
-  // Root to leaves, after the sums u of x and e of grad_h have gone up: grad_x_v = g_v, the pass down of e in place of
-  // it, and grad_decay_v = e_v (h_p - a_v u_v) + u_v (g_p - a_v e_v), which may take the place of u.
+  // From the root to the leaves, given the up sums u of x and e of grad_h: grad_x_v = g_v = e_v + a_v (g_p - a_v e_v),
+  // which overwrites e, and grad_decay_v = e_v (h_p - a_v u_v) + u_v (g_p - a_v e_v), which may overwrite u.
   template <typename stored_t, typename acc_t>
   static void down_all_backward(
       const Tree& tree,
@@ -266,8 +266,8 @@ struct ScanKernels {
     std::fill(grad_decay[root], grad_decay[root] + width, stored_t(0));
   }
 
-  // One pass alone is differentiated by the other one: grad_decay_v = (what came up)_v * (what goes down)_p. Here `y`
-  // goes down into `z`; `below` (and `has_sum`) hold what has come up from `x`.
+  // The backward pass of an up or a down pass alone, which is a pass in the other direction: z is the down pass of y,
+  // `below` (with `has_sum`) the up pass of x, and grad_decay_v = below_v * z_p.
   template <typename stored_t, typename acc_t>
   static void down_one_backward(
       const Tree& tree,
@@ -299,7 +299,7 @@ struct ScanKernels {
     std::fill(grad_decay[root], grad_decay[root] + width, stored_t(0));
   }
 
-  // sums: where results are stored as acc_t, those of x and grad_h are grad_decay and grad_x.
+  // sums: if stored_t is acc_t, sums.x and sums.grad are the rows of grad_decay and grad_x.
   template <typename stored_t, typename acc_t>
   static void scan_backward(
       const Tree& tree,
@@ -328,9 +328,9 @@ struct ScanKernels {
     }
   }
 
-  // ---- for a backward pass that needs h on its way: less memory, and no sum is made twice ----
+  // ---- for a backward pass that needs h between its steps: uses less memory and computes no sum twice ----
 
-  // h, and in place of x what the passes backwards need of it: the sums u after a pass up, else x itself.
+  // Computes h and overwrites x with the sums u of the up pass, if there is one: the backward scan needs them.
   template <typename scalar_t>
   static void scan_keeping_sums(
       const Tree& tree,
@@ -355,8 +355,8 @@ struct ScanKernels {
     }
   }
 
-  // From what scan_keeping_sums has left: the gradient of x in place of that of h, and that of the decay in place of
-  // the sums.
+  // The backward scan after scan_keeping_sums: overwrites grad, the gradient of h, with that of x, and the sums with
+  // the gradient of the decay.
   template <typename scalar_t>
   static void scan_backward_from_sums(
       const Tree& tree,
@@ -381,7 +381,7 @@ struct ScanKernels {
     }
   }
 
-  // As down_all_backward, where `sums` holds u and then the gradient of the decay, and `grad` holds e and then g.
+  // down_all_backward in place: `sums` holds u, then the gradient of the decay; `grad` holds e, then g.
   template <typename scalar_t>
   static void down_all_backward_from_sums(
       const Tree& tree,

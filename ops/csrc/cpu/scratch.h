@@ -1,4 +1,4 @@
-// Memory of one thread while an operator runs.
+// Scratch memory of an operator.
 #pragma once
 
 #include <c10/core/CPUAllocator.h>
@@ -14,7 +14,7 @@
 
 namespace grootvl::cpu {
 
-// Maps with a value of acc_t for each vertex and channel of an image, which start with whatever the memory holds.
+// Uninitialized feature maps of one image, with a value of acc_t for each vertex and channel.
 template <typename acc_t>
 class Scratch {
  public:
@@ -25,15 +25,15 @@ class Scratch {
       first_ = static_cast<acc_t*>(memory_.get());
       return;
     }
-    // The system gives so much memory page by page as it is first written, at every call. By pages of 4 KiB that takes
-    // longer than the arithmetic of a backward pass.
+    // Every call touches fresh pages of an allocation this large. With pages of 4 KiB, the page faults take longer than
+    // the arithmetic of a backward pass.
     const size_t whole = (bytes + kLargePage - 1) / kLargePage * kLargePage;
     memory_ = c10::GetCPUAllocator()->allocate(whole + kLargePage);
     const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.get());
     const uintptr_t first = (address + kLargePage - 1) / kLargePage * kLargePage;
     first_ = reinterpret_cast<acc_t*>(first);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    // A hint: where the system takes none, nothing but time is lost.
+    // Only a hint, so errors are ignored.
     madvise(first_, whole, MADV_HUGEPAGE);
 #endif
   }
@@ -42,7 +42,7 @@ class Scratch {
     return {first_ + map * vertices_ * channels_, channels_};
   }
 
-  // The rows of a result where it is stored as acc_t, else those of a map.
+  // The rows of a result if it is stored as acc_t, otherwise those of a scratch map.
   template <typename stored_t>
   Rows<acc_t> in_place_of(const Rows<stored_t>& result, int64_t map) const {
     if constexpr (std::is_same_v<stored_t, acc_t>) {

@@ -1,6 +1,6 @@
-// CPU kernels of the selective scan. Images go to the threads, or, where there are fewer, pieces of an image: vertices
-// for what is done row by row, channels for the scan. Sums over vertices are made piece by piece and added in one
-// order, so results do not depend on the number of threads.
+// CPU kernels of the selective scan, parallel over the images of a batch or, if there are fewer images than threads,
+// over the vertices of an image in row-wise steps and over its channels in the scan. Sums over vertices are computed
+// piece by piece and added in a fixed order, so results do not depend on the number of threads.
 #include "selective_scan.h"
 
 #include <ATen/Parallel.h>
@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/dtypes.h"
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
 #include "cpu/trees.h"
@@ -19,10 +18,10 @@
 namespace grootvl::cpu {
 namespace {
 
-// Vertices that one thread takes through a row-by-row step.
+// The vertices that a thread processes at a time in a row-wise step.
 constexpr int64_t kPiece = 256;
 
-// Rows that lie evenly in memory, as they are in a slice of a projection's result; else a copy.
+// The tensor if its rows are evenly strided, as in a slice of a projection's output; otherwise a contiguous copy.
 at::Tensor evenly_strided(const at::Tensor& tensor) {
   const bool even = tensor.stride(2) == 1 && tensor.stride(0) == tensor.size(1) * tensor.stride(1);
   return even ? tensor : tensor.contiguous();
@@ -38,12 +37,11 @@ Rows<scalar_t> rows_of_result(const at::Tensor& tensor, int64_t image) {
   return {tensor.mutable_data_ptr<scalar_t>() + image * tensor.stride(0), tensor.stride(1)};
 }
 
-// The inputs of all images in the form that the kernels take: activations as they are stored, parameters, which are
-// small, in the dtype that is computed in.
+// The inputs as the kernels read them: activations in their own dtype, parameters in the accumulation dtype.
 struct Prepared {
   explicit Prepared(const SelectiveScanInputs& inputs)
       : in(inputs.map_parts(evenly_strided, [&](const at::Tensor& parameter) {
-          return parameter.to(inputs.x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
+          return parameter.to(accumulated_dtype(inputs.x.scalar_type())).contiguous();
         })) {
     in.dt_weight = in.dt_weight.t().contiguous();
     in.A_log = -in.A_log.exp();
@@ -71,11 +69,11 @@ struct Prepared {
         in.out_norm_bias.const_data_ptr<acc_t>()};
   }
 
-  // As SelectiveScanInputs, but dt_weight is transposed and A_log is the rate -exp(A_log).
+  // dt_weight is transposed, and A_log holds -exp(A_log).
   SelectiveScanInputs in;
 };
 
-// Images on all threads, or one after the other, if the steps inside have to share the threads.
+// Parallel over images if there are enough of them; otherwise one by one, and the steps inside are parallel.
 template <typename Run>
 void for_each_image(int64_t batch, const Run& run) {
   if (batch >= at::get_num_threads()) {
@@ -105,7 +103,7 @@ void for_each_share(int64_t channels, const Run& run) {
   });
 }
 
-// h from decay and input, which is scan in place.
+// Scans h, which holds the input, in place.
 template <typename Kernels, typename acc_t>
 void scan_in_place(
     Kernels,
@@ -162,7 +160,7 @@ at::Tensor selective_scan_forward(
   return y;
 }
 
-// Gradients of the parameters, a row for each piece of each image, and their sums.
+// Partial sums of the gradients of the parameters, a row for each piece of each image.
 class ParameterGradients {
  public:
   ParameterGradients(const at::Tensor& x, int64_t rank)
@@ -171,8 +169,8 @@ class ParameterGradients {
         pieces_(at::divup(x.size(1), kPiece)),
         rows_(
             at::zeros(
-                {x.size(0) * pieces_, (rank + 7) * channels_},
-                x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat))) {}
+                {x.size(0) * pieces_, (rank + 7) * channels_}, x.options().dtype(accumulated_dtype(x.scalar_type())))) {
+  }
 
   template <typename stored_t>
   SelectiveGradients<stored_t> of_piece(SelectiveGradients<stored_t> g, int64_t image, int64_t piece) const {
@@ -188,7 +186,7 @@ class ParameterGradients {
     return g;
   }
 
-  // dt_weight (rank, channels), then the seven of (channels), in the order above.
+  // The gradient of dt_weight (rank, channels), then the seven of (channels), in the order above.
   template <typename scalar_t>
   std::vector<at::Tensor> sums() const {
     const at::Tensor total = at::zeros({rows_.size(1)}, rows_.options());
@@ -233,14 +231,14 @@ SelectiveScanInputs selective_scan_backward(
   with_scalar(inputs.x.scalar_type(), [&](auto zero) {
     using stored_t = decltype(zero);
     using acc_t = Accumulated<stored_t>;
-    // Where the gradient of x is stored as acc_t, it needs no other rows for what it gets first.
+    // The gradient through the skip connection needs a map of its own unless grad_x is stored as acc_t.
     constexpr int64_t kMaps = std::is_same_v<stored_t, acc_t> ? 4 : 5;
     const ParameterGradients parameters(inputs.x, rank);
     with_kernels([&](auto kernels) {
       using Kernels = decltype(kernels);
       for_each_image(inputs.x.size(0), [&](int64_t begin, int64_t end) {
         const Scratch<acc_t> scratch(kMaps, vertices, channels);
-        // On the way back, the gradients of input and decay take the places of those of h and of the sums.
+        // The backward scan overwrites grad (of h) with the gradient of the input, and sums with that of the decay.
         const Rows<acc_t> decay = scratch[0], sums = scratch[1], h = scratch[2], grad = scratch[3];
         for (int64_t image = begin; image < end; ++image) {
           const Tree tree = trees[image];

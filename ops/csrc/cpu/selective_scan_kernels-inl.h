@@ -1,10 +1,9 @@
-// What lies around the scan in a tree state space layer: from the projections to decay and input, and from the scanned
-// values through two layer norms and the gate. Rows as in scan_kernels-inl.h; all are `channels` wide. Inputs and their
-// gradients are stored as stored_t; all else is acc_t.
+// The row-wise steps before and after the scan of a tree state space layer: discretise computes decay and scan input,
+// read_out the two layer norms and the gate. Rows are those of scan_kernels-inl.h, all `channels` wide. Activations and
+// their gradients are stored as stored_t, everything else as acc_t.
 
 struct SelectiveScanKernels : StepProjectionKernels {
-  // Decay a = exp(rate * delta), rate = -exp(A_log), and input delta * b * x for vertices begin..end-1. scratch: see
-  // Tile.
+  // decay = exp(rate * delta) and input = delta * b * x for vertices begin..end-1. scratch: tile_size() values.
   template <typename stored_t, typename acc_t>
   static void discretise(
       const Selective<stored_t>& s,
@@ -47,7 +46,7 @@ struct SelectiveScanKernels : StepProjectionKernels {
     }
   }
 
-  // y = LayerNorm_out(mixed) * SiLU(gate) for vertices begin..end-1. row: scratch.
+  // y = LayerNorm_out(mixed) * SiLU(gate) for vertices begin..end-1. row: scratch of `channels` values.
   template <typename stored_t, typename acc_t>
   static void read_out(
       const Selective<stored_t>& s,
@@ -71,8 +70,8 @@ struct SelectiveScanKernels : StepProjectionKernels {
     }
   }
 
-  // Backwards through read_out: gradients of h and gate, of c, the share of x by the skip connection, and the sums for
-  // the parameters. rows: scratch of 2 * channels.
+  // The backward pass of read_out: gradients of h, gate, c, of x through the skip connection, and sums for the
+  // parameters. rows: scratch of 2 * channels values.
   template <typename stored_t, typename acc_t>
   static void read_out_backward(
       const Selective<stored_t>& s,
@@ -141,8 +140,8 @@ struct SelectiveScanKernels : StepProjectionKernels {
     }
   }
 
-  // Backwards through discretise: from the gradients of input and decay to those of x (added to what it gets by the
-  // skip connection), b, dt and the parameters. scratch: see Tile, and channels more.
+  // The backward pass of discretise: from the gradients of input and decay to those of x (plus x_by_skip), b, dt and
+  // the parameters. scratch: tile_size() + channels values.
   template <typename stored_t, typename acc_t>
   static void discretise_backward(
       const Selective<stored_t>& s,
@@ -163,7 +162,7 @@ struct SelectiveScanKernels : StepProjectionKernels {
     });
   }
 
-  // For one vertex: the gradients of x and b, and that of the softplus's argument in place of it. row: scratch.
+  // One vertex: writes the gradients of x and b, and overwrites `pre` with its gradient. row: scratch.
   template <typename stored_t, typename acc_t>
   static void step_backward(
       const Selective<stored_t>& s,
@@ -177,7 +176,7 @@ struct SelectiveScanKernels : StepProjectionKernels {
     const acc_t b = Rounding::widen(*s.b[v]);
     const stored_t* __restrict x = s.x[v];
     const acc_t* __restrict rate = s.rate;
-    const acc_t* by_skip = g.x_by_skip[v];  // may be grad_x
+    const acc_t* by_skip = g.x_by_skip[v];  // may alias grad_x
     stored_t* grad_x = g.x[v];
     acc_t* __restrict grad_rate = g.rate;
     acc_t* __restrict grad_bias = g.dt_bias;

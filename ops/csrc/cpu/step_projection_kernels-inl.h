@@ -1,14 +1,14 @@
-// The projection of the low-rank step sizes, pre = dt_bias + dt dt_weight^T, the argument of the softplus, and its
-// gradients: products of matrices with so few columns that they are made where their values are used. Vertices are
-// taken in tiles, so that what is read of the weight, which may exceed a cache, serves several.
+// The projection of the low-rank step sizes, pre = dt_bias + dt dt_weight^T, which is the argument of the softplus, and
+// its gradients. The rank is so low that these matrix products are fused with the steps that use them. Vertices are
+// processed in tiles, so that the weight, which may exceed a cache, is read once per tile.
 
 struct StepProjectionKernels : LayerNormKernels {
   // Vertices of a tile.
   static constexpr int64_t kTile = 16;
-  // Vertices, and registers of channels or ranks, whose sums are made together: as many as there are registers for.
+  // The vertices, and registers of channels or ranks, of a block of sums: as many as fit into registers.
   static constexpr int kTogether = 4, kRegisters = kVectorBytes == 64 ? 4 : 2;
 
-  // Vertices first..first+count-1: their steps (count, rank), and rows (count, channels) that hold `pre`.
+  // Vertices first..first+count-1, their low-rank steps (count, rank), and rows of `pre` (count, channels).
   template <typename acc_t>
   struct Tile {
     int64_t first, count;
@@ -16,7 +16,7 @@ struct StepProjectionKernels : LayerNormKernels {
     acc_t* rows;
   };
 
-  // The values that the scratch of a tile has.
+  // The size of a tile's scratch memory.
   static int64_t tile_size(int64_t channels, int64_t rank) {
     return kTile * (channels + rank);
   }
@@ -38,7 +38,7 @@ struct StepProjectionKernels : LayerNormKernels {
     }
   }
 
-  // Calls visit(a number of them as a type, the first of them) for groups of kGroup and what is left, one by one.
+  // Calls visit(size, first) for groups of kGroup items, then for the other items one by one; `size` is a type.
   template <int kGroup, typename Visit>
   __attribute__((always_inline)) static void in_groups(int64_t count, const Visit& visit) {
     int64_t i = 0;
@@ -50,7 +50,7 @@ struct StepProjectionKernels : LayerNormKernels {
     }
   }
 
-  // Calls visit(lanes, a number of registers as a type, channel) for blocks of channels.
+  // Calls visit(lanes, registers, channel) for blocks of channels; `registers`, their number, is a type.
   template <typename acc_t, typename Visit>
   __attribute__((always_inline)) static void in_blocks(int64_t channels, const Visit& visit) {
     using Lanes = Vector<acc_t>;
@@ -86,7 +86,7 @@ struct StepProjectionKernels : LayerNormKernels {
     });
   }
 
-  // to(i, j) = start(i, j) + sum over k < depth of factor(i, k) * row(k, j), for i < kRows and the channels j of
+  // to(i, j) = start(i, j) + sum over k < depth of factor(i, k) * row(k, j), for i < kRows and the channels j in
   // kVectors registers.
   template <typename Lanes, int kRows, int kVectors, typename acc_t>
   static void add_products(
@@ -131,7 +131,7 @@ struct StepProjectionKernels : LayerNormKernels {
     }
   }
 
-  // The gradients of dt, and of its weight (added), from those of `pre` in the rows of a tile.
+  // From the gradient of `pre` in the rows of a tile: writes that of dt and adds that of dt_weight.
   template <typename stored_t, typename acc_t>
   static void project_backward(
       const Selective<stored_t>& s, const Tile<acc_t>& tile, const SelectiveGradients<stored_t>& g) {
@@ -161,7 +161,7 @@ struct StepProjectionKernels : LayerNormKernels {
     });
   }
 
-  // Calls finish(i, j, sum) with the sums over the channels of x(i) * y(j), rows from x and y on.
+  // Calls finish(i, j, sum) with the dot products of rows i < kX of x and rows j < kY of y.
   template <int kX, int kY, typename acc_t, typename Finish>
   static void multiply_rows(int64_t channels, const acc_t* x, const acc_t* y, const Finish& finish) {
     using Lanes = Vector<acc_t>;

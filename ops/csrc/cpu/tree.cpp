@@ -1,5 +1,5 @@
-// CPU kernels of the edge weights and the spanning tree. Edge weights are split by rows, trees by images over threads;
-// results do not depend on the number of threads.
+// CPU kernels of the edge weights, parallel over rows, and of the spanning tree, parallel over images. Results do not
+// depend on the number of threads.
 #include "tree.h"
 
 #include <ATen/Dispatch.h>
@@ -56,7 +56,7 @@ at::Tensor grid_edge_weight(const at::Tensor& feature, c10::string_view metric_n
     return weight;
   }
   float* weights = weight.mutable_data_ptr<float>();
-  // Enough rows a task that the norms of the row below, computed twice at its border, do not count.
+  // A task has so many rows that computing the norms of the row below its last one again costs little.
   const int64_t rows_a_task = std::max<int64_t>(8, 16384 / (width * std::max<int64_t>(channels, 1)));
   const int64_t tasks = (height + rows_a_task - 1) / rows_a_task;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, feature.scalar_type(), "grid_edge_weight", [&] {

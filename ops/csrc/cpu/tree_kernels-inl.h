@@ -3,7 +3,7 @@
 struct TreeKernels : Elementary {
   // ---- edge weights ----
 
-  // What a pair of features adds to its edge: a product for the cosine, else a distance.
+  // The term that a pair of values adds to its edge: a product for the cosine, otherwise a distance.
   template <Metric metric, typename acc_t>
   static acc_t term(acc_t a, acc_t b) {
     if constexpr (metric == Metric::kCosine) {
@@ -15,8 +15,8 @@ struct TreeKernels : Elementary {
     }
   }
 
-  // What a vertex adds up to with the ones to its right and below, and the square of its own norm (cosine only), in one
-  // pass over their features.
+  // The sums of terms between a vertex and its neighbours to the right and below, and the square of its norm (cosine
+  // only), computed in one pass over the features.
   template <typename acc_t>
   struct Sums {
     acc_t right, below, square;
@@ -44,7 +44,7 @@ struct TreeKernels : Elementary {
       add(own + c, right + c, below + c);
     }
     if (c < channels) {
-      // Filled up with zeros, which add nothing; so the sums stay in registers.
+      // The remainder is padded with zeros, so that the sums stay in registers.
       scalar_t a[kLanes] = {}, b[kLanes] = {}, d[kLanes] = {};
       std::copy(own + c, own + channels, a);
       std::copy(right + c, right + channels, b);
@@ -54,7 +54,7 @@ struct TreeKernels : Elementary {
     return {add_lanes(to_right), add_lanes(to_below), add_lanes(to_self)};
   }
 
-  // Sums to weights, in place. `first` and `second` are the norms of both ends (cosine only).
+  // Turns sums into weights. `first` and `second` are the norms of both ends (cosine only).
   template <Metric metric, typename acc_t>
   static void finish(
       const acc_t* __restrict sums,
@@ -75,7 +75,7 @@ struct TreeKernels : Elementary {
     }
   }
 
-  // Edges that start in rows begin..end-1 of one image. `scratch` has room for 5 * width values.
+  // Weights of the edges whose upper or left end is in rows begin..end-1. `scratch` has 5 * width values.
   template <Metric metric, typename scalar_t, typename acc_t>
   static void edge_weight_rows(
       const scalar_t* feature,
@@ -106,7 +106,7 @@ struct TreeKernels : Elementary {
       }
       roots<metric>(norm, width);
       finish<metric>(horizontal, norm, norm + 1, width - 1, log, horizontal_weight + r * (width - 1));
-      // Weights towards this row had to wait for its norms.
+      // The weights from the row above to this one need the norms of both.
       if (r > begin) {
         finish<metric>(vertical_above, norm_above, norm, width, log, weight + (r - 1) * width);
       }
@@ -124,7 +124,7 @@ struct TreeKernels : Elementary {
     }
   }
 
-  // Squares to norms, in place.
+  // Turns squared norms into norms, in place.
   template <Metric metric, typename acc_t>
   static void roots(acc_t* norm, int64_t count) {
     if constexpr (metric == Metric::kCosine) {
@@ -136,17 +136,17 @@ struct TreeKernels : Elementary {
 
   // ---- spanning tree ----
 
-  // Directions from a vertex, ascending in the index of the edge that they follow; bits of a vertex's links.
+  // Directions from a vertex, in the order of the indices of its edges; bits of a vertex's links.
   enum : uint8_t { kUp = 0, kDown = 1, kLeft = 2, kRight = 3 };
 
-  // Weights as integers, none of which is kNoEdge.
+  // Converts weights to ordered integers below kNoEdge.
   static void to_ordered_bits(const float* __restrict weight, int64_t count, uint32_t* __restrict key) {
     for (int64_t i = 0; i < count; ++i) {
       key[i] = ordered_bits(weight[i]);
     }
   }
 
-  // First round of Boruvka's algorithm, on the grid: every vertex takes the least of its edges. Padding holds kNoEdge.
+  // The first round of Boruvka's algorithm: every vertex chooses its edge of least weight. Padding holds kNoEdge.
   static void choose_neighbours(TreeWorkspace& w) {
     const int32_t width = static_cast<int32_t>(w.width), vertices = static_cast<int32_t>(w.height * w.width);
     const uint32_t* __restrict up = w.vertical.data();
@@ -173,7 +173,7 @@ struct TreeKernels : Elementary {
     }
   }
 
-  // Makes every component point to where the one it points to points.
+  // Pointer doubling: to[c] = from[from[c]].
   static void double_pointers(int32_t count, const int32_t* __restrict from, int32_t* __restrict to) {
 #pragma GCC ivdep
     for (int32_t c = 0; c < count; ++c) {
@@ -181,7 +181,7 @@ struct TreeKernels : Elementary {
     }
   }
 
-  // The new component of each one that points to a root; false if any does not, whose id is -1.
+  // joined[c] = the id of the root that c points to. Returns false if any c does not point to a root yet.
   static bool rename(
       int32_t count, const int32_t* __restrict pointer, const int32_t* __restrict id, int32_t* __restrict joined) {
     int32_t all = 0;
@@ -193,8 +193,8 @@ struct TreeKernels : Elementary {
     return all >= 0;
   }
 
-  // leader[c] is the neighbour that component c joins; both ends of an edge may have chosen it. Afterwards joined[c] is
-  // the new component of c, and what is returned is how many there are. leader becomes scratch.
+  // Joins each component c to leader[c], the component at the other end of its chosen edge; both may have chosen the
+  // same edge. joined[c] becomes the new component of c. Returns the number of components. Overwrites leader.
   static int32_t join(TreeWorkspace& w, int32_t count, int32_t* __restrict joined) {
     int32_t* __restrict leader = w.leader.data();
     int32_t* __restrict next = w.next.data();
@@ -205,7 +205,7 @@ struct TreeKernels : Elementary {
       next[c] = leader[other] == c && c < other ? c : other;
     }
     const int32_t components = Compact::number_roots(count, next, id);
-    // From one array to the other. Three times is mostly enough: no vertex is more than 8 steps from its root.
+    // Alternates between two arrays. Three doublings reach 8 steps, which is nearly always enough.
     double_pointers(count, next, leader);
     double_pointers(count, leader, next);
     double_pointers(count, next, leader);
@@ -224,8 +224,8 @@ struct TreeKernels : Elementary {
     return static_cast<uint32_t>(word);
   }
 
-  // A later round on the grid: every component takes the least of the edges that leave it, which are offered by its
-  // vertices. labels has padding, and where there is no edge, its weight is kNoEdge.
+  // A later round, on the grid: every vertex offers its least edge to another component, and every component chooses
+  // the least offer. Missing edges have weight kNoEdge.
   static void choose_on_grid(TreeWorkspace& w, int32_t components) {
     const int32_t width = static_cast<int32_t>(w.width), vertices = static_cast<int32_t>(w.height * w.width);
     const uint32_t* __restrict up = w.vertical.data();
@@ -237,7 +237,7 @@ struct TreeKernels : Elementary {
     const int32_t* __restrict below = label + width;
     const int32_t* __restrict before = label - 1;
     const int32_t* __restrict after = label + 1;
-    uint64_t* __restrict offer = w.keys.data();  // there is no list yet
+    uint64_t* __restrict offer = w.keys.data();  // not in use before the first list
 #pragma GCC ivdep
     for (int32_t v = 0; v < vertices; ++v) {
       const int32_t own = label[v];
@@ -257,7 +257,7 @@ struct TreeKernels : Elementary {
     }
     uint64_t* __restrict least = w.least.data();
     std::fill(least, least + components, ~uint64_t{0});
-    // Neighbours share components and wait for each other; vertices far apart do not.
+    // Updates of the same component depend on each other; distant vertices rarely share a component.
     const int32_t quarter = vertices / 4;
     const auto take = [&](int32_t v) {
       const int32_t c = label[v];
@@ -280,7 +280,7 @@ struct TreeKernels : Elementary {
     }
   }
 
-  // Edges by index: first those down from each vertex, then those to its right.
+  // Edges are indexed as vertex (down) or number of vertices + vertex (right).
   static uint32_t lower_end(const TreeWorkspace& w, uint32_t edge) {
     const uint32_t vertices = static_cast<uint32_t>(w.height * w.width);
     return edge < vertices ? edge : edge - vertices;
@@ -291,7 +291,7 @@ struct TreeKernels : Elementary {
     w.chosen[w.width + lower_end(w, edge)] |= 1 << (is_vertical ? kDown : kRight);
   }
 
-  // After a round on the grid.
+  // Renames the components of all vertices after a round on the grid.
   static void relabel(TreeWorkspace& w) {
     const int64_t vertices = w.height * w.width;
     const int32_t* __restrict component = w.joined.data();
@@ -302,7 +302,7 @@ struct TreeKernels : Elementary {
     }
   }
 
-  // The edges between different components, in the order of their index.
+  // Lists the edges between different components, in the order of their indices.
   static int64_t list_edges(TreeWorkspace& w) {
     const int64_t width = w.width, vertices = w.height * w.width;
     const int32_t* __restrict component = w.labels.data() + width;
@@ -316,20 +316,20 @@ struct TreeKernels : Elementary {
            Compact::list_crossing(vertices - 1, component, component + 1, right, first, ends + count, keys + count);
   }
 
-  // A later round on the list.
+  // A later round, on the list of edges.
   static void choose_edges(TreeWorkspace& w, int32_t components, int64_t num_edges) {
     const uint64_t* __restrict ends = w.ends.data();
     const uint64_t* __restrict keys = w.keys.data();
     uint64_t* __restrict least = w.least.data();
     std::fill(least, least + components, ~uint64_t{0});
-    // The position in the list takes the place of the edge's index, which it follows.
+    // Compares positions in the list instead of edge indices: their order is the same.
     const auto offer = [&](int64_t i) {
       const uint32_t u = high(ends[i]), v = low(ends[i]);
       const uint64_t key = (keys[i] & ~uint64_t{0xffffffff}) | static_cast<uint64_t>(i);
       least[u] = std::min(least[u], key);
       least[v] = std::min(least[v], key);
     };
-    // Neighbours in the list share components and wait for each other; edges far apart do not.
+    // Interleaved for the same reason as in choose_on_grid.
     const int64_t quarter = num_edges / 4;
     for (int64_t i = 0; i < quarter; ++i) {
       offer(i);
@@ -347,7 +347,7 @@ struct TreeKernels : Elementary {
     }
   }
 
-  // Renames the ends of the edges and drops those inside a component.
+  // Renames the components at the ends of the edges and drops edges inside a component.
   static int64_t keep_crossing(TreeWorkspace& w, int64_t num_edges) {
     const int32_t* __restrict component = w.joined.data();
     uint64_t* ends = w.ends.data();
@@ -362,8 +362,8 @@ struct TreeKernels : Elementary {
     return kept;
   }
 
-  // Chosen holds each edge at one end or both, links at both. No edge leaves the grid, so neighbours in memory that are
-  // none in the grid have no link this way.
+  // `chosen` has each edge at one end or both, `links` at both. No chosen edge leaves the grid, so vertices that are
+  // neighbours in memory but not in the grid are never linked.
   static void mirror_links(TreeWorkspace& w, int64_t slot) {
     const int64_t width = w.width, vertices = w.height * w.width;
     const uint8_t* __restrict own = w.chosen.data() + width;
@@ -381,7 +381,7 @@ struct TreeKernels : Elementary {
     }
   }
 
-  // Leaves the links of the tree in a slot of the workspace.
+  // Builds the spanning tree and writes its links to a slot of the workspace.
   static void spanning_tree(const float* weight, TreeWorkspace& w, int64_t slot) {
     const int64_t height = w.height, width = w.width;
     to_ordered_bits(weight, (height - 1) * width, w.vertical.data() + width);
@@ -410,16 +410,16 @@ struct TreeKernels : Elementary {
     mirror_links(w, slot);
   }
 
-  // Walks from the root, depth first: a vertex is mostly followed by a child, whose scan then finds it in the cache.
-  // The next vertex is chosen without a branch and, where it is a child, without a detour over the stack. Each step
-  // waits for the one before, so the trees of kCount images are walked in turn.
+  // Depth-first traversal from the root: a vertex is mostly followed by a child, so that scans find its parent in the
+  // cache. The next vertex is chosen without a branch, and a first child bypasses the stack. Each step depends on the
+  // one before, so the traversals of kCount images are interleaved.
   template <int kCount>
   static void walk(int64_t root, TreeWorkspace& w, int32_t* __restrict parent, int32_t* __restrict order) {
     const int64_t vertices = w.height * w.width;
     const int32_t width = static_cast<int32_t>(w.width);
     const int32_t offset[4] = {-width, width, -1, 1};
-    // For each set of children the first of them, in the order down, up, left, right, as what leads from 4 * vertex to
-    // its entry; an entry is 4 * vertex + direction to the parent. The later ones wait on the stack.
+    // A stack entry is 4 * vertex + direction to the parent. For each set of children: the first of them, in the order
+    // down, up, left, right, as the offset from 4 * vertex to its entry, and the later ones, which go on the stack.
     uint32_t first[16];
     uint8_t later[16];
     for (uint32_t children = 0; children < 16; ++children) {
@@ -431,7 +431,7 @@ struct TreeKernels : Elementary {
       later[children] = static_cast<uint8_t>(children & ~(1 << direction));
     }
     const uint8_t* __restrict links = w.links.data();
-    // The entry below the first is read when nothing is left, and not used.
+    // The entry below the stack is read when the stack is empty, but not used.
     uint32_t* __restrict stacks = w.stack.data() + 1;
     int64_t top[kCount];
     uint32_t vertex[kCount], children[kCount];

@@ -1,4 +1,4 @@
-// The trees of a batch as the scans get them from outside: checked, since a wrong one would make them read anywhere.
+// Validates the trees of a batch: with an invalid tree, scans would access memory out of bounds.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -11,7 +11,7 @@
 
 namespace grootvl::cpu {
 
-// Every vertex once, the root first, each parent before its children.
+// Whether the order has every vertex once, the root first, and each parent before its children.
 inline bool is_topological(const Tree& tree) {
   std::vector<uint8_t> seen(tree.vertices, 0);
   const auto inside = [&](int32_t v) { return 0 <= v && v < tree.vertices; };
@@ -29,7 +29,7 @@ inline bool is_topological(const Tree& tree) {
   return true;
 }
 
-// The trees of a batch, checked.
+// The validated trees of a batch.
 class Trees {
  public:
   Trees(const at::Tensor& parent, const at::Tensor& order) : parent_(parent.contiguous()), order_(order.contiguous()) {
@@ -43,7 +43,7 @@ class Trees {
     });
     TORCH_CHECK_VALUE(
         bad < 0,
-        "parent and order must be a rooted tree with every parent before its children, as grid_tree returns them; "
+        "parent and order must be a rooted tree with every parent before its children, as grid_tree returns it; "
         "those of image ",
         bad.load(),
         " are not");

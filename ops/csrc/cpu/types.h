@@ -1,15 +1,16 @@
-// What the kernels of all instruction sets work on.
+// Data structures of the kernels, shared by all instruction sets.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <vector>
 
-#include "cpu/dtypes.h"
+#include "cpu/compaction.h"
+#include "dtypes.h"
 
 namespace grootvl::cpu {
 
-// Memory that starts with whatever it holds.
+// An uninitialized array.
 template <typename T>
 class Uninitialised {
  public:
@@ -23,16 +24,16 @@ class Uninitialised {
   std::unique_ptr<T[]> memory_;
 };
 
-// Memory for the tree of one image after another.
+// Memory to build trees in, one image after another.
 struct TreeWorkspace {
-  // Images whose trees are walked together; each has a slot in links and stack.
+  // Images whose trees are walked in an interleaved loop; each has a slot in links and stack.
   static constexpr int64_t kTogether = 2;
 
   TreeWorkspace(int64_t height, int64_t width)
       : height(height),
         width(width),
-        vertical((height + 1) * width, 0xffffffff),
-        horizontal(height * width + 1, 0xffffffff),
+        vertical((height + 1) * width, kNoEdge),
+        horizontal(height * width + 1, kNoEdge),
         chosen((height + 2) * width),
         links(kTogether * height * width),
         labels((height + 2) * width),
@@ -46,18 +47,18 @@ struct TreeWorkspace {
         keys(2 * height * width + 8) {}
 
   int64_t height, width;
-  // Edge weights as integers. vertical[v] is the edge above vertex v, horizontal[v] the one to its left; where there is
-  // none, and behind the last vertex, they are larger than any weight.
+  // Edge weights as ordered integers. vertical[v] is the edge above vertex v, horizontal[v] the one to its left.
+  // Missing edges and the padding after the last vertex are kNoEdge.
   std::vector<uint32_t> vertical, horizontal;
-  // The four edges of a vertex as bits; `chosen` has a row above and below the grid.
+  // The tree edges of each vertex as four bits; `chosen` has a row of padding above and below the grid.
   std::vector<uint8_t> chosen, links;
-  // The component of each vertex, with a row above and below the grid.
+  // The component of each vertex, with a row of padding above and below the grid.
   std::vector<int32_t> labels;
   Uninitialised<int32_t> leader, joined, next, id;
   Uninitialised<uint32_t> stack;
   Uninitialised<uint64_t> least;
-  // The edges between different components: both components in one word; the weight as an integer above the index. Some
-  // words behind the list may be overwritten.
+  // The list of edges between different components. ends packs both components, keys the weight and the edge index. Up
+  // to 8 words after the list may be overwritten.
   Uninitialised<uint64_t> ends, keys;
 };
 
@@ -68,7 +69,7 @@ struct Tree {
   int64_t vertices;
 };
 
-// Some channels of one image: a row for each vertex.
+// A range of channels of one image: a row for each vertex.
 template <typename scalar_t>
 struct Rows {
   scalar_t* first;
@@ -78,7 +79,7 @@ struct Rows {
     return first + v * stride;
   }
 
-  // From a channel on.
+  // The rows without the channels before `channel`.
   Rows from(int64_t channel) const {
     return {first + channel, stride};
   }
@@ -88,7 +89,7 @@ struct Rows {
   }
 };
 
-// What the backward pass of a scan keeps of one image: the sums of x and of the gradient of h, and h.
+// Intermediate results of a scan's backward pass for one image: the subtree sums of x and of grad_h, and h.
 template <typename acc_t>
 struct ScanSums {
   Rows<acc_t> x, grad, h;
@@ -100,7 +101,7 @@ struct Moments {
   scalar_t mean, scale;
 };
 
-// Three rows of a map: a row outside of the image, and a column outside of it, is one position of zeros.
+// Three consecutive rows of an image for a 3x3 convolution; positions outside the image read zeros.
 template <typename scalar_t>
 struct ConvolutionRows {
   const scalar_t* row[3];
@@ -113,8 +114,8 @@ struct ConvolutionRows {
   }
 };
 
-// The inputs of a selective scan for one image; see selective_scan.h. rate is -exp(A_log), skip is Ds, dt_weight is
-// transposed: (rank, channels).
+// The inputs of a selective scan for one image; see selective_scan.h. rate is -exp(A_log), skip is Ds; dt_weight is
+// transposed to (rank, channels).
 template <typename stored_t>
 struct Selective {
   using acc_t = Accumulated<stored_t>;
@@ -126,8 +127,8 @@ struct Selective {
   const acc_t *h_norm_weight, *h_norm_bias, *out_norm_weight, *out_norm_bias;
 };
 
-// Gradients of the same: of the inputs for one image, of the parameters for some of its vertices, to be added up. What
-// x gets through the skip connection comes before the rest, in rows that may be those of x.
+// The gradients of these inputs: of the activations for one image, of the parameters as partial sums over some of its
+// vertices. x_by_skip is the gradient of x through the skip connection alone; its rows may alias those of x.
 template <typename stored_t>
 struct SelectiveGradients {
   using acc_t = Accumulated<stored_t>;

@@ -1,6 +1,6 @@
-// Registers of values, written out where the compiler would keep arrays of sums in memory.
+// Explicit vector registers, for loops in which the compiler would keep arrays of sums in memory.
 
-// As many values as a register holds. Loops over them must not be unrolled, or they would not be vectorised.
+// One register of values. Loops over its lanes must not be unrolled, or they would not be vectorized.
 template <typename acc_t>
 struct Vector {
   static constexpr int kWidth = kVectorBytes / sizeof(acc_t);
@@ -30,7 +30,7 @@ struct Vector {
     if constexpr (std::is_same_v<scalar_t, acc_t>) {
       std::memcpy(to, &values, sizeof(values));
     } else if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
-      // As Rounding does.
+      // The same as Rounding::round.
       Words words;
       std::memcpy(&words, &values, sizeof(words));
       words = (words + 0x7fff + (words >> 16 & 1)) >> 16;
@@ -58,7 +58,7 @@ struct Vector {
   typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 };
 
-// The same for one value, for what fills no register.
+// The same interface for a single value, for the remainder that does not fill a register.
 template <typename acc_t>
 struct Single {
   static constexpr int kWidth = 1;
@@ -79,7 +79,7 @@ struct Single {
   }
 };
 
-// Calls visit(lanes, c) for registers of values from c on, and for the single ones behind them.
+// Calls visit(lanes, c) for each register of values, which starts at c, and for each value of the remainder.
 template <typename acc_t, typename Visit>
 __attribute__((always_inline)) inline void for_each_vector(int64_t count, const Visit& visit) {
   int64_t c = 0;

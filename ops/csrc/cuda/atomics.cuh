@@ -1,5 +1,5 @@
-// Memory that threads read while others write it. Relaxed: each access is whole, and nothing else is promised. What
-// must be seen in some order is separated by a barrier or by the end of a kernel.
+// Relaxed accesses to memory that other threads write concurrently: atomic, but without any ordering. Where order
+// matters, a barrier or the end of a kernel provides it.
 #pragma once
 
 #include <cuda/atomic>

@@ -1,10 +1,10 @@
-// Boruvka's algorithm: every component takes its least edge to another one into the tree, until there is one component.
-// Keys are all different, so that the tree is unique, and no set of components can choose a circle: where keys fall
-// along the choices, only two components can choose each other.
+// Boruvka's algorithm: every component adds its least edge to another component to the tree, until one component is
+// left. All keys differ, so the tree is unique, and chosen edges cannot form a cycle: keys decrease along the choices,
+// so that only two components can choose each other.
 //
-// A block does it for a tile of the grid as far as the tile goes: a component whose least edge leaves the tile waits.
-// That its least edge is known is all it takes, so these are edges of the tree of the whole grid. When all that is left
-// waits, each component has a vertex at the border of the tile. Rounds over all tiles and images at once do the rest.
+// First, a block runs the algorithm on a tile of the grid. A component whose least edge leaves the tile waits; the
+// edges chosen so far are edges of the whole grid's tree. When all components wait, each has a vertex at the border of
+// the tile. Rounds over all tiles and images complete the trees.
 #pragma once
 
 #include "cuda/atomics.cuh"
@@ -15,13 +15,13 @@
 namespace grootvl::cuda {
 
 __device__ inline void offer(Key* least, Key key) {
-  // Looking first spares most of the atomics when few components are left. An old value only costs one more atomic.
+  // Reading first avoids most atomics when few components are left. A stale value only costs one more atomic.
   if (key < load_relaxed(least)) {
     atomicMin(least, key);
   }
 }
 
-// A part of the grid, whose vertices a block numbers for itself, row by row.
+// A rectangle of the grid, with local vertex numbers row by row.
 struct Tile {
   Grid grid;
   int row, column, height, width;
@@ -36,14 +36,14 @@ struct Tile {
   __device__ void for_each_edge(int own, const Visit& visit) const {
     grid.for_each_edge(vertex(own), row + own / width, column + own % width, visit);
   }
-  // Its own number of a vertex of the grid, -1 outside.
+  // The local number of a vertex of the grid, -1 outside the tile.
   __device__ int own(int vertex) const {
     const int r = vertex / grid.width - row, c = vertex % grid.width - column;
     return 0 <= r && r < height && 0 <= c && c < width ? r * width + c : -1;
   }
 };
 
-// What a block needs for a tile, in shared memory: five arrays of an entry a vertex.
+// The shared memory of a block for its tile: five arrays with an entry per vertex.
 struct TileMemory {
   static constexpr int64_t kBytesOfVertex = sizeof(Key) + 4 * sizeof(int);
 
@@ -58,7 +58,7 @@ struct TileMemory {
   int *component, *leader, *next, *links;
 };
 
-// The least edge of every component to another one, inside the tile or not.
+// Finds the least edge of every component to another one, inside the tile or not.
 __device__ inline void choose_edges(const float* __restrict__ weight, const Tile& tile, const TileMemory& memory) {
   for_each_index(tile.vertices(), [&](int i) { memory.least[i] = kNoEdge; });
   __syncthreads();
@@ -85,7 +85,7 @@ __device__ inline void choose_edges(const float* __restrict__ weight, const Tile
   __syncthreads();
 }
 
-// The same for the first round, in which every vertex is a component: no two threads write to one place.
+// The same for the first round, in which every vertex is a component and needs no atomics.
 __device__ inline void choose_first_edges(
     const float* __restrict__ weight, const Tile& tile, const TileMemory& memory) {
   for_each_index(tile.vertices(), [&](int i) {
@@ -99,8 +99,8 @@ __device__ inline void choose_first_edges(
   __syncthreads();
 }
 
-// Takes the least edge of a component, from low to high, into the tree, and points the component to the one that it
-// joins. Returns nothing new where two components chose the same edge: one of them leads, and takes the edge.
+// Adds the least edge of a component, from low to high, to the tree, and points the component to the one that it joins.
+// If two components chose the same edge, one becomes the leader, and only that one adds the edge.
 __device__ inline void take_edge(
     const Grid& grid,
     const Key* least,
@@ -142,7 +142,7 @@ __device__ inline bool join(const Tile& tile, const TileMemory& memory) {
   return __syncthreads_or(any);
 }
 
-// Follows the leaders to the last of each chain: the new components.
+// Follows the chains of leaders to their ends, the new components.
 __device__ inline void merge(int vertices, TileMemory& memory) {
   bool moved = true;
   while (__syncthreads_or(moved)) {
@@ -161,7 +161,7 @@ __device__ inline void merge(int vertices, TileMemory& memory) {
   memory.leader = component;
 }
 
-// The components and links of a tile, by its block. Ends with a barrier.
+// Computes the components and links of a tile, by one block. Ends with a barrier.
 __device__ inline void grow_components(const float* __restrict__ weight, const Tile& tile, TileMemory& memory) {
   for_each_index(tile.vertices(), [&](int i) {
     memory.component[i] = i;
@@ -176,19 +176,20 @@ __device__ inline void grow_components(const float* __restrict__ weight, const T
 
 // ---- over many blocks ----
 
-// What the rounds over all tiles work on, an entry a vertex; `active` an entry a round.
+// The arrays of the rounds over all tiles, with an entry per vertex; `active` has one per round.
 struct Components {
   Grid grid;
   const float* weight;
-  // Least edges of this round and, ready for offers, of the next.
+  // The least edges of this round, and those of the next, reset for its offers.
   Key *least, *next_least;
-  // Of vertices: a component they once were in. Of components: the one that they joined, or themselves.
+  // component: for each vertex, a component it was in at some time. leader: for each component, the one it joined, or
+  // itself.
   int *component, *leader;
   int* links;
 };
 
-// The component at the end of a chain of leaders. Shortens the chain for those who follow, who may find it before or
-// after: each entry stays on the way to the end.
+// The component at the end of a chain of leaders. Compresses the path; this is safe with concurrent readers, since
+// every entry still leads to the end.
 __device__ inline int find(int* leader, int component) {
   for (;;) {
     const int above = load_relaxed(leader + component);
@@ -201,7 +202,7 @@ __device__ inline int find(int* leader, int component) {
   }
 }
 
-// Offers the edges of a vertex between components to both of them. Returns whether there are any.
+// Offers the edges of a vertex to other components to both sides. Returns whether there are any.
 __device__ inline bool offer_edges(const Components& all, int vertex) {
   const int own = find(all.leader, load_relaxed(all.component + vertex));
   store_relaxed(all.component + vertex, own);
@@ -221,7 +222,7 @@ __device__ inline bool offer_edges(const Components& all, int vertex) {
   return any;
 }
 
-// Joins a component, if the vertex is one, to the other end of its least edge.
+// If the vertex represents a component, joins that to the one at the other end of its least edge.
 __device__ inline void join(const Components& all, int vertex) {
   const Key key = all.least[vertex];
   all.next_least[vertex] = kNoEdge;

@@ -37,7 +37,7 @@ __device__ void warp_sums(T& a, T& b, T& c, T& d) {
   d = __shfl_sync(kAllLanes, sum, 24);
 }
 
-// The sum of `value` over the threads before this one; `total` is that over all. For all threads of a block at once.
+// The sum of `value` over the threads before this one; `total` is that over all threads. Called by the whole block.
 __device__ inline int exclusive_sum(int value, int& total) {
   __shared__ int of_warps[kWarpSize];
   const int lane = lane_index(), warp = warp_index();
@@ -59,7 +59,7 @@ __device__ inline int exclusive_sum(int value, int& total) {
     before += w < warp ? of_warps[w] : 0;
     total += of_warps[w];
   }
-  // Nobody may write the sums of the next call before all have read these.
+  // The next call must not overwrite the sums before all threads have read them.
   __syncthreads();
   return before + inclusive - value;
 }
@@ -72,8 +72,8 @@ __device__ void for_each_index(int count, const Visit& visit) {
   }
 }
 
-// Sums `value` over the indices from begin up to end, in order, and tells each the sum before it, which starts with
-// `before`: place(i, value, sum). Returns the sum of all. For all threads of a block at once; ends with a barrier.
+// An exclusive sum of `value` over the indices begin..end-1 that starts with `before`: calls place(i, value, sum) for
+// each index and returns the total. Called by the whole block; ends with a barrier.
 template <typename Value, typename Place>
 __device__ int number(int begin, int end, int before, const Value& value, const Place& place) {
   for (int first = begin; first < end; first += blockDim.x) {

@@ -1,9 +1,9 @@
-// CUDA kernels of the depth-wise convolution. A thread has a few neighbouring channels and two rows of an image; it
-// goes along them column by column and keeps what the taps need in registers, so nothing is shared and nothing waits.
-// Rows beside these are read again, mostly from the caches.
+// CUDA kernels of the depth-wise convolution. A thread processes a few neighbouring channels of two rows of an image,
+// column by column, with a sliding window in registers: no shared memory, no barriers. The rows above and below are
+// read again, mostly from the caches.
 //
-// The gradient of the weight is summed by each thread over its columns, by each block over its threads, and then over
-// the blocks; their number depends on the shape only, so results do not change from run to run.
+// The gradient of the weight is summed over the columns of a thread, the threads of a block and then the blocks, whose
+// number depends on the shape only, so results are deterministic.
 #include "depthwise_conv.h"
 
 #include <ATen/ops/sum.h>
@@ -24,7 +24,7 @@ namespace {
 constexpr int kRows = 2;
 constexpr int kMostThreads = 256, kMostPacksInBlock = 128;
 
-// A batch of images (B, H, W, D) with channels side by side.
+// A batch of channels-last images (B, H, W, D).
 template <typename scalar_t>
 struct Images {
   const scalar_t* data;
@@ -35,8 +35,8 @@ struct Images {
   }
 };
 
-// How threads share the work: strips are segments of kRows rows. A block has `slots` strips and `packs` groups of
-// neighbouring channels at once; blockIdx.y counts more of the latter.
+// How threads share the work. A strip is a segment of kRows rows. A block processes `slots` strips and `packs` packs of
+// neighbouring channels at a time; blockIdx.y selects the packs.
 struct Work {
   int height, width, channels;
   int packs, slots;
@@ -44,7 +44,7 @@ struct Work {
   int64_t strips;
 };
 
-// One of them.
+// One strip.
 struct Strip {
   int64_t image;
   int row, first, end;
@@ -63,12 +63,12 @@ __device__ acc_t sigmoid(acc_t x) {
   return 1 / (1 + exp(-x));
 }
 
-// kCount rows of a column as they are stored; 0 outside of the image.
+// kCount rows of a column in the storage dtype; 0 outside the image.
 template <int kCount, int kPack, typename scalar_t>
 struct Column {
   Pack<scalar_t, kPack> of[kCount];
 
-  // `channel` is that of the image at hand, `row` may be outside.
+  // `channel` points to the channels of this image; `row` may be outside it.
   __device__ void load(const Work& work, const Images<scalar_t>& images, const scalar_t* channel, int row, int column) {
     const bool inside = 0 <= column && column < work.width;
     const scalar_t* const at = channel + column * images.column_stride;
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kMostThreads)
     loaded.load(work, x, from, strip.row - 1, column);
     return loaded;
   };
-  // Of the columns before, at and behind the one at hand.
+  // Sums of the previous, the current and the next column.
   acc_t sums[3][kRows][kPack] = {};
   auto next = load(strip.first - 1);
   for (int column = strip.first - 1; column <= strip.end; ++column) {
@@ -171,8 +171,8 @@ __global__ void __launch_bounds__(kMostThreads)
   }
 }
 
-// Backward through strips `blockIdx.x`, and every gridDim.x-th on, of each slot. z and its gradient are computed again
-// in a ring of one around the strip. Sums of the weight's gradient to (gridDim.x, 9, channels).
+// The backward pass; each slot processes every gridDim.x-th strip from blockIdx.x on. Recomputes z and its gradient in
+// the strip and a margin of 1 around it. Writes partial sums of the weight's gradient, (gridDim.x, 9, channels).
 template <int kPack, typename scalar_t, typename acc_t>
 __global__ void __launch_bounds__(kMostThreads, sizeof(acc_t) == 4 ? 2 : 1) convolve_backward_kernel(
     Work work,
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(acc_t) == 4 ? 2 : 1) conv
     const acc_t* __restrict__ weight,
     scalar_t* __restrict__ grad_x,
     acc_t* __restrict__ grad_weight) {
-  // Rows whose z is needed, and those of x for them.
+  // The rows of z that are needed, and the rows of x for these.
   constexpr int kInner = kRows + 2, kOuter = kRows + 4;
   const int slot = static_cast<int>(threadIdx.x) / work.packs;
   const int pack = static_cast<int>(threadIdx.x) % work.packs;
@@ -195,12 +195,12 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(acc_t) == 4 ? 2 : 1) conv
       const Strip strip(work, index);
       const scalar_t* const from = x.image(strip.image) + channel;
       const scalar_t* const grad_from = grad_y.image(strip.image) + channel;
-      // x of three columns, and the sums of the results before, at and behind the column of z at hand.
+      // Three columns of x, and the sums of the previous, the current and the next column of results.
       acc_t window[3][kOuter][kPack] = {}, sums[3][kRows][kPack] = {};
       Column<kOuter, kPack, scalar_t> next;
       next.load(work, x, from, strip.row - 2, strip.first - 2);
       for (int column = strip.first - 3; column <= strip.end; ++column) {
-        // x arrives one column ahead of z.
+        // x is loaded one column ahead of z.
         Column<kInner, kPack, scalar_t> grad;
         grad.load(work, grad_y, grad_from, strip.row - 1, column);
 #pragma unroll
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(acc_t) == 4 ? 2 : 1) conv
             for (int tap = 0; tap < kTaps; ++tap) {
               z += taps.of[tap][i] * window[tap % 3][r + tap / 3][i];
             }
-            // Outside of the image the gradient is 0.
+            // The gradient is 0 outside the image.
             const acc_t sigma = sigmoid(z);
             const acc_t of_z = static_cast<acc_t>(grad.of[r].value[i]) * sigma * (1 + z * (1 - sigma));
             if (1 <= r && r <= kRows && own_column) {
@@ -307,7 +307,8 @@ Images<scalar_t> images_of(const at::Tensor& tensor) {
 }
 
 Work share_work(const at::Tensor& x, int pack) {
-  // Threads that fill a large GPU; fewer rows than that are cut into segments, at whose ends columns are read twice.
+  // The threads that fill a large GPU. If there are fewer rows, they are split into segments, which overlap by a
+  // column.
   constexpr int64_t kThreadsWanted = int64_t{1} << 17, kLeastColumns = 16;
   const int64_t batch = x.size(0), height = x.size(1), width = x.size(2), channels = x.size(3);
   TORCH_CHECK_VALUE(
@@ -338,7 +339,7 @@ unsigned count_channel_groups(const Work& work, int pack) {
   return static_cast<unsigned>(divide_up(divide_up(work.channels, pack), work.packs));
 }
 
-// Blocks of the backward kernel: enough columns for each of their slots that their sums are little beside those.
+// The number of blocks of the backward kernel: each slot gets so many columns that writing its sums costs little.
 int64_t count_backward_blocks(const Work& work, int64_t groups) {
   constexpr int64_t kLeastPositions = 128, kMostBlocks = 2048;
   const int64_t turns = divide_up<int64_t>(work.strips, work.slots);
@@ -357,24 +358,6 @@ bool are_packed(const at::Tensor& images, int width) {
 
 template <int kWidth>
 using Width = std::integral_constant<int, kWidth>;
-
-template <typename scalar_t>
-using Accumulated = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-
-// Calls call(scalar_t(0)) for values of this dtype.
-template <typename Call>
-void with_scalar(at::ScalarType dtype, const Call& call) {
-  switch (dtype) {
-    case at::kDouble:
-      return call(double(0));
-    case at::kHalf:
-      return call(at::Half(0));
-    case at::kBFloat16:
-      return call(at::BFloat16(0));
-    default:
-      return call(float(0));
-  }
-}
 
 struct Cuda {
   using Scope = c10::cuda::CUDAGuard;

@@ -1,4 +1,4 @@
-// CUDA kernel of the edge weights: a warp makes those of a run of vertices. Every result has one order of computation.
+// CUDA kernel of the edge weights: a warp computes those of a run of vertices. The order of all sums is fixed.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
@@ -16,7 +16,7 @@ namespace grootvl::cuda {
 namespace {
 
 constexpr int kColumnsInBlock = 8;
-// Rows that a warp goes down; the norm of the first of them is computed twice.
+// The rows of a warp's run; the norm at its first row is computed twice.
 constexpr int kRowsInRun = 8;
 
 template <typename scalar_t, int kWidth>
@@ -35,7 +35,7 @@ __device__ acc_t term(acc_t a, acc_t b) {
   }
 }
 
-// What a vertex adds up to with the ones to its right and below, and the squares of the norms of these two.
+// The sums of terms between a vertex and its neighbours to the right and below, and their squared norms.
 template <typename acc_t>
 struct Sums {
   acc_t right, below, square_right, square_below;
@@ -74,7 +74,7 @@ template <typename acc_t>
 __device__ acc_t norm(acc_t square) {
   const acc_t root = sqrt(square);
   const acc_t least = static_cast<acc_t>(1e-8);
-  // Written so that NaN stays.
+  // Written such that NaN propagates.
   return root < least ? least : root;
 }
 

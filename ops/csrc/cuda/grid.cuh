@@ -1,12 +1,12 @@
-// The 4-connected grid inside of kernels: vertices, edges, and the order of the edges.
+// The 4-connected grid in kernels: vertices, edges, and the order of the edges.
 #pragma once
 
 #include "cuda/launch.cuh"
 
 namespace grootvl::cuda {
 
-// Directions from a vertex, ascending in the index of the edge that they follow; bits of a vertex's links. Opposite
-// ones differ in their lowest bit.
+// Directions from a vertex, in the order of the indices of its edges; bits of a vertex's links. Opposite directions
+// differ in the lowest bit.
 enum Direction : int { kUp, kDown, kLeft, kRight, kDirections };
 
 struct Grid {
@@ -37,7 +37,7 @@ struct Grid {
   // Calls visit(direction, edge) for the edges of a vertex.
   template <typename Visit>
   __device__ void for_each_edge(int vertex, int row, int column, const Visit& visit) const {
-    // The horizontal edge to the right; the one to the left comes before it.
+    // The horizontal edge to the right; that to the left precedes it.
     const int horizontal = num_vertical() + vertex - row;
     if (row > 0) {
       visit(kUp, vertex - width);
@@ -59,7 +59,7 @@ using Key = unsigned long long;
 constexpr Key kNoEdge = ~Key{0};
 
 __device__ inline Key to_key(float weight, int edge) {
-  // Adding zero makes -0 and 0 the same.
+  // Adding zero turns -0 into 0.
   const unsigned bits = __float_as_uint(weight + 0.0f);
   const unsigned ascending = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
   return static_cast<Key>(ascending) << 32 | static_cast<unsigned>(edge);

@@ -1,4 +1,4 @@
-// The tree of critical vertices, up and down: the part of a scan between summarise and finish (piece_scan.cuh).
+// The scan over the tree of critical vertices, between summarise and finish (piece_scan.cuh).
 #pragma once
 
 #include <algorithm>
@@ -29,8 +29,8 @@ struct Streams {
   }
 };
 
-// What passes between the kernels, for each critical vertex of each image a row of channels: the value, T ("along"),
-// the sum u and the result h of each stream, and P ("through"), which they share.
+// The data passed between the kernels, a row of channels for each critical vertex of each image: value, T ("along"),
+// sum u and result h of each stream, and P ("through"), which the streams share.
 template <typename acc_t>
 struct Summaries {
   acc_t *value, *along, *sum, *result, *through;
@@ -49,17 +49,17 @@ struct Summaries {
   }
 };
 
-// What the pieces add to their tops: of each stream (B * L, channels), of which an image uses a row for each piece.
+// What the pieces add to their tops, for each stream (B * L, channels): an image uses one row per piece.
 template <typename acc_t, int kStreams>
 struct Partials {
   acc_t* rows[kStreams];
 };
 
-// Rows that are fetched together, since a warp has its part of an image to itself.
+// Rows that are fetched together to hide latency, since a warp works alone on its part of an image.
 constexpr int kJoinBatch = 16;
 
-// Calls use(i, fetch(i)) for all i below count, from the first up or from the last down; a batch is on its way while
-// the one before it is used.
+// Calls use(i, fetch(i)) for all i below count in ascending or descending order; a batch is fetched while the previous
+// one is used.
 template <bool kAscending, typename Fetch, typename Use>
 __device__ void in_batches(int count, const Fetch& fetch, const Use& use) {
   using Fetched = decltype(fetch(0));
@@ -92,8 +92,8 @@ __device__ void in_batches(int count, const Fetch& fetch, const Use& use) {
   }
 }
 
-// One warp for an image and 32 channels. With kShared its sums and results lie in shared memory, else where the results
-// end up.
+// One warp per image and 32 channels. With kShared, sums and results are in shared memory, otherwise in the memory of
+// the results.
 template <bool kShared, typename S, typename acc_t>
 __global__ void join_kernel(
     Partials<acc_t, S::kCount> partials, Pieces batch, int64_t channels, Summaries<acc_t> summaries) {

@@ -1,4 +1,4 @@
-// How kernels are launched, and the indices inside of them.
+// Kernel launches, and thread indices inside kernels.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -16,7 +16,7 @@ namespace grootvl::cuda {
 
 constexpr int kWarpSize = 32;
 
-// A kernel's dynamic shared memory, as large as its launch says.
+// A kernel's dynamic shared memory; its launch sets the size.
 extern __shared__ __align__(16) unsigned char shared_memory[];
 
 template <typename T>
@@ -41,7 +41,7 @@ constexpr __host__ __device__ T divide_up(T count, T by) {
   return (count + by - 1) / by;
 }
 
-// The least n with base^n >= count; base >= 2.
+// The smallest n with base^n >= count; base >= 2.
 constexpr int log_up(int64_t count, int64_t base = 2) {
   int n = 0;
   for (int64_t power = 1; power < count; power *= base) {
@@ -50,14 +50,14 @@ constexpr int log_up(int64_t count, int64_t base = 2) {
   return n;
 }
 
-// A grid of one row of blocks.
+// A one-dimensional grid of blocks.
 inline dim3 blocks_in_row(int64_t count) {
   TORCH_CHECK_VALUE(
       count <= std::numeric_limits<int>::max(), "the inputs are too large for one call: ", count, " blocks of threads");
   return dim3(static_cast<unsigned>(count));
 }
 
-// Bytes of shared memory that a block may have on the current device, static and dynamic together.
+// The most bytes of shared memory that a block can have on the current device, static and dynamic together.
 inline int64_t shared_memory_limit() {
   int device = 0, bytes = 0;
   C10_CUDA_CHECK(cudaGetDevice(&device));
@@ -65,10 +65,9 @@ inline int64_t shared_memory_limit() {
   return bytes;
 }
 
-// Bytes of dynamic shared memory that a launch of the kernel may ask for on the current device. The first call for a
-// kernel and device permits all of it: the permission is the kernel's, so that lowering it to what one launch needs
-// would fail the launch of another thread. What is permitted without asking is no fixed number: a kernel's static
-// shared memory is part of it.
+// The most bytes of dynamic shared memory that a launch of the kernel can request on the current device. The first call
+// for a kernel and device opts in to all of it. Since the opt-in belongs to the kernel, setting it to the needs of one
+// launch could fail a launch in another thread. The limit without opt-in varies: it includes static shared memory.
 template <typename... Parameters>
 int64_t dynamic_shared_memory_limit(void (*kernel)(Parameters...)) {
   static std::mutex mutex;
@@ -88,14 +87,14 @@ int64_t dynamic_shared_memory_limit(void (*kernel)(Parameters...)) {
   return limit;
 }
 
-// Warps for a block whose warps share nothing: as many as have room, at most `most` and at least one.
+// The number of warps of a block whose warps share nothing: as many as fit, at least one and at most `most`.
 inline int warps_that_fit(int64_t bytes_a_warp, int most) {
   const int64_t room = bytes_a_warp == 0 ? most : shared_memory_limit() / bytes_a_warp;
   TORCH_CHECK(room > 0, "a row of this operator takes ", bytes_a_warp, " bytes, more than the device's shared memory");
   return static_cast<int>(room < most ? room : most);
 }
 
-// Queues a kernel on the current stream of the current device.
+// Launches a kernel on the current stream of the current device.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, Arguments&&... arguments) {
   if (shared_bytes > 0) {

@@ -1,5 +1,5 @@
-// CUDA operators of the layer norm; layer_norm_rows.cuh has their kernels. Sums of a parameter's gradient come from the
-// blocks, whose number depends on the shape only, so results do not change from run to run.
+// CUDA operators of the layer norm; layer_norm_rows.cuh has the kernels. Gradients of parameters are summed over
+// blocks, whose number depends on the shape only, so results are deterministic.
 #include "layer_norm.h"
 
 #include <ATen/ops/layer_norm.h>
@@ -21,49 +21,15 @@ namespace grootvl::cuda {
 
 namespace {
 
-// The widest rows of our own; there PyTorch's block for each row is as good.
+// The widest rows of our kernels; for wider ones, PyTorch's kernel with a block per row is as fast.
 constexpr int64_t kMostChannels = 1024;
-
-template <typename T>
-struct Type {
-  using type = T;
-};
-
-// Calls call(Type<T>()) with the type of values of this dtype.
-template <typename Call>
-void with_type(at::ScalarType dtype, const Call& call) {
-  switch (dtype) {
-    case at::kDouble:
-      return call(Type<double>());
-    case at::kHalf:
-      return call(Type<at::Half>());
-    case at::kBFloat16:
-      return call(Type<at::BFloat16>());
-    default:
-      return call(Type<float>());
-  }
-}
-
-// The same for a dtype that may differ from that of x only where x is float32.
-template <typename scalar_t, typename Call>
-void with_type_beside(at::ScalarType dtype, const Call& call) {
-  if constexpr (std::is_same_v<scalar_t, float>) {
-    if (dtype == at::kHalf) {
-      return call(Type<at::Half>());
-    }
-    if (dtype == at::kBFloat16) {
-      return call(Type<at::BFloat16>());
-    }
-  }
-  return call(Type<scalar_t>());
-}
 
 bool is_packed_tensor(const at::Tensor& tensor, int width) {
   return !tensor.defined() ||
          reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % (width * tensor.element_size()) == 0;
 }
 
-// Calls call(layout) with that of rows of so many channels; `packed` where they may be read in packs of four.
+// Calls call(layout) with the layout for rows of `channels`; `packed` if they can be read in packs of four.
 template <typename Call>
 void with_layout(int64_t channels, bool packed, const Call& call) {
   constexpr int kWidth = 4, kFew = 4, kMany = 8, kSingle = kMostChannels / kWarpSize;
@@ -90,13 +56,14 @@ AnyOutput output_of(const at::Tensor& tensor) {
   return tensor.defined() ? AnyOutput{tensor.mutable_data_ptr(), tensor.scalar_type()} : AnyOutput{nullptr, at::kFloat};
 }
 
-// Blocks of the backward kernel: some rows for each of their lanes, so that their sums are little beside the rows.
+// The number of blocks of the backward kernel: each lane gets so many rows that writing its sums costs little.
 unsigned count_backward_blocks(int64_t rows, int lanes) {
   constexpr int64_t kRowsEach = 4, kMostBlocks = 1056;
   return static_cast<unsigned>(std::min(divide_up<int64_t>(rows, kThreads / lanes * kRowsEach), kMostBlocks));
 }
 
-// Any number of channels, by PyTorch's own kernels.
+// ---- rows with more channels, by PyTorch's kernels ----
+
 at::Tensor sample_factor(const LayerNormInputs& in) {
   std::vector<int64_t> shape(in.x.dim(), 1);
   shape[0] = in.x.size(0);
@@ -148,9 +115,9 @@ struct Cuda {
       packed = packed && is_packed_tensor(tensor, 4);
     }
     with_layout(channels, packed, [&](auto layout) {
-      with_type(in.x.scalar_type(), [&](auto type) {
-        using scalar_t = typename decltype(type)::type;
-        using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+      with_scalar(in.x.scalar_type(), [&](auto zero) {
+        using scalar_t = decltype(zero);
+        using acc_t = Accumulated<scalar_t>;
         const auto run = [&](const auto* branch) {
           using branch_t = std::remove_const_t<std::remove_pointer_t<decltype(branch)>>;
           const int64_t blocks = divide_up<int64_t>(rows, kThreads / layout.lanes);
@@ -176,9 +143,8 @@ struct Cuda {
         if (!in.branch.defined()) {
           return run(static_cast<const void*>(nullptr));
         }
-        with_type_beside<scalar_t>(in.branch.scalar_type(), [&](auto branch_type) {
-          run(in.branch.const_data_ptr<typename decltype(branch_type)::type>());
-        });
+        with_same_or_16_bit<scalar_t>(
+            in.branch.scalar_type(), [&](auto of_branch) { run(in.branch.const_data_ptr<decltype(of_branch)>()); });
       });
     });
   }
@@ -201,11 +167,11 @@ struct Cuda {
     with_layout(channels, packed, [&](auto layout) {
       const unsigned blocks = count_backward_blocks(rows, layout.lanes);
       sums = at::empty({blocks, 2, channels}, in.weight.options());
-      with_type(in.x.scalar_type(), [&](auto type) {
-        using scalar_t = typename decltype(type)::type;
-        using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-        with_type_beside<scalar_t>(grad_normed.scalar_type(), [&](auto grad_type) {
-          using grad_t = typename decltype(grad_type)::type;
+      with_scalar(in.x.scalar_type(), [&](auto zero) {
+        using scalar_t = decltype(zero);
+        using acc_t = Accumulated<scalar_t>;
+        with_same_or_16_bit<scalar_t>(grad_normed.scalar_type(), [&](auto of_grad) {
+          using grad_t = decltype(of_grad);
           launch(
               layer_norm_backward_kernel<decltype(layout), scalar_t, grad_t, acc_t>,
               dim3(blocks),

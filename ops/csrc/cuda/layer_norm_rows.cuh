@@ -1,6 +1,6 @@
-// Kernels of the layer norm. Some lanes of a warp, as few as will do, hold a row in their registers, so that each value
-// is read once and short rows keep all lanes busy. The sums of a parameter's gradient are made by each lane over its
-// rows and by each block over its lanes.
+// Kernels of the layer norm. As few lanes of a warp as possible hold a row in registers, so that each value is read
+// once and short rows keep all lanes busy. Gradients of parameters are summed over the rows of a lane and the lanes of
+// a block.
 #pragma once
 
 #include <type_traits>
@@ -11,8 +11,8 @@
 namespace grootvl::cuda {
 
 constexpr int kThreads = 256;
-// How a row lies in the registers of `lanes` lanes that are neighbours, a power of two: pack k of lane l begins at
-// channel (k * lanes + l) * kPack.
+// The distribution of a row over the registers of `lanes` neighbouring lanes, a power of two: pack k of lane l begins
+// at channel (k * lanes + l) * kPack.
 template <int kPack_, int kPacks_>
 struct Layout {
   static constexpr int kPack = kPack_, kPacks = kPacks_;
@@ -71,7 +71,7 @@ struct Registers {
     });
   }
 
-  // Takes the mean off and divides by the standard deviation. Returns 1 / the latter.
+  // Subtracts the mean and divides by the standard deviation. Returns 1 / standard deviation.
   __device__ acc_t standardise(const Layout& layout, acc_t eps) {
     acc_t total = 0;
     for_each(layout, [&](acc_t& value) { total += value; });
@@ -97,7 +97,7 @@ struct Registers {
   }
 };
 
-// A factor for each sample of `rows` rows, or 1.
+// One factor per sample of `rows` rows, or 1 for all.
 template <typename acc_t>
 struct Factor {
   const acc_t* of_sample;
@@ -108,7 +108,7 @@ struct Factor {
   }
 };
 
-// branch_t is void where there is no branch.
+// branch_t is void if there is no branch.
 template <typename scalar_t, typename branch_t, typename acc_t>
 struct Forward {
   const scalar_t* x;
@@ -125,7 +125,7 @@ template <typename Layout, typename scalar_t, typename branch_t, typename acc_t>
 __global__ void __launch_bounds__(kThreads) layer_norm_kernel(Layout layout, Forward<scalar_t, branch_t, acc_t> p) {
   constexpr int kPack = Layout::kPack;
   const int64_t own = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / layout.lanes;
-  // Lanes behind the last row go along, since all lanes of a warp take part in its sums.
+  // Lanes after the last row stay active, since sums need all lanes of a warp.
   const bool inside = own < p.rows;
   const int64_t row = inside ? own : p.rows - 1, first = row * layout.channels;
   Registers<Layout, acc_t> values;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) layer_norm_kernel(Layout layout, For
     layout.for_each_pack([&](int k, int channel) {
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
-        // Rounded as it is stored, since the backward pass norms what is stored.
+        // Normalizes the rounded sum, which is what the backward pass reads.
         values.of[k][i] = static_cast<acc_t>(static_cast<scalar_t>(values.of[k][i] + factor * added.of[k][i]));
       }
       if (inside) {
@@ -168,7 +168,7 @@ struct Backward {
   int64_t rows;
   scalar_t* grad_x;
   AnyOutput grad_branch;
-  // (blocks, 2, channels), of weight and bias.
+  // The gradients of weight and bias, (blocks, 2, channels).
   acc_t* sums;
 };
 

@@ -1,4 +1,4 @@
-// Neighbouring channels of a row, moved as one: stored in any floating type, computed in float32 or float64.
+// Packs of neighbouring channels that are moved together: stored in any floating type, computed in float32 or float64.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -14,15 +14,15 @@
 
 namespace grootvl::cuda {
 
-// What values are computed in.
+// The accumulation type.
 template <typename storage_t>
 using Computed = std::conditional_t<std::is_same_v<storage_t, double>, double, float>;
 
-// What results are stored in that only other kernels read. They may be larger than float16 goes.
+// The storage type of intermediate results, which may exceed the range of float16.
 template <typename storage_t>
 using Between = std::conditional_t<std::is_same_v<storage_t, c10::Half>, float, storage_t>;
 
-// Channels that a lane moves at once, where rows allow it.
+// The channels that a lane moves at once if the rows allow it.
 constexpr int kMostPacked = 4;
 
 template <typename T, int kWidth>
@@ -68,13 +68,13 @@ __device__ Pack<acc_t, kWidth> make_pack(const Of& of) {
   return values;
 }
 
-// Whether kernels take the rows as they are stored: those of 16 bits only in whole packs.
+// Whether kernels can read the rows in their dtype: 16-bit rows only in whole packs.
 inline bool computes_rows(const at::Tensor& rows) {
   return rows.element_size() > 2 || rows.size(2) % kMostPacked == 0;
 }
 
-// Calls run(a value of the stored type, the number of channels of a pack), both as types, for rows (B, L, C) that
-// kernels take as they are.
+// Calls run(type, pack) for rows (B, L, C) that kernels can read in their dtype: a value of the stored type, and the
+// number of channels of a pack as a type.
 template <typename Run>
 void for_rows(const at::Tensor& rows, const Run& run) {
   using One = std::integral_constant<int, 1>;
@@ -92,7 +92,7 @@ void for_rows(const at::Tensor& rows, const Run& run) {
   });
 }
 
-// Rows of channels that lie evenly in memory, as they do in a slice of a projection's result.
+// Evenly strided rows of channels, as in a slice of a projection's output.
 template <typename T>
 struct Rows {
   T* first;
@@ -103,13 +103,13 @@ struct Rows {
   }
 };
 
-// Whether all rows (B, L, C) of a tensor are one distance apart, and their channels neighbours.
+// Whether the rows (B, L, C) of a tensor are evenly strided and their channels have stride 1.
 inline bool has_even_rows(const at::Tensor& tensor) {
   return (tensor.size(2) == 1 || tensor.stride(2) == 1) &&
          (tensor.size(0) == 1 || tensor.stride(0) == tensor.size(1) * tensor.stride(1));
 }
 
-// The tensor, or a copy of it, with rows (B, L, C) that can be read `width` channels at a time.
+// The tensor if its rows (B, L, C) can be read `width` channels at a time, otherwise a copy.
 inline at::Tensor readable_rows(const at::Tensor& tensor, int64_t width) {
   const auto is_readable = [width](const at::Tensor& rows) {
     return has_even_rows(rows) && rows.stride(1) % width == 0 &&
@@ -137,7 +137,7 @@ __device__ void store_pack(const acc_t (&values)[kWidth], scalar_t* to) {
   *reinterpret_cast<Pack<scalar_t, kWidth>*>(to) = pack;
 }
 
-// A result whose dtype is known when the kernel runs; all threads take the same branch.
+// A result whose dtype is known only at run time; all threads take the same branch.
 struct AnyOutput {
   void* data;
   c10::ScalarType dtype;
@@ -155,7 +155,7 @@ struct AnyOutput {
   }
 };
 
-// Whether packs of `width` values may be loaded from rows that lie `stride` values apart.
+// Whether packs of `width` values can be loaded from rows with this stride.
 template <typename scalar_t>
 bool is_packed(const scalar_t* data, int64_t stride, int width) {
   return stride % width == 0 && reinterpret_cast<uintptr_t>(data) % (width * sizeof(scalar_t)) == 0;

@@ -1,13 +1,13 @@
 // Scans along trees cut into pieces, in three kernels:
-//   summarise  each piece from its members to its top, without what comes from below its bottom
+//   summarise  each piece, from its members to its top, without the contributions from below its bottom
 //   join       the tree of critical vertices, up and down, from these summaries
-//   finish     each piece again, now knowing its bottom's sum and its top's result
+//   finish     each piece again, with its bottom's sum and its top's result
 //
-// In summarise and finish a block has a tile of pieces (tiles.cuh).
+// In summarise and finish, each block processes tiles of pieces (tiles.cuh).
 //
-// One or two streams of values run over the same decays: x alone forwards, x and the gradient of h backwards. In a
-// piece with bottom b and top t let P be the product of the decays on the path from b to t ("through"), s what the
-// members add to the top while b's sum is taken as 0, and T what they add to b's result ("along"). Then
+// One or two streams of values share the same decays: x in the forward pass, x and the gradient of h in the backward
+// pass. For a piece with bottom b and top t, let P be the product of the decays on the path from b to t ("through"), s
+// the members' contribution to the top if b's sum were 0, and T their contribution to b's result ("along"). Then
 //   u_t += s + P u_b                    up the tree of critical vertices
 //   h_b  = T + u_b + P (h_t - P u_b)    down that tree (all);  h_b = T + P h_t (down)
 #pragma once
@@ -25,9 +25,9 @@
 
 namespace grootvl::cuda {
 
-// `partials` has a row for each piece of each image, for what it adds to its top.
+// `partials` has a row for each piece of each image: its contribution to its top.
 template <typename S, typename acc_t, int kPack, typename Input>
-__global__ void __launch_bounds__(kTileThreads, kTileBlocks<S::kCount>) summarise_kernel(
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<acc_t, S::kCount>) summarise_kernel(
     Input input,
     Partials<acc_t, S::kCount> partials,
     Pieces batch,
@@ -39,7 +39,6 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S::kCount>) summaris
   const TreePieces tree = batch[place.image];
   const int64_t first_row = place.image * batch.vertices, first_critical = place.image * batch.most_criticals;
   const Cells<acc_t, kPack, S::kCount> cells(tiling.capacity, place.lane);
-  const typename Input::Lane of_lane = input.lane(place.channel);
   const auto write = [&](acc_t* of, int stream, int64_t row, const Values& values) {
     if (place.is_active) {
       store_pack(&summaries.at(of, stream, row, channels, place.channel), values);
@@ -47,7 +46,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S::kCount>) summaris
   };
   for (int index = blockIdx.y; index < tiling.tiles; index += gridDim.y) {
     const Tile tile = find_tile(tree, tiling, index);
-    load_tile(input, of_lane, place, tree, tile, first_row, cells);
+    load_tile(input, place, tree, tile, first_row, cells);
     if (index == 0 && place.group == kTileGroups - 1) {
 #pragma unroll
       for (int s = 0; s < S::kCount; ++s) {
@@ -100,7 +99,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S::kCount>) summaris
           }
         }
       };
-      for_each_member<false>(input, of_lane, cells, begin, members, visit);
+      for_each_member<false>(cells, begin, members, visit);
 #pragma unroll
       for (int s = 0; s < S::kCount; ++s) {
         if (S::up(s) && place.is_active) {
@@ -120,31 +119,44 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S::kCount>) summaris
   }
 }
 
-// `Output` takes what is known of a row: write(at, row, decay, sums, results of the parent, results), and of the root
-// write_root(at, results), `at` being the place of this lane's channels.
+// The sum u and the result h of each stream at the critical vertices of a batch, after the scan of their tree; a row of
+// channels for each vertex.
+template <typename acc_t, int kStreams>
+struct Ends {
+  const acc_t *sum[kStreams], *result[kStreams];
+};
+
+// `Output` receives each row: write(at, decay, sums, results of the parent, results), and for the root
+// write_root(at, results), where `at` is the index of this lane's first channel. With kByRows, it receives whole tiles
+// instead: take_rows(place, first_row, rows, cells, tile), when the cells contain the results, and `kept` the gradients
+// of the decays.
 template <typename S, typename acc_t, int kPack, typename Input, typename Output>
-__global__ void __launch_bounds__(kTileThreads, kTileBlocks<S::kCount>) finish_kernel(
-    Input input, Output output, Pieces batch, int64_t channels, Tiling tiling, Summaries<acc_t> summaries) {
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<acc_t, S::kCount>) finish_kernel(
+    Input input, Output output, Pieces batch, int64_t channels, Tiling tiling, Ends<acc_t, S::kCount> ends) {
   using Values = Pack<acc_t, kPack>;
   constexpr bool kAnyUp = S::up(0) || S::up(S::kCount - 1);
   const LanePlace<kPack> place(channels);
   const TreePieces tree = batch[place.image];
   const int64_t first_row = place.image * batch.vertices, first_critical = place.image * batch.most_criticals;
   const Cells<acc_t, kPack, S::kCount> cells(tiling.capacity, place.lane);
-  const typename Input::Lane of_lane = input.lane(place.channel);
-  const auto read = [&](acc_t* of, int stream, int64_t row) {
-    return load_pack<kPack>(&summaries.at(of, stream, row, channels, place.channel));
+  const auto read = [&](const acc_t* of, int64_t row) {
+    return load_pack<kPack>(of + (first_critical + row) * channels + place.channel);
   };
   for (int index = blockIdx.y; index < tiling.tiles; index += gridDim.y) {
     const Tile tile = find_tile(tree, tiling, index);
-    load_tile(input, of_lane, place, tree, tile, first_row, cells);
-    if (index == 0 && place.group == kTileGroups - 1 && place.is_active) {
+    load_tile(input, place, tree, tile, first_row, cells);
+    if (index == 0 && place.group == kTileGroups - 1) {
       Values at_root[S::kCount];
 #pragma unroll
       for (int s = 0; s < S::kCount; ++s) {
-        at_root[s] = read(summaries.result, s, first_critical);
+        at_root[s] = read(ends.result[s], 0);
+        cells(s, tile.members) = at_root[s];
       }
-      output.write_root((first_row + cells.vertex[tile.members]) * channels + place.channel, at_root);
+      if constexpr (Output::kByRows) {
+        cells.kept(tile.members) = {};
+      } else if (place.is_active) {
+        output.write_root((first_row + cells.vertex[tile.members]) * channels + place.channel, at_root);
+      }
     }
     for (int piece = tile.first_piece + place.group; piece < tile.end_piece; piece += kTileGroups) {
       const int slot = tree.first[piece], begin = slot - tile.first_slot, members = tree.first[piece + 1] - slot;
@@ -153,14 +165,14 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S::kCount>) finish_k
 #pragma unroll
       for (int s = 0; s < S::kCount; ++s) {
         if (S::up(s) && bottom_place >= 0) {
-          cells(s, begin + bottom_place) = read(summaries.sum, s, first_critical + tree.bottom[piece]);
+          cells(s, begin + bottom_place) = read(ends.sum[s], tree.bottom[piece]);
         }
         if (S::down(s)) {
-          at_top[s] = read(summaries.result, s, first_critical + tree.top[piece]);
+          at_top[s] = read(ends.result[s], tree.top[piece]);
         }
       }
       if (kAnyUp) {
-        for_each_member<false>(input, of_lane, cells, begin, members, [&](int i, int above, const Values& decay) {
+        for_each_member<false>(cells, begin, members, [&](int i, int above, const Values& decay) {
 #pragma unroll
           for (int s = 0; s < S::kCount; ++s) {
             if (S::up(s) && above >= 0) {
@@ -171,7 +183,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S::kCount>) finish_k
           }
         });
       }
-      for_each_member<true>(input, of_lane, cells, begin, members, [&](int i, int above, const Values& decay) {
+      for_each_member<true>(cells, begin, members, [&](int i, int above, const Values& decay) {
         Values sum[S::kCount], above_result[S::kCount], result[S::kCount];
 #pragma unroll
         for (int s = 0; s < S::kCount; ++s) {
@@ -185,34 +197,31 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S::kCount>) finish_k
           });
           cells(s, begin + i) = result[s];
         }
-        if (place.is_active) {
+        if constexpr (Output::kByRows) {
+          cells.kept(begin + i) = output.of_decay(decay, sum, above_result);
+        } else if (place.is_active) {
           const int64_t row = first_row + cells.vertex[begin + i];
           output.write(row * channels + place.channel, decay, sum, above_result, result);
         }
       });
     }
+    if constexpr (Output::kByRows) {
+      __syncthreads();
+      output.take_rows(place, first_row, tile.rows, cells, place.image * tiling.tiles + index);
+    }
   }
 }
 
-// Runs the three kernels. `input` and `output` are for rows (B * L, channels); at least one row and one channel.
-// `partials` are B * L rows a stream that are free until `output` is written.
-template <typename S, typename acc_t, int kPack, typename Input, typename Output>
-void scan_pieces(
-    const Input& input,
-    const Output& output,
-    const Partials<acc_t, S::kCount>& partials,
-    const Pieces& pieces,
-    int64_t batch,
-    int64_t channels,
-    const at::TensorOptions& options) {
-  static_assert(Input::kStreams == S::kCount);
-  const int64_t rows = batch * pieces.most_criticals;
-  const at::Tensor memory = at::empty({4 * S::kCount + 1, rows, channels}, options);
-  const Summaries<acc_t> summaries(memory.mutable_data_ptr<acc_t>(), S::kCount, rows, channels);
+// Tiles of `kStreams` streams.
+template <typename acc_t, int kPack, int kStreams>
+Tiling tiling_of(const Pieces& pieces) {
+  return choose_tiling(pieces, Cells<acc_t, kPack, kStreams>::kRowBytes, kTileBlocks<acc_t, kStreams>);
+}
 
-  constexpr int64_t kRowBytes = Cells<acc_t, kPack, S::kCount>::kRowBytes;
-  const Tiling tiling = choose_tiling(pieces, kRowBytes, kTileBlocks<S::kCount>);
-  const int64_t bytes = tiling.capacity * kRowBytes;
+// Launches a kernel over the tiles of all images and channels.
+template <typename acc_t, int kPack, int kStreams, typename Kernel, typename... Arguments>
+void launch_tiles(Kernel kernel, const Tiling& tiling, int64_t batch, int64_t channels, const Arguments&... arguments) {
+  const int64_t bytes = tiling.capacity * Cells<acc_t, kPack, kStreams>::kRowBytes;
   TORCH_CHECK(
       bytes <= shared_memory_limit(),
       "a piece of a tree takes ",
@@ -227,11 +236,36 @@ void scan_pieces(
       channels,
       " channels");
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(std::min(tiling.tiles, 65535)));
-  launch(
+  launch(kernel, grid, kTileThreads, bytes, arguments...);
+}
+
+// Results of the scan over critical vertices, and the memory that contains them.
+template <typename acc_t, int kStreams>
+struct Joined {
+  at::Tensor memory;
+  Ends<acc_t, kStreams> ends;
+};
+
+// Runs summarise and join. `input` has rows (B * L, channels), with at least one row and one channel. `partials` is
+// scratch memory of B * L rows per stream, unused after these kernels.
+template <typename S, typename acc_t, int kPack, typename Input>
+Joined<acc_t, S::kCount> scan_criticals(
+    const Input& input,
+    const Partials<acc_t, S::kCount>& partials,
+    const Pieces& pieces,
+    int64_t batch,
+    int64_t channels,
+    const at::TensorOptions& options) {
+  static_assert(Input::kStreams == S::kCount);
+  const int64_t rows = batch * pieces.most_criticals;
+  const at::Tensor memory = at::empty({4 * S::kCount + 1, rows, channels}, options);
+  const Summaries<acc_t> summaries(memory.mutable_data_ptr<acc_t>(), S::kCount, rows, channels);
+  const Tiling tiling = tiling_of<acc_t, kPack, S::kCount>(pieces);
+  launch_tiles<acc_t, kPack, S::kCount>(
       summarise_kernel<S, acc_t, kPack, Input>,
-      grid,
-      kTileThreads,
-      bytes,
+      tiling,
+      batch,
+      channels,
       input,
       partials,
       pieces,
@@ -239,20 +273,39 @@ void scan_pieces(
       tiling,
       summaries);
   join_pieces<S>(partials, pieces, batch, channels, summaries);
-  launch(
+  Joined<acc_t, S::kCount> joined{memory, {}};
+  for (int s = 0; s < S::kCount; ++s) {
+    joined.ends.sum[s] = summaries.sum + s * rows * channels;
+    joined.ends.result[s] = summaries.result + s * rows * channels;
+  }
+  return joined;
+}
+
+// Runs finish, which may overwrite the partials.
+template <typename S, typename acc_t, int kPack, typename Input, typename Output>
+void finish_pieces(
+    const Input& input,
+    const Output& output,
+    const Ends<acc_t, S::kCount>& ends,
+    const Pieces& pieces,
+    int64_t batch,
+    int64_t channels) {
+  static_assert(Input::kStreams == S::kCount);
+  const Tiling tiling = tiling_of<acc_t, kPack, S::kCount>(pieces);
+  launch_tiles<acc_t, kPack, S::kCount>(
       finish_kernel<S, acc_t, kPack, Input, Output>,
-      grid,
-      kTileThreads,
-      bytes,
+      tiling,
+      batch,
+      channels,
       input,
       output,
       pieces,
       channels,
       tiling,
-      summaries);
+      ends);
 }
 
-// Rows for what pieces add to their tops: those of a result, where it has the type, else new ones.
+// Rows for the contributions of pieces to their tops: those of a result if it has this type, otherwise new memory.
 template <typename acc_t>
 acc_t* partial_rows(const at::Tensor& result, at::Tensor& memory) {
   memory = result.scalar_type() == c10::CppTypeToScalarType<acc_t>::value
@@ -261,9 +314,11 @@ acc_t* partial_rows(const at::Tensor& result, at::Tensor& memory) {
   return memory.mutable_data_ptr<acc_t>();
 }
 
-// Where a forward scan goes.
+// The output of a forward scan.
 template <typename T>
 struct ForwardOutput {
+  static constexpr bool kByRows = false;
+
   T* h;
 
   template <typename Values>
@@ -276,9 +331,27 @@ struct ForwardOutput {
   }
 };
 
-// Where a backward scan goes; stream 0 is x, stream 1 the gradient of h, propagated the other way.
+// The gradient of a scan's decay. Stream 0 has the values, stream 1 the gradient of h, propagated in the reverse way.
+template <Propagation kForward, typename acc_t, int kPack>
+__device__ Pack<acc_t, kPack> gradient_of_decay(
+    const Pack<acc_t, kPack>& decay, const Pack<acc_t, kPack>* sum, const Pack<acc_t, kPack>* above_result) {
+  return make_pack<acc_t, kPack>([&](int p) {
+    if constexpr (kForward == Propagation::kAll) {
+      return sum[1][p] * (above_result[0][p] - decay[p] * sum[0][p]) +
+             sum[0][p] * (above_result[1][p] - decay[p] * sum[1][p]);
+    } else if constexpr (kForward == Propagation::kUp) {
+      return sum[0][p] * above_result[1][p];
+    } else {
+      return sum[1][p] * above_result[0][p];
+    }
+  });
+}
+
+// The output of a backward scan, with streams as above.
 template <Propagation kForward, typename T>
 struct BackwardOutput {
+  static constexpr bool kByRows = false;
+
   T *grad_x, *grad_decay;
 
   template <typename acc_t, int kPack>
@@ -289,16 +362,7 @@ struct BackwardOutput {
       const Pack<acc_t, kPack>* above_result,
       const Pack<acc_t, kPack>* result) const {
     store_pack(grad_x + at, result[1]);
-    store_pack(grad_decay + at, make_pack<acc_t, kPack>([&](int p) {
-                 if constexpr (kForward == Propagation::kAll) {
-                   return sum[1][p] * (above_result[0][p] - decay[p] * sum[0][p]) +
-                          sum[0][p] * (above_result[1][p] - decay[p] * sum[1][p]);
-                 } else if constexpr (kForward == Propagation::kUp) {
-                   return sum[0][p] * above_result[1][p];
-                 } else {
-                   return sum[1][p] * above_result[0][p];
-                 }
-               }));
+    store_pack(grad_decay + at, gradient_of_decay<kForward>(decay, sum, above_result));
   }
   template <typename acc_t, int kPack>
   __device__ void write_root(int64_t at, const Pack<acc_t, kPack>* result) const {
@@ -307,27 +371,45 @@ struct BackwardOutput {
   }
 };
 
-// Forward scan of `input`, whose one stream are the values, to h (B, L, D), contiguous, of type T.
-template <typename T, typename acc_t, int kPack, typename Input>
-void scan_forward(const Input& input, Propagation propagation, const Pieces& pieces, at::Tensor& h) {
-  at::Tensor memory;
-  const Partials<acc_t, 1> partials{{partial_rows<acc_t>(h, memory)}};
-  const ForwardOutput<T> output{h.mutable_data_ptr<T>()};
-  const auto scan = [&](auto streams) {
-    scan_pieces<decltype(streams), acc_t, kPack>(
-        input, output, partials, pieces, h.size(0), h.size(2), memory.options());
-  };
+// The streams of scans: the values, their gradients, which are propagated in the reverse direction, and both.
+template <Propagation kForward, Propagation kBackward>
+struct Directions {
+  using Forward = Streams<kForward>;
+  using Backward = Streams<kBackward>;
+  using Both = Streams<kForward, kBackward>;
+};
+
+// Calls run(Directions) for a propagation of the values.
+template <typename Run>
+void with_directions(Propagation propagation, const Run& run) {
   switch (propagation) {
     case Propagation::kAll:
-      return scan(Streams<Propagation::kAll>());
+      return run(Directions<Propagation::kAll, Propagation::kAll>());
     case Propagation::kUp:
-      return scan(Streams<Propagation::kUp>());
+      return run(Directions<Propagation::kUp, Propagation::kDown>());
     case Propagation::kDown:
-      return scan(Streams<Propagation::kDown>());
+      return run(Directions<Propagation::kDown, Propagation::kUp>());
   }
 }
 
-// Backward scan of `input`, whose streams are the values and the gradient of h, to two tensors (B, L, D), contiguous,
+// Forward scan of `input`, whose single stream has the values, to h (B, L, D), contiguous, of type T. Returns the
+// results that a backward scan can reuse.
+template <typename T, typename acc_t, int kPack, typename Input>
+Joined<acc_t, 1> scan_forward(const Input& input, Propagation propagation, const Pieces& pieces, at::Tensor& h) {
+  const int64_t batch = h.size(0), channels = h.size(2);
+  at::Tensor memory;
+  const Partials<acc_t, 1> partials{{partial_rows<acc_t>(h, memory)}};
+  Joined<acc_t, 1> joined;
+  with_directions(propagation, [&](auto directions) {
+    using S = typename decltype(directions)::Forward;
+    joined = scan_criticals<S, acc_t, kPack>(input, partials, pieces, batch, channels, memory.options());
+    finish_pieces<S, acc_t, kPack>(
+        input, ForwardOutput<T>{h.mutable_data_ptr<T>()}, joined.ends, pieces, batch, channels);
+  });
+  return joined;
+}
+
+// Backward scan of `input`, whose streams have the values and the gradient of h, to two tensors (B, L, D), contiguous,
 // of type T.
 template <typename T, typename acc_t, int kPack, typename Input>
 void scan_backward(
@@ -336,23 +418,16 @@ void scan_backward(
     const Pieces& pieces,
     at::Tensor& grad_values,
     at::Tensor& grad_decay) {
+  const int64_t batch = grad_values.size(0), channels = grad_values.size(2);
   at::Tensor memory[2];
   const Partials<acc_t, 2> partials{
       {partial_rows<acc_t>(grad_decay, memory[0]), partial_rows<acc_t>(grad_values, memory[1])}};
-  const auto scan = [&](auto streams) {
-    using S = decltype(streams);
+  with_directions(propagation, [&](auto directions) {
+    using S = typename decltype(directions)::Both;
     const BackwardOutput<S::of(0), T> output{grad_values.mutable_data_ptr<T>(), grad_decay.mutable_data_ptr<T>()};
-    scan_pieces<S, acc_t, kPack>(
-        input, output, partials, pieces, grad_values.size(0), grad_values.size(2), memory[0].options());
-  };
-  switch (propagation) {
-    case Propagation::kAll:
-      return scan(Streams<Propagation::kAll, Propagation::kAll>());
-    case Propagation::kUp:
-      return scan(Streams<Propagation::kUp, Propagation::kDown>());
-    case Propagation::kDown:
-      return scan(Streams<Propagation::kDown, Propagation::kUp>());
-  }
+    const auto joined = scan_criticals<S, acc_t, kPack>(input, partials, pieces, batch, channels, memory[0].options());
+    finish_pieces<S, acc_t, kPack>(input, output, joined.ends, pieces, batch, channels);
+  });
 }
 
 }  // namespace grootvl::cuda

@@ -1,5 +1,6 @@
-// Cuts trees into pieces, in steps (steps.cuh): one block for a tree that fits into its shared memory, many for larger
-// ones. Vertices are numbered by their position in the order: the root is 0, and parents come before their children.
+// Cuts trees into pieces, in steps (steps.cuh): by one block for a tree that fits into its shared memory, by many
+// blocks for larger trees. Vertices are numbered by their position in the order: the root is 0, parents precede their
+// children.
 #include "cuda/pieces.cuh"
 
 #include <ATen/ops/empty.h>
@@ -17,19 +18,19 @@
 namespace grootvl::cuda {
 namespace {
 constexpr int kThreads = 1024;
-// A piece has at most this many members, so that a warp holds them in its registers.
+// The most members of a piece, so that a warp can hold them in its registers.
 constexpr int kMostMembers = 129;
 constexpr int kMembersOfLane = divide_up(kMostMembers, kWarpSize);
-// Jumps of one step towards the head of a piece. A step gets at least as many times as far, and one more.
+// Jumps per step towards the head of a piece. A step multiplies the distance by at least kHeadJumps + 1.
 constexpr int kHeadJumps = 15, kHeadSteps = log_up(kMostMembers, kHeadJumps + 1);
 
 __device__ int clamp_index(int index, int count) {
   return min(max(index, 0), count - 1);
 }
 
-// One tree, what the steps work on, and the results.
+// One tree, the arrays of the steps, and the results.
 struct Cut {
-  // Arrays of an entry a vertex to work on.
+  // The number of working arrays with an entry per vertex.
   static constexpr int kArrays = 6;
 
   Pieces pieces;
@@ -37,7 +38,7 @@ struct Cut {
   int size_limit;
   const int *order, *parent_vertex;
   int* memory;
-  // Of the doublings that count subtrees: which arrays are sizes and ancestors before it.
+  // The round of pointer doubling that counts subtrees; selects the arrays of sizes and ancestors before it.
   int round;
 
   __device__ int vertices() const {
@@ -72,7 +73,7 @@ struct Cut {
   __device__ int* next_ancestor() const {
     return array(4 + (round + 1) % 2);
   }
-  // The same arrays, used for something else before and after the doublings.
+  // The same arrays, with other uses before and after the doublings.
   __device__ int* position() const {
     return last_size();
   }
@@ -163,7 +164,7 @@ struct FindPositions {
   }
 };
 
-// Whatever is given, the root's parent is -1, that of others is lower.
+// Also for invalid trees, the root's parent is -1 and that of any other vertex is lower than the vertex.
 struct FindParents {
   static __device__ void run(const Cut& cut, int i) {
     const int above = cut.position()[clamp_index(cut.parent_vertex[cut.vertex_at(i)], cut.vertices())];
@@ -174,8 +175,8 @@ struct FindParents {
   }
 };
 
-// After round k the vertices at most 2^k - 1 edges below are counted. Nobody reads the next sizes, to which all add,
-// and those of the round before become zero for the round after.
+// After round k, the descendants within 2^k - 1 edges are counted. Threads add to the next sizes, which no thread reads
+// in this round, and reset the previous sizes for the round after.
 struct CountSubtrees {
   static __device__ void run(const Cut& cut, int i) {
     const int size = cut.size()[i], above = cut.ancestor()[i];
@@ -220,7 +221,7 @@ struct StartHeads {
   }
 };
 
-// Others may move meanwhile: every entry leads to the same head.
+// Other threads may jump concurrently: every entry leads to the same head.
 struct FindHeads {
   static __device__ int run(const Cut& cut, int i) {
     int head = load_relaxed(cut.head() + i);
@@ -236,7 +237,7 @@ struct FindHeads {
   }
 };
 
-// The last of these steps, which finds the heads themselves.
+// The last of these steps; it reaches the heads.
 struct CountMembers {
   static __device__ void run(const Cut& cut, int i) {
     const int head = FindHeads::run(cut, i);
@@ -260,12 +261,12 @@ struct ListHeads {
   }
 };
 
-// Numbers the pieces, the longest first, those of one length in the order of their heads: warps side by side have alike
-// long to do, and no long piece is left to the end. By one block.
+// Numbers the pieces from the longest to the shortest, and by head within one length, so that neighbouring warps take
+// about the same time and no long piece starts last. Called by one block.
 __device__ void arrange_pieces(const Cut& cut) {
   const int count = cut.out_pieces(), most = cut.pieces.most_members;
   int *from = cut.heads(), *to = cut.slot();
-  // A radix sort by single bits. Twice at a time, so that the result is where it started.
+  // A radix sort by single bits, with an even number of passes, so that the result is in the first array.
   for (int bit = 0; most >> bit != 0 || bit % 2 != 0; ++bit) {
     const auto is_zero = [&](int k) { return ~((most - cut.members()[from[k]]) >> bit) & 1; };
     int own = 0, zeros = 0;
@@ -298,7 +299,7 @@ __device__ void arrange_pieces(const Cut& cut) {
   __syncthreads();
 }
 
-// Members in any order, as positions.
+// Collects the members of the pieces as positions, in any order.
 struct CollectMembers {
   static __device__ void run(const Cut& cut, int i) {
     if (i > 0) {
@@ -307,7 +308,7 @@ struct CollectMembers {
   }
 };
 
-// The members of a piece in the order of their positions, parents first. By one warp.
+// Sorts the members of a piece by position, so that parents precede children. Called by one warp.
 __device__ void order_members(const Cut& cut, int piece) {
   const int begin = cut.out_first()[piece], members = cut.out_first()[piece + 1] - begin;
   int own[kMembersOfLane], rank[kMembersOfLane] = {};
@@ -348,7 +349,7 @@ __device__ void order_members(const Cut& cut, int piece) {
   });
 }
 
-// ---- one block a tree ----
+// ---- one block per tree ----
 
 __global__ void __launch_bounds__(kThreads) cut_kernel(Cuts cuts) {
   Cut cut = cuts.of(blockIdx.x, shared_memory_as<int>());
@@ -379,7 +380,7 @@ __global__ void __launch_bounds__(kThreads) cut_kernel(Cuts cuts) {
   }
 }
 
-// ---- many blocks a tree ----
+// ---- many blocks per tree ----
 
 __global__ void __launch_bounds__(kThreads) arrange_kernel(Cuts cuts) {
   arrange_pieces(cuts[blockIdx.x]);
@@ -420,8 +421,8 @@ void cut_large_trees(Cuts cuts, int64_t batch, const at::TensorOptions& options)
   launch(order_kernel, dim3(images.x, static_cast<unsigned>(blocks)), kThreadsOfMany, 0, cuts);
 }
 
-// About the square root of the number of vertices, so that the pieces and the tree of critical vertices take alike
-// long.
+// About the square root of the number of vertices, which balances the time for the pieces and for the tree of critical
+// vertices.
 int choose_size(int64_t vertices) {
   int size = 16;
   while (size < kMostMembers - 1 && static_cast<int64_t>(size) * size * 2 < vertices) {

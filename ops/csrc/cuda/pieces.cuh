@@ -1,11 +1,11 @@
-// Trees cut into pieces that can be scanned side by side.
+// Trees cut into pieces that can be scanned in parallel.
 //
-// A vertex is critical when it is the root, or has children and more multiples of `size` below it than below each of
-// them: ceil(n(v) / size) > ceil(n(c) / size) for all children c, n being the number of vertices of the subtree (Gazit,
-// Miller and Teng, 1988). All vertices but the root fall into pieces: connected, of at most size + 1 vertices, hanging
-// from one critical vertex (the top), with at most one critical vertex among them (the bottom), which has no child in
-// the piece. There are at most 2 * ceil(L / size) critical vertices. Each but the root is the bottom of one piece, and
-// they form a tree in which its parent is the top of that piece.
+// A vertex is critical if it is the root, or if it has children and ceil(n(v) / size) > ceil(n(c) / size) for all of
+// its children c, where n is the number of vertices of a subtree (Gazit, Miller and Teng, 1988). All vertices but the
+// root are partitioned into pieces. A piece is connected, has at most size + 1 vertices, is attached to one critical
+// vertex (the top) and contains at most one critical vertex (the bottom), which has no child in the piece. There are at
+// most 2 * ceil(L / size) critical vertices. Each of them except the root is the bottom of one piece; they form a tree
+// in which the parent of a bottom is the top of its piece.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,41 +15,41 @@
 
 namespace grootvl::cuda {
 
-// The pieces of one tree, the longest first. Indices of critical vertices ascend from the root (0) down.
+// The pieces of one tree, the longest first. Critical vertices are numbered from the root (0) down.
 struct TreePieces {
   int pieces, criticals;
-  // Of the members of the pieces, one piece after another, every parent before its children: the vertex, and the place
-  // of its parent in the piece, -1 below the top.
+  // For each member, piece by piece, parents before children: its vertex, and the position of its parent in the piece,
+  // -1 if the parent is the top.
   const int *vertex, *link;
-  // Of each piece: its first member (that of the next piece ends it), the top and the bottom as indices of critical
-  // vertices, and the place of the bottom in the piece; -1 without a bottom.
+  // For each piece: its first member (the last one precedes that of the next piece), top and bottom as indices of
+  // critical vertices, and the position of the bottom in the piece; -1 without a bottom.
   const int *first, *top, *bottom, *bottom_place;
-  // Of each critical vertex: the vertex, and its parent among the critical ones, -1 for the root.
+  // For each critical vertex: its vertex, and its parent in the tree of critical vertices, -1 for the root.
   const int *critical_vertex, *critical_parent;
 };
 
 // The pieces of a batch of trees.
 struct Pieces {
   int vertices;
-  // Upper bounds of the members of a piece and of the critical vertices of a tree.
+  // Upper bounds on the members of a piece and the critical vertices of a tree.
   int most_members, most_criticals;
-  // Of each image `entries` integers: kVertexArrays of L, kCriticalArrays of most_criticals, and the two counts.
+  // For each image, `entries` integers: kVertexArrays of L, kCriticalArrays of most_criticals, and the two counts.
   int* memory;
 
   static constexpr int kVertexArrays = 6, kCriticalArrays = 2;
 
-  // Simple rather than tight, so that the size of a cut is known from that of its trees; most_criticals is at most an
-  // eighth of the vertices and 2.
+  // A simple bound, so that fake kernels can compute the size of a cut; most_criticals is at most an eighth of the
+  // vertices plus 2.
   static constexpr __host__ __device__ int64_t entries(int64_t vertices) {
     return (kVertexArrays + 1) * vertices + 8;
   }
 
-  // Most images have about three pieces for two critical vertices; there may be more.
+  // Most images have about three pieces per two critical vertices; there may be more.
   int64_t usual_pieces() const {
     return 3 * divide_up<int64_t>(most_criticals, 2) + 1;
   }
-  // A vertex's share of the entries. Pieces and critical vertices take as many as there are of them; with the others
-  // cleared, equal trees have equal cuts.
+  // Clears a vertex's share of the entries. Pieces and critical vertices do not use all of them; clearing the others
+  // gives equal trees equal cuts.
   __device__ void clear(int64_t image, int vertex) const {
     int* const of_image = vertex_array(image, 0);
     for (int64_t entry = vertex; entry < entries(vertices); entry += vertices) {
@@ -80,16 +80,16 @@ struct Pieces {
   }
 };
 
-// Pieces and the memory they lie in.
+// Pieces and the tensor that holds them.
 struct PieceTensors {
   // (B, Pieces::entries(L)) int32, contiguous.
   at::Tensor memory;
   Pieces pieces;
 };
 
-// The pieces of every tree of a batch; parent, order (B, L) int32, L >= 1. A cut is the memory of an earlier result for
-// the same trees; without one they are cut. What is no tree in topological order gives pieces of some other tree, but
-// no access out of bounds.
+// The pieces of all trees of a batch; parent, order (B, L) int32, L >= 1. `cut`, the memory of an earlier result for
+// the same trees, saves cutting them again. Invalid trees give the pieces of some other tree, but no access out of
+// bounds.
 PieceTensors cut_trees(const at::Tensor& parent, const at::Tensor& order, const OptionalTensor& cut);
 
 }  // namespace grootvl::cuda

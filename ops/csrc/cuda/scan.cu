@@ -4,6 +4,8 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
+#include <type_traits>
+
 #include "cuda/piece_scan.cuh"
 
 namespace grootvl::cuda {
@@ -14,42 +16,28 @@ namespace {
 template <typename T, typename acc_t, int kPack, int kOfStreams>
 struct GivenInput {
   static constexpr int kStreams = kOfStreams;
-  using Values = Pack<acc_t, kPack>;
-
   Rows<const T> decays;
   Rows<const T> values[kStreams];
 
-  struct Lane {};
-  struct Raw {
-    Pack<T, kPack> decay, values[kStreams];
-  };
-
-  __device__ Lane lane(int64_t) const {
-    return {};
-  }
-  __device__ Raw load(int64_t row, int64_t channel, int) const {
-    Raw raw;
-    raw.decay = load_pack<kPack>(decays[row] + channel);
+  template <typename Cells>
+  __device__ void copy(int64_t row, int64_t channel, const Cells& cells, int to) const {
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) {
-      raw.values[s] = load_pack<kPack>(values[s][row] + channel);
+      cells.copy(values[s][row] + channel, s, to);
     }
-    return raw;
+    cells.copy(decays[row] + channel, kStreams, to);
   }
-  template <int kCount, typename RowOf, typename Take>
-  __device__ void use(const Raw (&raws)[kCount], const RowOf&, const Lane&, int64_t, const Take& take) const {
+  template <typename Cells>
+  __device__ void prepare(const LanePlace<kPack>& place, int64_t, int rows, const Cells& cells) const {
+    __pipeline_wait_prior(0);
+    if constexpr (!std::is_same_v<T, acc_t>) {
+      for (int row = place.group; row < rows; row += kTileGroups) {
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      Values of_streams[kStreams];
-#pragma unroll
-      for (int s = 0; s < kStreams; ++s) {
-        of_streams[s] = convert<acc_t>(raws[j].values[s]);
+        for (int s = 0; s <= kStreams; ++s) {
+          cells(s, row) = convert<acc_t>(cells.template as<T>(s, row));
+        }
       }
-      take(j, of_streams, convert<acc_t>(raws[j].decay));
     }
-  }
-  __device__ const Values& decay(const Values& kept, const Lane&) const {
-    return kept;
   }
 };
 

@@ -1,11 +1,16 @@
-// What the scan of a selective layer runs over: decays and inputs, from the low-rank step sizes, as they are loaded.
+// The inputs of a selective layer's scan: decays and values, computed from the low-rank step sizes as they are loaded.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/collectives.cuh"
 #include "cuda/packs.cuh"
 #include "cuda/tiles.cuh"
 
 namespace grootvl::cuda {
+
+// The number of rows whose steps a group computes at once.
+constexpr int kStepRows = 4;
 
 __device__ inline float fast_exp(float x) {
   return __expf(x);
@@ -29,7 +34,7 @@ __device__ inline float softplus(float x) {
 }
 
 __device__ inline double softplus(double x) {
-  // As in PyTorch, the identity from 20 on.
+  // The identity above 20, as in PyTorch.
   return x > 20 ? x : log1p(exp(x));
 }
 
@@ -52,43 +57,47 @@ struct StepInput {
   int rank;
   int64_t channels;
 
-  // Of the row, what this lane brings to the first kRowLanes terms.
-  __device__ acc_t load(int64_t row, int lane) const {
-    return lane < rank ? static_cast<acc_t>(dt[row][lane]) : acc_t{0};
+  // The number of a row's low-rank terms that each lane loads.
+  static constexpr int kTerms = 2;
+  using Terms = Pack<acc_t, kTerms>;
+
+  __device__ Terms load(int64_t row, int lane, int begin = 0) const {
+    const T* const terms = dt[row];
+    return make_pack<acc_t, kTerms>([&](int k) {
+      const int r = begin + k * kRowLanes + lane;
+      return r < rank ? static_cast<acc_t>(terms[r]) : acc_t{0};
+    });
   }
 
-  // Of several rows at once, so that a weight is read once for all: row_of(j) tells them, `first` came from load. For
-  // whole warps.
+  // Computes the steps of rows row_of(0), ..., row_of(kCount - 1) together, so that each weight is read once for all of
+  // them. `terms` are the results of load. Called by whole warps.
   template <int kCount, typename RowOf>
   __device__ void steps(
-      const RowOf& row_of,
-      const acc_t (&first)[kCount],
-      int64_t channel,
-      int lane,
-      const Values& bias_of_lane,
-      Values (&steps)[kCount]) const {
-    acc_t terms[kCount];
+      const RowOf& row_of, Terms (&terms)[kCount], int64_t channel, int lane, Values (&steps)[kCount]) const {
+    const Values bias_of_lane = load_pack<kPack>(bias + channel);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      terms[j] = first[j];
       steps[j] = bias_of_lane;
     }
-    for (int begin = 0; begin < rank; begin += kRowLanes) {
+    for (int begin = 0; begin < rank; begin += kTerms * kRowLanes) {
       if (begin > 0) {
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
-          terms[j] = begin + lane < rank ? static_cast<acc_t>(dt[row_of(j)][begin + lane]) : acc_t{0};
+          terms[j] = load(row_of(j), lane, begin);
         }
       }
-      const int count = min(kRowLanes, rank - begin);
-      for (int r = 0; r < count; ++r) {
-        const Values factor = load_pack<kPack>(weight + (begin + r) * channels + channel);
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          const acc_t term = __shfl_sync(kAllLanes, terms[j], r, kRowLanes);
+      for (int k = 0; k < kTerms; ++k) {
+        const int first = begin + k * kRowLanes, count = min(kRowLanes, rank - first);
+        for (int r = 0; r < count; ++r) {
+          const Values factor = load_pack<kPack>(weight + (first + r) * channels + channel);
 #pragma unroll
-          for (int p = 0; p < kPack; ++p) {
-            steps[j][p] += term * factor[p];
+          for (int j = 0; j < kCount; ++j) {
+            const acc_t term = __shfl_sync(kAllLanes, terms[j][k], r, kRowLanes);
+#pragma unroll
+            for (int p = 0; p < kPack; ++p) {
+              steps[j][p] += term * factor[p];
+            }
           }
         }
       }
@@ -96,69 +105,65 @@ struct StepInput {
   }
 };
 
-// Streams: delta b x, and backwards the gradient of h, stored as between_t.
-template <typename T, typename between_t, typename acc_t, int kPack, int kOfStreams>
+// Input with one or both of two streams: delta b x, and the gradient of h, stored as between_t.
+template <typename T, typename between_t, typename acc_t, int kPack, bool kHasValues, bool kHasGradients>
 struct SelectiveInput {
-  static constexpr int kStreams = kOfStreams;
+  static constexpr int kStreams = kHasValues + kHasGradients, kGradients = kHasValues;
   using Values = Pack<acc_t, kPack>;
+  using Terms = typename StepInput<T, acc_t, kPack>::Terms;
 
   StepInput<T, acc_t, kPack> step;
   Rows<const T> x, b;
   Rows<const between_t> grad_h;
   const acc_t* A_log;
 
-  struct Lane {
-    Values rate, bias;
-    int lane;
-  };
-  struct Raw {
-    Pack<T, kPack> x;
-    Pack<between_t, kPack> grad_h;
-    T b;
-    acc_t dt;
-  };
-
-  __device__ Lane lane(int64_t channel) const {
+  __device__ Values rate(int64_t channel) const {
     const Values log = load_pack<kPack>(A_log + channel);
-    return {
-        make_pack<acc_t, kPack>([&](int p) { return -exp(log[p]); }),
-        load_pack<kPack>(step.bias + channel),
-        static_cast<int>(threadIdx.x) % kRowLanes};
+    return make_pack<acc_t, kPack>([&](int p) { return -exp(log[p]); });
   }
-  __device__ Raw load(int64_t row, int64_t channel, int lane) const {
-    Raw raw;
-    raw.x = load_pack<kPack>(x[row] + channel);
-    if constexpr (kStreams > 1) {
-      raw.grad_h = load_pack<kPack>(grad_h[row] + channel);
+  template <typename Cells>
+  __device__ void copy(int64_t row, int64_t channel, const Cells& cells, int to) const {
+    if constexpr (kHasValues) {
+      cells.copy(x[row] + channel, 0, to);
     }
-    raw.b = b[row][0];
-    raw.dt = step.load(row, lane);
-    return raw;
+    if constexpr (kHasGradients) {
+      cells.copy(grad_h[row] + channel, kGradients, to);
+    }
   }
-  template <int kCount, typename RowOf, typename Take>
-  __device__ void use(
-      const Raw (&raws)[kCount], const RowOf& row_of, const Lane& of_lane, int64_t channel, const Take& take) const {
-    acc_t terms[kCount];
+  template <typename Cells>
+  __device__ void prepare(const LanePlace<kPack>& place, int64_t first_row, int rows, const Cells& cells) const {
+    const Values rate_of_lane = rate(place.channel);
+    for_each_batch<kStepRows>(place.group, rows, [&](const int (&of_group)[kStepRows]) {
+      const auto row_of = [&](int j) { return first_row + cells.vertex[min(of_group[j], rows - 1)]; };
+      Terms terms[kStepRows];
+      acc_t b_of[kStepRows];
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      terms[j] = raws[j].dt;
-    }
-    Values steps[kCount];
-    step.steps(row_of, terms, channel, of_lane.lane, of_lane.bias, steps);
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const acc_t b = static_cast<acc_t>(raws[j].b);
-      const Values delta = make_pack<acc_t, kPack>([&](int p) { return softplus(steps[j][p]); });
-      Values of_streams[kStreams];
-      of_streams[0] = make_pack<acc_t, kPack>([&](int p) { return delta[p] * b * static_cast<acc_t>(raws[j].x[p]); });
-      if constexpr (kStreams > 1) {
-        of_streams[1] = convert<acc_t>(raws[j].grad_h);
+      for (int j = 0; j < kStepRows; ++j) {
+        const int64_t row_of_memory = row_of(j);
+        terms[j] = step.load(row_of_memory, place.lane);
+        b_of[j] = kHasValues ? static_cast<acc_t>(b[row_of_memory][0]) : 0;
       }
-      take(j, of_streams, make_pack<acc_t, kPack>([&](int p) { return fast_exp(of_lane.rate[p] * delta[p]); }));
-    }
-  }
-  __device__ const Values& decay(const Values& kept, const Lane&) const {
-    return kept;
+      Values steps[kStepRows];
+      step.steps(row_of, terms, place.channel, place.lane, steps);
+      // The steps above do not depend on the copies.
+      __pipeline_wait_prior(0);
+#pragma unroll
+      for (int j = 0; j < kStepRows; ++j) {
+        const int row = of_group[j];
+        if (row < rows) {
+          const Values delta = make_pack<acc_t, kPack>([&](int p) { return softplus(steps[j][p]); });
+          if constexpr (kHasValues) {
+            const auto stored = cells.template as<T>(0, row);
+            cells(0, row) =
+                make_pack<acc_t, kPack>([&](int p) { return delta[p] * b_of[j] * static_cast<acc_t>(stored[p]); });
+          }
+          if constexpr (kHasGradients && !std::is_same_v<between_t, acc_t>) {
+            cells(kGradients, row) = convert<acc_t>(cells.template as<between_t>(kGradients, row));
+          }
+          cells.kept(row) = make_pack<acc_t, kPack>([&](int p) { return fast_exp(rate_of_lane[p] * delta[p]); });
+        }
+      }
+    });
   }
 };
 

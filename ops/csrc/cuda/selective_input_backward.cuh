@@ -1,115 +1,128 @@
-// The backward pass of SelectiveInput: from the gradients of the scan's values and decays to those of what they are
-// made of.
+// The output of a selective layer's backward scan: computes the gradients of the layer's inputs from those of the
+// scan's values and decays, which stay in shared memory.
 #pragma once
 
+#include "cuda/piece_scan.cuh"
 #include "cuda/selective_input.cuh"
 
 namespace grootvl::cuda {
 
 enum InputSum : int { kBias, kRate, kInputSums };
 
-// Rows that a group has on their way at once, and the blocks that a multiprocessor shall have room for.
-constexpr int kInputRows = 3;
+// The number of rows whose gradients a group computes at once.
+constexpr int kInputRows = 2;
 
-template <typename acc_t>
-constexpr int kInputBlocks = sizeof(acc_t) == 4 ? 2 : 1;
+template <Propagation kForward, typename T, typename between_t, typename acc_t, int kPack>
+struct SelectiveGradients {
+  static constexpr bool kByRows = true;
+  using Values = Pack<acc_t, kPack>;
+  using Input = SelectiveInput<T, between_t, acc_t, kPack, true, false>;
 
-template <typename T, typename between_t, typename acc_t>
-struct InputGradients {
-  // Of what the second layer norm gets, of the scan's values and of its decays.
-  const between_t *mixed, *value, *decay;
+  Input in;
+  // The gradient of the second layer norm's input, which includes Ds x.
+  const between_t* mixed;
   const acc_t* skip;
-  // The gradients of x, and of the step before its softplus.
+  // The gradients of x and of the step before its softplus.
   T* x;
   between_t* step;
-  // (rows, tiles of channels): the parts of the gradient of b.
+  // (rows, tiles of channels): partial sums of the gradient of b.
   acc_t* b;
-  // (blocks of the y axis, kInputSums, channels).
+  // (images x tiles of rows, kInputSums, channels).
   acc_t* sums;
-  int64_t rows;
-};
+  int channel_tiles;
 
-// Lanes as in a tile of the scan; blocks of the x axis are tiles of channels, those of the y axis share the rows.
-template <typename T, typename between_t, typename acc_t, int kPack>
-__global__ void __launch_bounds__(kTileThreads, kInputBlocks<acc_t>)
-    input_backward_kernel(SelectiveInput<T, between_t, acc_t, kPack, 1> in, InputGradients<T, between_t, acc_t> grads) {
-  using Values = Pack<acc_t, kPack>;
-  using Stored = Pack<between_t, kPack>;
-  const int64_t channels = in.step.channels;
-  const LanePlace<kPack> place(channels);
-  const auto of_lane = in.lane(place.channel);
-  const Values skip = load_pack<kPack>(grads.skip + place.channel);
-  Values sums[kInputSums] = {};
-  const int64_t stride = static_cast<int64_t>(gridDim.y) * kInputRows * kTileGroups;
-  for (int64_t first = static_cast<int64_t>(blockIdx.y) * kInputRows * kTileGroups; first < grads.rows;
-       first += stride) {
-    int64_t rows[kInputRows];
-    typename SelectiveInput<T, between_t, acc_t, kPack, 1>::Raw raws[kInputRows];
-    Stored mixed[kInputRows], value[kInputRows], decay[kInputRows];
-    acc_t terms[kInputRows];
+  __device__ Values of_decay(const Values& decay, const Values* sum, const Values* above_result) const {
+    return gradient_of_decay<kForward>(decay, sum, above_result);
+  }
+
+  template <typename Cells>
+  __device__ void take_rows(
+      const LanePlace<kPack>& place, int64_t first_row, int rows, const Cells& cells, int64_t tile) const {
+    const int64_t channels = in.step.channels;
+    const Values rate = in.rate(place.channel), of_skip = load_pack<kPack>(skip + place.channel);
+    Values of_tile[kInputSums] = {};
+    for_each_batch<kInputRows>(place.group, rows, [&](const int (&of_group)[kInputRows]) {
+      int64_t at[kInputRows];
+      typename Input::Terms terms[kInputRows];
+      Pack<T, kPack> stored[kInputRows];
+      Pack<between_t, kPack> of_mixed[kInputRows];
+      acc_t b_of[kInputRows];
 #pragma unroll
-    for (int j = 0; j < kInputRows; ++j) {
-      rows[j] = min(first + j * kTileGroups + place.group, grads.rows - 1);
-      raws[j] = in.load(rows[j], place.channel, place.lane);
-      const int64_t at = rows[j] * channels + place.channel;
-      mixed[j] = load_pack<kPack>(grads.mixed + at);
-      value[j] = load_pack<kPack>(grads.value + at);
-      decay[j] = load_pack<kPack>(grads.decay + at);
-      terms[j] = raws[j].dt;
-    }
-    Values steps[kInputRows];
-    in.step.steps([&](int j) { return rows[j]; }, terms, place.channel, place.lane, of_lane.bias, steps);
+      for (int j = 0; j < kInputRows; ++j) {
+        at[j] = first_row + cells.vertex[min(of_group[j], rows - 1)];
+        terms[j] = in.step.load(at[j], place.lane);
+        stored[j] = load_pack<kPack>(in.x[at[j]] + place.channel);
+        of_mixed[j] = load_pack<kPack>(mixed + at[j] * channels + place.channel);
+        b_of[j] = static_cast<acc_t>(in.b[at[j]][0]);
+      }
+      Values steps[kInputRows];
+      in.step.steps([&](int j) { return at[j]; }, terms, place.channel, place.lane, steps);
 #pragma unroll
-    for (int j = 0; j < kInputRows; ++j) {
-      const bool is_own = first + j * kTileGroups + place.group < grads.rows && place.is_active;
-      const acc_t b = static_cast<acc_t>(raws[j].b);
-      acc_t of_b = 0;
-      Values of_x, of_step;
+      for (int j = 0; j < kInputRows; ++j) {
+        const int row = min(of_group[j], rows - 1);
+        const bool is_own = of_group[j] < rows && place.is_active;
+        const Values of_value = cells(1, row), of_decay = cells.kept(row);
+        Values of_x, of_step;
+        acc_t of_b = 0;
+#pragma unroll
+        for (int p = 0; p < kPack; ++p) {
+          const acc_t x_of = static_cast<acc_t>(stored[j][p]), delta = softplus(steps[j][p]);
+          // The gradient of the exponent of the decay, rate * delta.
+          const acc_t of_exponent = of_decay[p] * fast_exp(rate[p] * delta);
+          of_x[p] = static_cast<acc_t>(of_mixed[j][p]) * of_skip[p] + of_value[p] * delta * b_of[j];
+          of_b += of_value[p] * delta * x_of;
+          of_step[p] = (of_value[p] * b_of[j] * x_of + of_exponent * rate[p]) * sigmoid(steps[j][p]);
+          of_tile[kBias][p] += is_own ? of_step[p] : 0;
+          of_tile[kRate][p] += is_own ? of_exponent * delta : 0;
+        }
+        of_b = is_own ? of_b : 0;
+#pragma unroll
+        for (int offset = kRowLanes / 2; offset > 0; offset /= 2) {
+          of_b += __shfl_xor_sync(kAllLanes, of_b, offset);
+        }
+        if (is_own) {
+          const int64_t place_of_row = at[j] * channels + place.channel;
+          store_pack(x + place_of_row, of_x);
+          store_pack(step + place_of_row, of_step);
+          if (place.lane == 0) {
+            b[at[j] * channel_tiles + place.channel_tile] = of_b;
+          }
+        }
+      }
+    });
+    store_sums(place, of_tile, sums + tile * kInputSums * channels);
+  }
+
+ private:
+  // Adds the sums of the block's groups in a fixed order.
+  __device__ void store_sums(const LanePlace<kPack>& place, Values (&of_tile)[kInputSums], acc_t* to) const {
+    __shared__ acc_t of_warps[kTileThreads / kWarpSize][kInputSums][kRowLanes * kPack];
+#pragma unroll
+    for (int s = 0; s < kInputSums; ++s) {
 #pragma unroll
       for (int p = 0; p < kPack; ++p) {
-        const acc_t x = static_cast<acc_t>(raws[j].x[p]), of_value = static_cast<acc_t>(value[j][p]);
-        const acc_t delta = softplus(steps[j][p]);
-        // The gradient of the exponent of the decay, rate * delta.
-        const acc_t of_exponent = static_cast<acc_t>(decay[j][p]) * fast_exp(of_lane.rate[p] * delta);
-        of_x[p] = static_cast<acc_t>(mixed[j][p]) * skip[p] + of_value * delta * b;
-        of_b += of_value * delta * x;
-        of_step[p] = (of_value * b * x + of_exponent * of_lane.rate[p]) * sigmoid(steps[j][p]);
-        sums[kBias][p] += is_own ? of_step[p] : 0;
-        sums[kRate][p] += is_own ? of_exponent * delta : 0;
-      }
-      of_b = is_own ? of_b : 0;
+        acc_t& sum = of_tile[s][p];
 #pragma unroll
-      for (int offset = kRowLanes / 2; offset > 0; offset /= 2) {
-        of_b += __shfl_xor_sync(kAllLanes, of_b, offset);
-      }
-      if (is_own) {
-        const int64_t at = rows[j] * channels + place.channel;
-        store_pack(grads.x + at, of_x);
-        store_pack(grads.step + at, of_step);
-        if (place.lane == 0) {
-          grads.b[rows[j] * gridDim.x + blockIdx.x] = of_b;
+        for (int offset = kRowLanes; offset < kWarpSize; offset *= 2) {
+          sum += __shfl_xor_sync(kAllLanes, sum, offset);
+        }
+        if (lane_index() < kRowLanes) {
+          of_warps[warp_index()][s][place.lane * kPack + p] = sum;
         }
       }
     }
-  }
-  // What the groups have, one after the other.
-  acc_t* const memory = shared_memory_as<acc_t>();
-#pragma unroll
-  for (int s = 0; s < kInputSums; ++s) {
-    Values sum = {};
-#pragma unroll
-    for (int p = 0; p < kPack; ++p) {
-      memory[threadIdx.x] = sums[s][p];
-      __syncthreads();
-      for (int group = 0; group < kTileGroups; ++group) {
-        sum[p] += memory[group * kRowLanes + place.lane];
-      }
-      __syncthreads();
-    }
-    if (place.group == 0 && place.is_active) {
-      store_pack(grads.sums + (static_cast<int64_t>(blockIdx.y) * kInputSums + s) * channels + place.channel, sum);
+    __syncthreads();
+    if (place.group < kInputSums && place.is_active) {
+      const Values sum = make_pack<acc_t, kPack>([&](int p) {
+        acc_t of_block = 0;
+        for (int warp = 0; warp < kTileThreads / kWarpSize; ++warp) {
+          of_block += of_warps[warp][place.group][place.lane * kPack + p];
+        }
+        return of_block;
+      });
+      store_pack(to + place.group * in.step.channels + place.channel, sum);
     }
   }
-}
+};
 
 }  // namespace grootvl::cuda

@@ -1,5 +1,5 @@
-// What follows the scan of a selective layer, row by row: y = LayerNorm_out(LayerNorm_h(h) c + Ds x) SiLU(gate), and
-// its backward pass. A row stays in the registers of its lanes from the first load to the last store.
+// The row-wise steps after the scan of a selective layer, y = LayerNorm_out(LayerNorm_h(h) c + Ds x) SiLU(gate), and
+// their backward pass. A row stays in the registers of its lanes from the first load to the last store.
 #pragma once
 
 #include "cuda/collectives.cuh"
@@ -8,12 +8,12 @@
 
 namespace grootvl::cuda {
 
-// Packs of a lane. Kernels come for three sizes of blocks, since the most threads decide how many registers each may
-// have: rows that share warps, rows of a block each, and the few as long as only the last size has room for.
+// Packs per lane. Kernels are compiled for three block sizes, since the maximal number of threads limits their
+// registers: for rows that share warps, for rows with a block each, and for the longest rows.
 constexpr int kLanePacks = 3, kRowThreads = 128, kWideRowThreads = 256, kMostRowLanes = 1024;
 
-// How a row's packs are spread: pack i of lane l is the (i * lanes + l)-th of the row. Rows of up to 32 lanes share
-// warps, longer ones have a block each.
+// The distribution of a row over lanes: pack i of lane l is the (i * lanes + l)-th of the row. Rows of up to 32 lanes
+// share warps; longer rows have a block each.
 template <int kPack>
 struct RowLanes {
   int lanes, lane, row_in_block;
@@ -31,7 +31,7 @@ struct RowLanes {
   __device__ bool has(int i) const {
     return channel(i) < channels;
   }
-  // Values of this lane's channels, from memory of any type; 0 beyond the last one.
+  // Loads this lane's channels from memory of any type; 0 beyond the last channel.
   template <typename T>
   __device__ void load(const T* row, Pack<T, kPack> (&values)[kLanePacks]) const {
 #pragma unroll
@@ -41,7 +41,7 @@ struct RowLanes {
   }
 };
 
-// Sums over the lanes of a row, in all of them. kWide: over the whole block; for all its threads at once.
+// Sums over the lanes of a row, the same in all of them. kWide: over the whole block, called by all its threads.
 template <bool kWide, int kCount, typename acc_t>
 __device__ void row_sums(acc_t (&values)[kCount], int lanes) {
   for (int offset = (kWide ? kWarpSize : lanes) / 2; offset > 0; offset /= 2) {
@@ -66,12 +66,12 @@ __device__ void row_sums(acc_t (&values)[kCount], int lanes) {
         values[i] += of_warps[i][warp];
       }
     }
-    // Nobody may write the sums of the next call before all have read these.
+    // The next call must not overwrite the sums before all threads have read them.
     __syncthreads();
   }
 }
 
-// The parameters of the rows, (D) each.
+// The parameters, (D) each.
 template <typename acc_t>
 struct RowWeights {
   const acc_t *skip, *h_weight, *h_bias, *out_weight, *out_bias;
@@ -86,7 +86,7 @@ struct RowInputs {
   acc_t eps;
 };
 
-// Takes the mean off a row and divides it by its standard deviation. Returns 1 / the latter.
+// Subtracts the mean of a row and divides by its standard deviation. Returns 1 / standard deviation.
 template <bool kWide, typename acc_t, int kPack>
 __device__ acc_t standardise(Pack<acc_t, kPack> (&values)[kLanePacks], const RowLanes<kPack>& place, acc_t eps) {
   acc_t mean[1] = {}, square[1] = {};
@@ -119,13 +119,13 @@ __device__ acc_t standardise(Pack<acc_t, kPack> (&values)[kLanePacks], const Row
   return scale;
 }
 
-// The gradient before standardise, of one channel: from that behind it, and the means of it and of it times the row.
+// The backward pass of standardise for one channel, from the gradient and the means of it and of it times the row.
 template <typename acc_t>
 __device__ acc_t standardise_backward(acc_t grad, acc_t standard, acc_t mean, acc_t mean_product, acc_t scale) {
   return scale * (grad - mean - standard * mean_product);
 }
 
-// The rows of this lane, one after the other; lanes without one go through the last row and write nothing.
+// Visits the rows of this lane one by one; lanes without a row process the last row and write nothing.
 template <int kPack, typename Visit>
 __device__ void for_each_row(const RowLanes<kPack>& place, int64_t rows, const Visit& visit) {
   const int rows_in_block = static_cast<int>(blockDim.x) / place.lanes;
@@ -193,8 +193,8 @@ struct OutputGradients {
   acc_t* sums;
 };
 
-// What a lane has summed for each of its channels over its rows. Rows that share warps are many to a block and wait for
-// memory, so their sums lie in shared memory and leave registers to more blocks; a row of a whole block keeps them.
+// The sums of a lane over its rows, for each of its channels. Kernels for rows that share warps are bound by memory
+// latency, so their sums are in shared memory, which leaves registers to more blocks; otherwise they are in registers.
 template <bool kWide, typename acc_t, int kPack>
 class ChannelSums {
   using Values = Pack<acc_t, kPack>;
@@ -226,7 +226,7 @@ class ChannelSums {
     sum = make_pack<acc_t, kPack>([&](int p) { return sum[p] + values[p]; });
   }
 
-  // Adds up the rows of the block, one after the other, and writes the sums to rows of channels. For all its threads.
+  // Adds up the rows of the block in order and writes the sums to rows of channels. Called by all its threads.
   __device__ void store(const RowLanes<kPack>& place, acc_t* to) {
     if constexpr (!kWide) {
       __syncthreads();
@@ -253,12 +253,12 @@ class ChannelSums {
   }
 };
 
-// Blocks that a multiprocessor shall have room for: 16 warps, where the rows are in float32 and share warps.
+// The minimal number of blocks per multiprocessor: 16 warps for float32 rows that share warps.
 template <int kMostThreads, typename acc_t>
 constexpr int kOutputBlocks = kMostThreads == kRowThreads && sizeof(acc_t) == 4 ? 4 : 1;
 
-// Backward of output_kernel; `mixed` is what its second layer norm gets. A block's sums are those of its rows, which
-// depend on the number of rows only.
+// The backward pass of output_kernel; `mixed` is the input of its second layer norm. The rows of a block, and so its
+// sums, depend on the number of rows only.
 template <int kMostThreads, typename T, typename between_t, typename acc_t, int kPack>
 __global__ void __launch_bounds__(kMostThreads, kOutputBlocks<kMostThreads, acc_t>) output_backward_kernel(
     RowInputs<T, between_t, acc_t> in, Rows<const T> grad_y, OutputGradients<T, between_t, acc_t> grads, int lanes) {
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(kMostThreads, kOutputBlocks<kMostThreads, acc_
 
     // The means of a gradient and of it times the row, twice; the gradient of c.
     acc_t means[2] = {};
-    // Rows that another lane group owns count in no sum.
+    // Rows of another lane group are excluded from the sums.
     const acc_t own = is_own ? 1 : 0;
 #pragma unroll
     for (int i = 0; i < kLanePacks; ++i) {

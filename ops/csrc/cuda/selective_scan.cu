@@ -119,8 +119,9 @@ struct Prepared {
     return at::empty(in.x.sizes(), in.x.options().dtype(c10::CppTypeToScalarType<between_t>::value));
   }
 
-  template <int kStreams>
-  SelectiveInput<T, between_t, acc_t, kPack, kStreams> scan_input(const at::Tensor* grad_h) const {
+  // What a scan of one or both streams reads; grad_h if one of them is the gradient of h.
+  template <bool kValues, bool kGradients>
+  SelectiveInput<T, between_t, acc_t, kPack, kValues, kGradients> scan_input(const at::Tensor& grad_h = {}) const {
     return {
         {rows_of<T>(in.dt),
          step_weight.const_data_ptr<acc_t>(),
@@ -129,14 +130,13 @@ struct Prepared {
          in.x.size(2)},
         rows_of<T>(in.x),
         rows_of<T>(in.b),
-        grad_h == nullptr ? Rows<const between_t>{nullptr, 0} : rows_of<between_t>(*grad_h),
+        kGradients ? rows_of<between_t>(grad_h) : Rows<const between_t>{nullptr, 0},
         in.A_log.const_data_ptr<acc_t>()};
   }
 
-  at::Tensor scan() const {
-    at::Tensor h = between();
-    scan_forward<between_t, acc_t, kPack>(scan_input<1>(nullptr), propagation, trees.pieces, h);
-    return h;
+  // The forward scan.
+  Joined<acc_t, 1> scan(at::Tensor& h) const {
+    return scan_forward<between_t, acc_t, kPack>(scan_input<true, false>(), propagation, trees.pieces, h);
   }
 
   RowInputs<T, between_t, acc_t> row_inputs(const at::Tensor& h) const {
@@ -160,7 +160,8 @@ template <typename T, int kPack>
 void run_forward(const Prepared<T, kPack>& prepared, at::Tensor& y) {
   using acc_t = Computed<T>;
   using between_t = Between<T>;
-  const at::Tensor h = prepared.scan();
+  at::Tensor h = prepared.between();
+  prepared.scan(h);
   const RowLaunch over(prepared.rows(), y.size(2), kPack);
   over.with_most_threads([&](auto most_threads) {
     launch(
@@ -182,7 +183,8 @@ void run_backward(const Prepared<T, kPack>& prepared, const at::Tensor& grad_y, 
   const auto options = prepared.accumulated();
   const at::Tensor grad_rows = readable_rows(grad_y, kPack);
 
-  at::Tensor h = prepared.scan(), grad_mixed = prepared.between(), grad_h = prepared.between();
+  at::Tensor h = prepared.between(), grad_mixed = prepared.between(), grad_h = prepared.between();
+  const Joined<acc_t, 1> forward = prepared.scan(h);
   const RowLaunch over(rows, channels, kPack);
   const at::Tensor output_sums = at::empty({over.blocks, kOutputSums, channels}, options);
   over.with_most_threads([&](auto most_threads) {
@@ -203,33 +205,37 @@ void run_backward(const Prepared<T, kPack>& prepared, const at::Tensor& grad_y, 
         over.lanes);
   });
 
-  // h is not needed any more.
-  at::Tensor grad_value = h, grad_decay = prepared.between();
-  scan_backward<between_t, acc_t, kPack>(
-      prepared.template scan_input<2>(&grad_h), prepared.propagation, prepared.trees.pieces, grad_value, grad_decay);
-
-  // Nor is the gradient of h.
-  at::Tensor grad_step = grad_h;
-  const int64_t tiles = divide_up<int64_t>(channels, kRowLanes * kPack);
-  const int64_t shares = std::min<int64_t>(divide_up<int64_t>(rows, kInputRows * kTileGroups), 256);
-  const at::Tensor b_parts = at::empty({rows, tiles}, options);
-  const at::Tensor input_sums = at::empty({shares, kInputSums, channels}, options);
-  launch(
-      input_backward_kernel<T, between_t, acc_t, kPack>,
-      dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(shares)),
-      kTileThreads,
-      kTileThreads * static_cast<int64_t>(sizeof(acc_t)),
-      prepared.template scan_input<1>(nullptr),
-      InputGradients<T, between_t, acc_t>{
-          grad_mixed.const_data_ptr<between_t>(),
-          grad_value.const_data_ptr<between_t>(),
-          grad_decay.const_data_ptr<between_t>(),
-          prepared.in.Ds.template const_data_ptr<acc_t>(),
-          grads.x.mutable_data_ptr<T>(),
-          grad_step.mutable_data_ptr<between_t>(),
-          b_parts.mutable_data_ptr<acc_t>(),
-          input_sums.mutable_data_ptr<acc_t>(),
-          rows});
+  // A tile's rows of the gradient of h are in shared memory before those of the step's are written.
+  const at::Tensor grad_step = grad_h;
+  const int64_t channel_tiles = divide_up<int64_t>(channels, kRowLanes * kPack);
+  const Pieces& pieces = prepared.trees.pieces;
+  const int64_t images = grads.x.size(0), tiles = images * tiling_of<acc_t, kPack, 2>(pieces).tiles;
+  const at::Tensor b_parts = at::empty({rows, channel_tiles}, options);
+  const at::Tensor input_sums = at::empty({tiles, kInputSums, channels}, options);
+  with_directions(prepared.propagation, [&](auto directions) {
+    using Of = decltype(directions);
+    // h is not needed any more. The values have been scanned.
+    at::Tensor memory;
+    const Partials<acc_t, 1> partials{{partial_rows<acc_t>(h, memory)}};
+    const auto backward = scan_criticals<typename Of::Backward, acc_t, kPack>(
+        prepared.template scan_input<false, true>(grad_h), partials, pieces, images, channels, options);
+    const SelectiveGradients<Of::Forward::of(0), T, between_t, acc_t, kPack> output{
+        prepared.template scan_input<true, false>(),
+        grad_mixed.const_data_ptr<between_t>(),
+        prepared.in.Ds.template const_data_ptr<acc_t>(),
+        grads.x.mutable_data_ptr<T>(),
+        grad_step.mutable_data_ptr<between_t>(),
+        b_parts.mutable_data_ptr<acc_t>(),
+        input_sums.mutable_data_ptr<acc_t>(),
+        static_cast<int>(channel_tiles)};
+    finish_pieces<typename Of::Both, acc_t, kPack>(
+        prepared.template scan_input<true, true>(grad_h),
+        output,
+        Ends<acc_t, 2>{{forward.ends.sum[0], backward.ends.sum[0]}, {forward.ends.result[0], backward.ends.result[0]}},
+        pieces,
+        images,
+        channels);
+  });
 
   const at::Tensor of_output = output_sums.sum(0), of_input = input_sums.sum(0);
   const auto as = [](const at::Tensor& grad, const at::Tensor& value) {

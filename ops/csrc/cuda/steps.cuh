@@ -1,9 +1,9 @@
-// Algorithms over the vertices of images in steps: a step does something for every index, and sees what the steps
-// before it have done. Small images have a block each, whose barriers part the steps; for large ones a step is a kernel
-// over many blocks, all images at once.
+// Algorithms over the vertices of images in parallel steps: a step runs for every index and sees the results of the
+// steps before it. A small image has one block, with barriers between steps; for large images, a step is a kernel over
+// many blocks and all images.
 //
-// A Step is a class with static functions: run(arrays, i), or for sums value(arrays, i), place(arrays, i, value, sum of
-// the values before) and total(arrays, sum of all). A Batch gives the arrays of an image: batch[image].
+// A Step is a class with static functions: run(arrays, i), or for prefix sums value(arrays, i), place(arrays, i, value,
+// sum of the values before) and total(arrays, sum of all). A Batch gives the arrays of an image: batch[image].
 #pragma once
 
 #include "cuda/collectives.cuh"
@@ -13,11 +13,11 @@ namespace grootvl::cuda {
 
 constexpr int kThreadsOfMany = 256;
 
-// Indices below `count` of each image, in parts of a block each: blocks are images x parts.
+// The indices below `count` of each image, in one part per block: the grid is images x parts.
 struct Parts {
   int count, size, parts;
 
-  // A part has an index a thread, and more where an image would have more parts than one block can add up.
+  // A part has one index per thread, or more if an image would have more parts than one block can sum.
   static Parts of(int64_t count) {
     constexpr int64_t kMostParts = 4096;
     const int64_t threads = divide_up<int64_t>(divide_up<int64_t>(count, kMostParts), kThreadsOfMany) * kThreadsOfMany;
@@ -37,7 +37,7 @@ struct Parts {
   }
 };
 
-// Runs a step for every index of every image: of(image) has the arrays of an image, Step::run(arrays, i) uses them.
+// Runs a step for every index of every image.
 template <typename Step, typename Batch>
 __global__ void __launch_bounds__(kThreadsOfMany) step_kernel(Batch batch, Parts parts) {
   const auto arrays = batch[parts.image()];
@@ -46,9 +46,7 @@ __global__ void __launch_bounds__(kThreadsOfMany) step_kernel(Batch batch, Parts
   }
 }
 
-// number() over all indices of an image by several blocks, in two kernels. Step::value(arrays, i) tells the values,
-// Step::place(arrays, i, value, sum) uses the sums, Step::total(arrays, sum) the sum of all. `sums` has a place a
-// block.
+// number() over all indices of an image by several blocks, in two kernels. `sums` has an entry per block.
 template <typename Step, typename Batch>
 __global__ void __launch_bounds__(kThreadsOfMany) sum_parts_kernel(Batch batch, Parts parts, int* sums) {
   const auto arrays = batch[parts.image()];
@@ -99,7 +97,7 @@ void launch_number(const Batch& batch, int64_t images, int64_t count, int* sums)
   launch(number_parts_kernel<Step, Batch>, grid, kThreadsOfMany, 0, batch, parts, sums);
 }
 
-// Runs a step, or number(), by one block for an image of its own.
+// Runs a step, or number(), for one image by one block.
 template <typename Step, typename Arrays>
 __device__ void step_in_block(const Arrays& arrays, int count) {
   for_each_index(count, [&](int i) { Step::run(arrays, i); });

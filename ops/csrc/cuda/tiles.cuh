@@ -1,8 +1,10 @@
-// The tiles of a scan (piece_scan.cuh). A block has the members of some pieces that follow each other, times 8 packs of
-// channels. All of it is first loaded into shared memory, row by row and without regard to the pieces, so that many
-// loads are on their way at once; then groups of 8 lanes take a piece each, and wait for shared memory only. A lane
-// has the same channels everywhere and no other lane touches them, so every sum has one order.
+// The tiles of a scan (piece_scan.cuh). A block processes the members of consecutive pieces, for 4 packs of channels.
+// First, asynchronous copies that bypass the registers bring all rows into shared memory, regardless of the pieces, so
+// that all rows of a tile are in flight at once. Then each group of 4 lanes walks a piece and only accesses shared
+// memory. A lane always processes the same channels, which no other lane accesses, so the order of every sum is fixed.
 #pragma once
+
+#include <cuda_pipeline_primitives.h>
 
 #include <algorithm>
 
@@ -12,23 +14,26 @@
 
 namespace grootvl::cuda {
 
-// Lanes of a row in a tile, threads of a block, and the groups of lanes they make.
-constexpr int kRowLanes = 8, kTileThreads = 256, kTileGroups = kTileThreads / kRowLanes;
+// Lanes per row of a tile, threads per block, and groups of lanes per block. With narrow rows, a tile has more of them,
+// so that differences between the lengths of pieces waste less shared memory.
+constexpr int kRowLanes = 4, kTileThreads = 256, kTileGroups = kTileThreads / kRowLanes;
+constexpr int kWarpGroups = kWarpSize / kRowLanes;
 
-// Blocks that a multiprocessor shall have room for, so that some load while others walk their pieces.
-template <int kStreams>
-constexpr int kTileBlocks = kStreams == 1 ? 3 : 2;
+// The intended number of resident blocks per multiprocessor: some load while others walk their pieces.
+template <typename acc_t, int kStreams>
+constexpr int kTileBlocks = sizeof(acc_t) > 4 ? 2
+                            : kStreams == 1   ? 4
+                                              : 3;
 
-// Rows that a group has on their way at once, and half as many where no more are left.
-template <typename acc_t>
-constexpr int kRowsInFlight = sizeof(acc_t) == 4 ? 4 : 2;
+// The number of rows whose vertices and links a group reads at once.
+constexpr int kRowsAtOnce = 4;
 
-// Which image and channels a lane has: blocks of the x axis are images x groups of channels. Lanes beyond the last
-// channel read the first ones and write nothing.
+// The image and the channels of a lane: blocks along the x axis are images x groups of channels. Lanes beyond the last
+// channel read the first channels and write nothing.
 template <int kPack>
 struct LanePlace {
   int64_t image, channel;
-  int lane, group;
+  int channel_tile, lane, group;
   bool is_active;
 
   __device__ explicit LanePlace(int64_t channels) {
@@ -36,27 +41,28 @@ struct LanePlace {
     lane = static_cast<int>(threadIdx.x) % kRowLanes;
     group = static_cast<int>(threadIdx.x) / kRowLanes;
     image = blockIdx.x / tiles;
-    channel = (blockIdx.x % tiles * kRowLanes + lane) * kPack;
+    channel_tile = static_cast<int>(blockIdx.x % tiles);
+    channel = (static_cast<int64_t>(channel_tile) * kRowLanes + lane) * kPack;
     is_active = channel < channels;
     channel = is_active ? channel : 0;
   }
 };
 
-// How the members of a tree's pieces are shared out: a tile has the pieces that begin in `rows` slots, and thereby at
-// most `capacity` rows, the root of the first tile included.
+// The distribution of a tree's pieces over tiles: a tile has the pieces that begin within `rows` slots, and thus at
+// most `capacity` rows, including the root in the first tile.
 struct Tiling {
   int rows, capacity, tiles;
 };
 
-// The pieces and slots of one tile. Its root, if it has one, comes after the members.
+// The pieces and slots of one tile. The root, in the first tile only, follows the members.
 struct Tile {
   int first_piece, end_piece, first_slot, members, rows;
 };
 
-// For all threads of a block.
+// Called by all threads of a block.
 __device__ inline Tile find_tile(const TreePieces& tree, const Tiling& tiling, int index) {
   __shared__ int ends[2];
-  // Nobody may still be reading what the tile before has left here.
+  // Wait until no thread reads the values of the previous tile anymore.
   __syncthreads();
   if (threadIdx.x < 2) {
     ends[threadIdx.x] = tree.pieces;
@@ -77,7 +83,7 @@ __device__ inline Tile find_tile(const TreePieces& tree, const Tiling& tiling, i
   return {ends[0], ends[1], first_slot, members, members + (index == 0)};
 }
 
-// The shared memory of a tile: for every row the value of each stream, what is kept of the decay, vertex and link.
+// The shared memory of a tile. For each row: the value of each stream, the decay or its gradient, vertex and link.
 template <typename acc_t, int kPack, int kStreams>
 struct Cells {
   using Values = Pack<acc_t, kPack>;
@@ -100,111 +106,92 @@ struct Cells {
   __device__ Values& kept(int row) const {
     return (*this)(kStreams, row);
   }
+  // Starts an asynchronous copy of a pack to the memory of a value; as<T> reads the pack after the copy.
+  template <typename T>
+  __device__ void copy(const T* from, int stream, int row) const {
+    __pipeline_memcpy_async(&(*this)(stream, row), from, sizeof(Pack<T, kPack>));
+  }
+  template <typename T>
+  __device__ const Pack<T, kPack>& as(int stream, int row) const {
+    return *reinterpret_cast<const Pack<T, kPack>*>(&(*this)(stream, row));
+  }
 };
 
-// Loads kCount rows a group, from `first` on. `Input` has kStreams and, for rows and the channels of this lane:
-//   Lane lane(channel)                   what it needs all the time
-//   Raw load(row, channel, lane_in_row)  loads only, so that several can be on their way
-//   use(raws, row_of, lane, channel, take)  take(j, values of the streams, what is kept) for each of several rows,
-//                                           which row_of(j) tells
-template <int kCount, typename acc_t, int kPack, typename Input>
-__device__ void load_rows(
-    const Input& input,
-    const typename Input::Lane& of_lane,
-    const LanePlace<kPack>& place,
-    const TreePieces& tree,
-    const Tile& tile,
-    int first,
-    int64_t first_row,
-    const Cells<acc_t, kPack, Input::kStreams>& cells) {
-  int vertices[kCount], links[kCount];
+// Calls visit(rows of the group, kCount at a time) for all rows of a tile. The lanes of a warp stay together, since
+// `visit` may exchange values between them; it must skip rows beyond the last one.
+template <int kCount, typename Visit>
+__device__ void for_each_batch(int group, int rows, const Visit& visit) {
+  const int in_warp = group % kWarpGroups;
+  for (int first = group - in_warp; first < rows; first += kCount * kTileGroups) {
+    int of_group[kCount];
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    const int row = min(first + j * kTileGroups, tile.rows - 1);
-    const bool is_member = row < tile.members;
-    vertices[j] = __ldg(is_member ? tree.vertex + tile.first_slot + row : tree.critical_vertex);
-    links[j] = is_member ? __ldg(tree.link + tile.first_slot + row) : -1;
+    for (int j = 0; j < kCount; ++j) {
+      of_group[j] = first + in_warp + j * kTileGroups;
+    }
+    visit(of_group);
   }
-  typename Input::Raw raws[kCount];
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    raws[j] = input.load(first_row + vertices[j], place.channel, place.lane);
-  }
-  const auto row_of = [&](int j) { return first_row + vertices[j]; };
-  input.use(
-      raws,
-      row_of,
-      of_lane,
-      place.channel,
-      [&](int j, const Pack<acc_t, kPack>* values, const Pack<acc_t, kPack>& kept) {
-        const int row = first + j * kTileGroups;
-        if (row < tile.rows) {
-#pragma unroll
-          for (int s = 0; s < Input::kStreams; ++s) {
-            cells(s, row) = values[s];
-          }
-          cells.kept(row) = kept;
-          if (place.lane == 0) {
-            cells.vertex[row] = vertices[j];
-            cells.link[row] = links[j];
-          }
-        }
-      });
 }
 
+// Fills the cells of a tile. `Input` defines kStreams and, for rows and the channels of this lane:
+//   copy(row, channel, cells, to)           starts copying a row of memory to the cells of row `to`
+//   prepare(place, first_row, rows, cells)  computes the values of the streams and the decays from the copies
 template <typename acc_t, int kPack, typename Input>
 __device__ void load_tile(
     const Input& input,
-    const typename Input::Lane& of_lane,
     const LanePlace<kPack>& place,
     const TreePieces& tree,
     const Tile& tile,
     int64_t first_row,
     const Cells<acc_t, kPack, Input::kStreams>& cells) {
-  constexpr int kMany = kRowsInFlight<acc_t>, kFew = kMany / 2, kWarpGroups = kWarpSize / kRowLanes;
-  // All lanes of a warp do the same, since they exchange what they have loaded.
-  const int in_warp = place.group % kWarpGroups;
-  int first = place.group - in_warp;
-  while (first < tile.rows) {
-    if (first + kFew * kTileGroups < tile.rows) {
-      load_rows<kMany>(input, of_lane, place, tree, tile, first + in_warp, first_row, cells);
-      first += kMany * kTileGroups;
-    } else {
-      load_rows<kFew>(input, of_lane, place, tree, tile, first + in_warp, first_row, cells);
-      first += kFew * kTileGroups;
+  for_each_batch<kRowsAtOnce>(place.group, tile.rows, [&](const int (&rows)[kRowsAtOnce]) {
+    int vertices[kRowsAtOnce], links[kRowsAtOnce];
+#pragma unroll
+    for (int j = 0; j < kRowsAtOnce; ++j) {
+      const bool is_member = rows[j] < tile.members;
+      vertices[j] = __ldg(is_member ? tree.vertex + tile.first_slot + rows[j] : tree.critical_vertex);
+      links[j] = is_member ? __ldg(tree.link + tile.first_slot + rows[j]) : -1;
     }
-  }
+#pragma unroll
+    for (int j = 0; j < kRowsAtOnce; ++j) {
+      if (rows[j] < tile.rows) {
+        input.copy(first_row + vertices[j], place.channel, cells, rows[j]);
+        if (place.lane == 0) {
+          cells.vertex[rows[j]] = vertices[j];
+          cells.link[rows[j]] = links[j];
+        }
+      }
+    }
+  });
+  __pipeline_commit();
+  // Makes the vertices written by lane 0 visible to its group.
+  __syncwarp();
+  input.prepare(place, first_row, tile.rows, cells);
   __syncthreads();
 }
 
-// Calls visit(row, link, decay) for the members of a piece, from the last up or from the first down. What comes next
-// is read before, so that only the sums wait for each other.
-template <bool kAscending, typename acc_t, int kPack, typename Input, typename Visit>
+// Calls visit(row, link, decay) for the members of a piece, upwards from the last or downwards from the first. The next
+// link and decay are prefetched, so that only the sums depend on each other.
+template <bool kAscending, typename acc_t, int kPack, int kStreams, typename Visit>
 __device__ void for_each_member(
-    const Input& input,
-    const typename Input::Lane& of_lane,
-    const Cells<acc_t, kPack, Input::kStreams>& cells,
-    int begin,
-    int members,
-    const Visit& visit) {
+    const Cells<acc_t, kPack, kStreams>& cells, int begin, int members, const Visit& visit) {
   int i = kAscending ? 0 : members - 1, link = cells.link[begin + i];
   Pack<acc_t, kPack> kept = cells.kept(begin + i);
   for (int done = 0; done < members; ++done) {
     const int next = kAscending ? min(i + 1, members - 1) : max(i - 1, 0);
     const int next_link = cells.link[begin + next];
     const Pack<acc_t, kPack> next_kept = cells.kept(begin + next);
-    visit(i, link, input.decay(kept, of_lane));
+    visit(i, link, kept);
     i = next;
     link = next_link;
     kept = next_kept;
   }
 }
 
-// Tiles as large as the blocks of a multiprocessor have room for, since walking takes as long as the longest piece
-// whatever a tile has beside it, but twice the longest piece; all tiles of a tree have about the same number of rows.
+// The largest tiles with which `blocks` blocks fit on a multiprocessor, because walking takes as long as the longest
+// piece, however large the tile; but at least twice the longest piece. All tiles of a tree have about as many rows.
 inline Tiling choose_tiling(const Pieces& pieces, int64_t bytes_a_row, int blocks) {
-  // What the device keeps for itself of each block's shared memory.
-  constexpr int64_t kReserved = 1 << 10;
+  // The shared memory that the device reserves for each block, and the kernels' static shared memory.
+  constexpr int64_t kReserved = 3 << 10;
   const int64_t room = shared_memory_limit() - kReserved, members = std::max(pieces.vertices - 1, 1);
   const int64_t wished = std::max<int64_t>((room / blocks - kReserved) / bytes_a_row, 2 * int64_t{pieces.most_members});
   const int64_t most_rows = std::max<int64_t>(std::min(wished, room / bytes_a_row) - pieces.most_members, 1);

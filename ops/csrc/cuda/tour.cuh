@@ -1,10 +1,10 @@
-// The parents of a spanning tree of the grid and an order of its vertices, from nothing but the edges.
+// The parents of a spanning tree of the grid, and an order of its vertices, by the Euler tour technique.
 //
-// Every edge is two arcs, there and back. Turning, at the end of an arc, to the next direction of the vertex that has
-// an edge makes one tour of all arcs around the tree, which starts and ends at the root. How many arcs are left of the
-// tour at each (list ranking, by pointer jumping) tells everything: an arc comes before its way back if it leads away
-// from the root, and in the order of the tour these arcs reach the vertices, every parent before its children, and
-// every subtree without a gap.
+// Every edge is two arcs, there and back. An arc is followed by that of the next direction, in cyclic order, in which
+// the vertex at its end has an edge: this makes one tour of all arcs, which starts and ends at the root. List ranking
+// by pointer jumping computes how many arcs of the tour are left at each arc. An arc leads away from the root if it
+// precedes its reverse, and these arcs reach the vertices in depth-first order: parents before children, subtrees
+// contiguous.
 #pragma once
 
 #include "cuda/atomics.cuh"
@@ -13,20 +13,20 @@
 
 namespace grootvl::cuda {
 
-// A tour of the tree of one image. Arc 4 * v + d leads from vertex v into direction d. A word has the arc that follows
-// at some distance in its lower half, all ones behind the last one, and the distance in the upper half. Vertices of the
-// tour are of type Place, all ones for arcs that lead back.
+// A tour of the tree of one image. Arc 4 * v + d leaves vertex v in direction d. The lower half of a word is the arc at
+// some distance along the tour, all ones after the last arc; the upper half is that distance. Vertices of the tour have
+// type Place, all ones for arcs towards the root.
 template <typename Word, typename Place>
 struct Tour {
   static constexpr int kHalf = 4 * sizeof(Word);
   static constexpr Word kEnd = (Word{1} << kHalf) - 1;
   static constexpr Place kBack = static_cast<Place>(~Place{0});
-  // Arcs of as many vertices can be told apart.
+  // The most vertices whose arcs fit into half a word.
   static constexpr int64_t kMostVertices = static_cast<int64_t>(kEnd >> 2);
 
   Grid grid;
   int root;
-  // Of each vertex: its directions with an edge, as bits.
+  // The directions of each vertex that have an edge, as bits.
   const int* links;
   // (4 * L)
   Word* words;
@@ -50,18 +50,18 @@ struct Tour {
   __device__ Word next(int arc) const {
     const int vertex = head(arc), open = links[vertex];
     const int back = arc % kDirections ^ 1;
-    // The directions after the way back, which is the last of them.
+    // The directions in cyclic order after the way back, which comes last.
     const int turned = (open << kDirections | open) >> (back + 1) & ((1 << kDirections) - 1);
     const int direction = (back + __ffs(turned)) % kDirections;
     const bool ends = vertex == root && direction == __ffs(open) - 1;
     return ends ? kEnd : static_cast<Word>(vertex * kDirections + direction);
   }
-  // How many arcs are left, this one among them.
+  // The number of arcs left, including this one.
   __device__ int left(int arc) const {
     return static_cast<int>(words[arc] >> kHalf);
   }
 
-  // The first word of an arc: as many steps along the tour.
+  // The initial word of an arc, `steps` steps along the tour.
   __device__ void start(int arc, int steps) const {
     if (!exists(arc)) {
       words[arc] = kEnd;
@@ -75,8 +75,8 @@ struct Tour {
     words[arc] = static_cast<Word>(distance) << kHalf | after;
   }
 
-  // Jumps to where the arc jumped to leads. Others may jump meanwhile: every word they write is true. Returns whether
-  // the end has not been reached.
+  // Pointer jumping. Other threads may jump concurrently, since every word is valid at any time. Returns whether the
+  // end has not been reached.
   __device__ bool jump(int arc, int jumps) const {
     const Word before = load_relaxed(words + arc);
     Word word = before;
@@ -90,7 +90,7 @@ struct Tour {
     return (word & kEnd) != kEnd;
   }
 
-  // The parent of a vertex, and the places of the arcs between them in the tour.
+  // Sets the parent of a vertex, and the vertices of the tour at the arcs between them.
   __device__ void root_vertex(int vertex) const {
     if (vertex == root) {
       parent[vertex] = vertex;
@@ -107,7 +107,7 @@ struct Tour {
   }
 };
 
-// The order: the vertices of the tour. A step (steps.cuh).
+// The order is the sequence of vertices of the tour. A step (steps.cuh).
 struct OrderVertices {
   template <typename Tour>
   static __device__ int value(const Tour& tour, int i) {

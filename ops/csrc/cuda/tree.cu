@@ -1,6 +1,6 @@
-// CUDA kernels of the spanning tree: a block for an image that fits into its shared memory, kernels over many blocks
-// for larger ones. Nothing waits for the host: how many kernels there are depends on sizes alone, and those of rounds
-// that are not needed end at once.
+// CUDA kernels of the spanning tree: by one block for an image that fits into its shared memory, by many blocks for
+// larger images. There is no synchronization with the host: the number of kernels depends on sizes only, and the
+// kernels of unneeded rounds return at once.
 #include "tree.h"
 
 #include <ATen/ops/empty.h>
@@ -23,11 +23,11 @@ namespace {
 constexpr int kTileSide = 32;
 constexpr int kTileThreads = kTileSide * kTileSide;
 
-// ---- one block an image ----
+// ---- one block per image ----
 
 using SmallTour = Tour<unsigned, unsigned short>;
 
-// Bytes of shared memory a vertex. Words and vertices of the tour lie where the components were.
+// Bytes of shared memory per vertex. The tour reuses the memory of the components.
 constexpr int64_t kBytesOfVertex = TileMemory::kBytesOfVertex;
 static_assert(kDirections * sizeof(unsigned) + 2 * sizeof(unsigned short) + sizeof(int) <= kBytesOfVertex);
 
@@ -59,11 +59,11 @@ __global__ void __launch_bounds__(kTileThreads)
   number_in_block<OrderVertices>(tour, tour.arcs());
 }
 
-// ---- many blocks an image ----
+// ---- many blocks per image ----
 
 using LargeTour = Tour<unsigned long long, int>;
 
-// Every step of a tour is as many jumps, so that an arc gets at least as many times as far, and one more.
+// Jumps per step of a tour. A step multiplies the distance of an arc by at least kJumps + 1.
 constexpr int kJumps = 15;
 
 struct StartTour {
@@ -84,7 +84,7 @@ struct RootVertices {
   }
 };
 
-// The memory of all images, an entry a vertex; the words of the tour have four.
+// The arrays of all images, with an entry per vertex, or four for the words of the tour.
 struct LargeTrees {
   static constexpr int64_t kBytesOfVertex = (2 + kDirections) * sizeof(Key) + 3 * sizeof(int);
 
@@ -108,7 +108,7 @@ struct LargeTrees {
   }
   __device__ LargeTour operator[](int64_t image) const {
     const int64_t first = image * grid.vertices();
-    // The vertices of the tour, two places for each, lie where the least edges were.
+    // The vertices of the tour, two entries per vertex, reuse the memory of the least edges.
     return {
         grid,
         root,
@@ -120,7 +120,7 @@ struct LargeTrees {
   }
 };
 
-// Blocks are images x tiles, a thread a vertex.
+// The grid is images x tiles, with a thread per vertex.
 __global__ void __launch_bounds__(kTileThreads) tile_kernel(LargeTrees trees, int* active, int rounds) {
   const Grid grid = trees.grid;
   const int tiles_in_row = divide_up(grid.width, kTileSide);
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreadsOfMany)
   }
 }
 
-// Upper bound of the components that tiles leave: each has a vertex at the border to another tile.
+// Upper bound on the components that tiles leave: each has a vertex at the border to another tile.
 int64_t most_components(int64_t height, int64_t width) {
   const auto lines = [](int64_t extent) { return 2 * (divide_up<int64_t>(extent, kTileSide) - 1); };
   const int64_t rows = lines(height) - (height % kTileSide == 1 && height > 1);
