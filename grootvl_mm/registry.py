@@ -1,7 +1,7 @@
 """Registries of grootvl_mm: children of mmengine's, in the scope ``grootvl_mm``.
 
-``type='grootvl_mm.NAME'`` finds the parts below from any other scope without ``custom_imports``, because mmengine
-imports ``<scope>.registry`` by itself and then the ``locations`` named here.
+``type='grootvl_mm.NAME'`` works from any other scope without ``custom_imports``: mmengine imports ``<scope>.registry``
+and then the ``locations`` given here.
 """
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
@@ -13,7 +13,7 @@ from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 MODELS = Registry("model", parent=MMENGINE_MODELS, scope="grootvl_mm", locations=["grootvl_mm.models"])
-# By the scope only: importing mmengine's hooks takes OpenCV, which the models do without.
+# Not under bare names: registering them would import OpenCV, which the models do not need.
 HOOKS = Registry(
     "hook",
     parent=MMENGINE_HOOKS,
@@ -39,9 +39,9 @@ TRANSFORMS = Registry("transform", parent=MMENGINE_TRANSFORMS, scope="grootvl_mm
 
 
 def expose_bare_names() -> None:
-    """Make models and constructors of this package buildable by bare names in the scopes of the hosts.
+    """Make this package's models and constructors buildable by bare names in the scopes of mmdet, mmseg and mmpretrain.
 
-    Those scopes look an unknown name up in mmengine's root registries, so the modules are registered there too.
+    These scopes look up unknown names in mmengine's root registries, so the modules are registered there too.
     """
     for registry in (MODELS, OPTIM_WRAPPERS, OPTIM_WRAPPER_CONSTRUCTORS):
         for name, module in registry.module_dict.items():

@@ -1,4 +1,4 @@
-"""Another name of :mod:`grootvl_mm.apis.zoo`, which code written for version 0.1 imports."""
+"""Old import path of :mod:`grootvl_mm.apis.zoo`."""
 
 from grootvl_mm.apis.zoo import config_file, model_names, register_in_mmpretrain
 

@@ -1,4 +1,4 @@
-"""What the command line tools and demos share, and the configs of this package by name."""
+"""Shared code of the command line tools and demos, and lookup of this package's configs by name."""
 
 from grootvl_mm.apis.zoo import config_file, model_names, register_in_mmpretrain
 

@@ -1,4 +1,4 @@
-"""``--cfg-options`` that keeps the spaces of its values."""
+"""``--cfg-options`` that preserves spaces in values."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,12 @@ QUOTES = "'\""
 
 
 class CfgOptions(DictAction):
-    """Reads ``KEY=VALUE`` arguments as mmengine's ``DictAction`` does, which removes every space of a value.
+    """mmengine's ``DictAction`` for ``KEY=VALUE`` arguments, except that it does not strip spaces from values.
 
-    A value without a comma outside of brackets is a number, a boolean, None, or a string, and a string is taken as it
-    was given, such as a path with spaces. Spaces around the items of a list mean nothing. Quotes around a value or an
-    item, which a shell may have left, are dropped. What is no ``KEY=VALUE``, or has brackets that do not match in a
-    list, is an error of the command line.
+    A value with no comma outside brackets is a number, a boolean, None or a string; strings, such as paths with spaces,
+    are kept verbatim. Spaces around list items are ignored. Quotes around a value or an item, which a shell may have
+    left in place, are dropped. Anything other than ``KEY=VALUE``, and unbalanced brackets in a list, are command line
+    errors.
     """
 
     def __call__(
@@ -26,7 +26,7 @@ class CfgOptions(DictAction):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        """Add the values to those of earlier ``--cfg-options``."""
+        """Merge the values into those of earlier ``--cfg-options``."""
         for text in values or ():
             key, equals, _ = text.partition("=")
             if not key.strip() or not equals:
@@ -38,7 +38,7 @@ class CfgOptions(DictAction):
 
     @staticmethod
     def _parse_iterable(val: str) -> Any:
-        """The value that a text stands for; the name is that of the method of ``DictAction`` that it replaces."""
+        """Parse one value; overrides the ``DictAction`` method of this name."""
         val = val.strip(QUOTES)
         bare = val.strip()
         if _is_enclosed(bare):
@@ -51,7 +51,7 @@ class CfgOptions(DictAction):
 
 
 def _is_enclosed(text: str) -> bool:
-    """Whether one pair of brackets holds all of a text."""
+    """Whether a single pair of brackets encloses the whole text."""
     depth = 0
     for index, char in enumerate(text):
         depth += (char in BRACKETS) - (char in BRACKETS.values())
@@ -61,7 +61,7 @@ def _is_enclosed(text: str) -> bool:
 
 
 def _split(text: str) -> Iterator[str]:
-    """Yield what is between the commas outside of brackets; a comma at the end is not followed by anything."""
+    """Split a text at the commas outside brackets; a trailing comma adds no item."""
     closing: list[str] = []
     start = 0
     for index, char in enumerate(text):

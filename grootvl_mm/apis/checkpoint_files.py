@@ -1,4 +1,4 @@
-"""Reads and writes the checkpoint files of ``tools/model_converters``: safely, whole or not at all."""
+"""Safe reading and atomic writing of the checkpoint files of ``tools/model_converters``."""
 
 import hashlib
 import os
@@ -29,42 +29,41 @@ def is_state_dict(value: Any) -> bool:
 
 
 def check_target(target: str | Path) -> Path:
-    """Check, before any work is done, that a checkpoint can be written to ``target``.
+    """Check up front that a checkpoint can be written to ``target``.
 
     Returns:
         ``target`` as a path.
 
     Raises:
-        CheckpointError: The name does not end in ``.pth``, or the folder does not exist.
+        CheckpointError: The name does not end in ``.pth``, or its folder does not exist.
     """
     target = Path(target)
     if target.suffix != SUFFIX or target.is_dir():
-        raise CheckpointError(f"the target {target} must be the name of a {SUFFIX} file")
+        raise CheckpointError(f"the target must be the path of a {SUFFIX} file, got {target}")
     if not target.parent.is_dir():
-        raise CheckpointError(f"the folder of the target {target} does not exist; make it first")
+        raise CheckpointError(f"the folder of the target {target} does not exist; create it first")
     return target
 
 
 def write_checkpoint(content: Mapping[str, Any], target: str | Path) -> Path:
-    """Write a checkpoint under a name that ends in a part of its hash, as model zoos name them.
+    """Write a checkpoint whose file name ends in its hash, as in model zoos.
 
-    The file is complete when it gets its name. Equal contents give equal files. ``torch.hub`` and mmengine can check
-    the hash when they download it.
+    The file is written under a temporary name, then renamed. Equal contents give identical files. ``torch.hub`` and
+    mmengine verify the hash when they download the file.
 
     Args:
-        content: What ``torch.save`` shall write.
-        target: ``FOLDER/NAME.pth``; the file becomes ``FOLDER/NAME-01234567.pth``, with the first eight digits of its
-            SHA-256.
+        content: Passed to ``torch.save``.
+        target: ``FOLDER/NAME.pth``; the file is written to ``FOLDER/NAME-01234567.pth``, where the digits are the first
+            eight of its SHA-256.
 
     Returns:
         The path of the file.
 
     Raises:
-        CheckpointError: As :func:`check_target`, and when the file cannot be written.
+        CheckpointError: See :func:`check_target`, or the file cannot be written.
     """
     target = check_target(target)
     try:
-        # Under its own name at last: the hash is known when the file is.
         with exit_on_sigterm(), tempfile.TemporaryDirectory(prefix=f".{target.stem}-", dir=target.parent) as folder:
             partial = Path(folder, target.name)
             with partial.open("wb") as file:
@@ -79,10 +78,10 @@ def write_checkpoint(content: Mapping[str, Any], target: str | Path) -> Path:
 
 
 def _save(content: dict[str, Any], file: IO[bytes]) -> None:
-    """``torch.save`` into an open file: given a path, it would write the path's name into the file and so its hash.
+    """``torch.save`` into an open file; given a path, it would store the file's name and thereby change the hash.
 
     Raises:
-        OSError: the content cannot be written; torch would report a failure of its own that followed from it.
+        OSError: The content cannot be written. torch would only raise a RuntimeError that hides this cause.
     """
     errors = []
 
@@ -107,18 +106,18 @@ def _save(content: dict[str, Any], file: IO[bytes]) -> None:
 def rewrite_checkpoint(
     source: str | Path, target: str | Path, convert: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> tuple[dict[str, Any], Path]:
-    """Read a checkpoint, convert its content and write the result; nothing is written unless all of it works.
+    """Read a checkpoint, convert its content and write the result; a failure at any point writes nothing.
 
     Args:
-        source: As for :func:`read_checkpoint`.
-        target: As for :func:`write_checkpoint`.
-        convert: Makes the new content of the old one, or raises :class:`CheckpointError`.
+        source: See :func:`read_checkpoint`.
+        target: See :func:`write_checkpoint`.
+        convert: Returns the new content given the old one, or raises :class:`CheckpointError`.
 
     Returns:
-        The new content, and the path of the new file.
+        The new content and the path of the new file.
 
     Raises:
-        CheckpointError: Something of it failed.
+        CheckpointError: Reading, converting or writing failed.
     """
     check_target(target)
     content = read_checkpoint(source)

@@ -1,4 +1,4 @@
-"""What ``tools/train.py``, ``tools/test.py`` and the tools that load a model have in common."""
+"""Shared code of ``tools/train.py``, ``tools/test.py`` and the tools that load a model."""
 
 import argparse
 import errno
@@ -19,6 +19,7 @@ from torch import nn
 from grootvl_mm.apis.cfg_options import CfgOptions
 from grootvl_mm.apis.checkpoint_files import CheckpointError, read_checkpoint
 from grootvl_mm.apis.cpu import adapt_to_cpu
+from grootvl_mm.apis.whole_files import whole_file
 from grootvl_mm.engine.hooks import (
     CompleteCheckpointHook,
     GlobalLossHook,
@@ -31,27 +32,32 @@ from grootvl_mm.utils.host_loaders import use_safe_loaders
 from grootvl_mm.utils.loaded_weights import all_weights_loaded
 from grootvl_mm.utils.processes import end_children_with_this_process, end_with_parent
 
-# default_scope of the config -> pip names of the package that serves the task: OpenMMLab's and that of the onedl stack
+# default_scope of the config -> names of its package on PyPI: OpenMMLab's, and that of the onedl stack
 HOSTS = {
     "mmdet": ("mmdet", "onedl-mmdetection"),
     "mmseg": ("mmsegmentation", "onedl-mmsegmentation"),
     "mmpretrain": ("mmpretrain", "onedl-mmpretrain"),
 }
 
-# What a disk says that is full or must not be written to, or whose user has no more room.
+# Disk full, quota exceeded, read-only, no permission, file too large.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
-# How torch begins what it says about state dicts of other models, averaged models and optimizers.
+# How torch's errors start if a state dict belongs to another model, averaged model or optimizer.
 MISFITS = ("Error(s) in loading state_dict", "loaded state dict", "DDP expects same model across all ranks")
-# How long a process waits for another, if the config does not say; PyTorch's own default is 30 minutes over TCP.
+# Timeout of collective operations unless the config sets one; PyTorch's default for gloo is 30 minutes.
 DIST_TIMEOUT = 600  # seconds
-MAX_REASON = 300
-# What is in errors of gloo, NCCL and PyTorch's store when another process has gone.
+MAX_REASON = 300  # characters of another library's error
+# Found in errors of gloo, NCCL and PyTorch's store if another rank is lost.
 LOST = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "timed out")
 
 
 def fail(message: str) -> NoReturn:
-    """End the command with one clear line on stderr and exit status 1."""
+    """Exit with status 1 and a one-line error on stderr."""
     raise SystemExit(f"error: {message}")
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error on one line, cut to :data:`MAX_REASON` characters; its type if there is no message."""
+    return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, config_help: str = "path of the config file") -> None:
@@ -62,36 +68,36 @@ def add_config_arguments(parser: argparse.ArgumentParser, config_help: str = "pa
         nargs="+",
         action=CfgOptions,
         metavar="KEY=VALUE",
-        help='override settings of the config, e.g. train_cfg.max_iters=100, load_from="my work/a.pth"; lists as '
-        'key=a,b or key="[a, b]"',
+        help='override config settings, e.g. train_cfg.max_iters=100 load_from="my work/a.pth"; write lists as key=a,b '
+        'or key="[a, b]"',
     )
 
 
 def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what training and testing share: work dir and launcher, with the hosts' names."""
+    """Add ``--work-dir`` and ``--launcher``, named as in the training and test scripts of OpenMMLab."""
     parser.add_argument("--work-dir", help="folder for logs and checkpoints (default: work_dirs/CONFIG_NAME)")
     parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm", "mpi"],
         default="none",
-        help="how the processes of a distributed run were started",
+        help="job launcher that started the processes of a distributed run (default: %(default)s, a single process)",
     )
-    # Launchers of different ages spell it differently; the value itself is read from LOCAL_RANK.
+    # Launchers pass either spelling, depending on their version; the value itself is read from LOCAL_RANK.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def check_file(path: str, what: str, hint: str) -> None:
-    """Fail if ``path`` is neither a file nor an address that mmengine can fetch."""
+    """Exit with an error if ``path`` is neither a file nor a URL."""
     if "://" not in path and not Path(path).is_file():
-        fail(f"{what} {path!r} does not exist (or is no file); {hint}")
+        fail(f"{what} {path!r} does not exist or is not a file; {hint}")
 
 
 @contextmanager
 def checkpoint_errors(path: str | None = None) -> Iterator[None]:
-    """Fail with one clear line where a checkpoint cannot be read or does not fit the model.
+    """Turn errors about checkpoints that are unreadable or do not match the model into one-line errors.
 
     Args:
-        path: The checkpoint, where there is one for the whole model. It is looked at again only after an error.
+        path: The checkpoint of the whole model, if there is one. It is read again only after an error.
     """
     try:
         yield
@@ -106,9 +112,9 @@ def checkpoint_errors(path: str | None = None) -> Iterator[None]:
     except Exception as error:
         text = " ".join(str(error).split())
         if text.startswith(MISFITS):
-            fail(f"the checkpoint does not fit the config's model or optimizer: {text[:MAX_REASON]}")
+            fail(f"the checkpoint does not fit the config's model or optimizer: {one_line(error)}")
         if is_distributed() and any(sign in text for sign in LOST):
-            fail(f"lost another process, or the link to it: {text[:MAX_REASON]}")
+            fail(f"lost another rank, or the connection to it: {one_line(error)}")
         if path is not None and Path(path).is_file():
             try:
                 read_checkpoint(path)
@@ -117,23 +123,25 @@ def checkpoint_errors(path: str | None = None) -> Iterator[None]:
         raise
 
 
-def load_weights(model: nn.Module, checkpoint: str) -> None:
-    """Load a checkpoint into a model, or fail with one clear line; what it leaves random is a failure.
+def load_weights(model: nn.Module, checkpoint: str, hint: str = "give the path of a .pth file") -> None:
+    """Load a checkpoint into a model, or exit with a one-line error; every weight must be in the checkpoint.
 
     Args:
-        model: Loaded in place.
-        checkpoint: Path or address of the file.
+        model: Modified in place.
+        checkpoint: Path or URL of the file.
+        hint: What to do if the file does not exist.
     """
+    check_file(checkpoint, "checkpoint", hint)
     with checkpoint_errors(checkpoint), all_weights_loaded(model):
         load_checkpoint(model, checkpoint, map_location="cpu", logger="silent")
 
 
 @contextmanager
 def file_errors(path: str | Path) -> Iterator[None]:
-    """Fail with one clear line where a file cannot be written.
+    """Turn errors of writing a file into one-line errors.
 
     Args:
-        path: What is written.
+        path: The file.
     """
     try:
         yield
@@ -142,8 +150,22 @@ def file_errors(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
+def output_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path to write a file to, see :func:`whole_file`; exit with a one-line error if writing fails.
+
+    Args:
+        path: The file; its folder is created.
+    """
+    path = Path(path)
+    with file_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as partial:
+            yield partial
+
+
+@contextmanager
 def language_errors() -> Iterator[None]:
-    """Fail with one clear line where packages for language models are missing, or recipe, data or model are wrong."""
+    """Turn errors about missing packages, recipes, data and models of the language tools into one-line errors."""
     try:
         yield
     except (ImportError, ValueError) as error:
@@ -153,13 +175,13 @@ def language_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno in DISK_ERRORS:
             fail(f"{error.filename or 'cannot write a file'}: {error.strerror}")
-        if error.errno is None:  # how transformers says that it finds no model
-            fail(" ".join(str(error).split()))
+        if error.errno is None:  # transformers has not found the model
+            fail(one_line(error))
         raise
 
 
 def read_config(path: str, cfg_options: dict | None = None) -> Config:
-    """Read a config of any kind and merge the overrides of the command line.
+    """Read any config and merge the command line's overrides.
 
     Args:
         path: Path of the config file.
@@ -173,9 +195,9 @@ def read_config(path: str, cfg_options: dict | None = None) -> Config:
 
 
 def load_config(path: str, cfg_options: dict | None = None) -> Config:
-    """Load a config of one of the three tasks and merge the overrides of the command line.
+    """Load a detection, segmentation or classification config and merge the command line's overrides.
 
-    From here on, this process reads checkpoints safely (:mod:`grootvl_mm.utils.host_loaders`).
+    It also switches this process to safe checkpoint loading (:mod:`grootvl_mm.utils.host_loaders`).
 
     Args:
         path: Path of the config file.
@@ -190,22 +212,22 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
     if scope not in HOSTS:
         came = "no default_scope" if scope is None else f"default_scope={scope!r}"
         if "trainer" in cfg:
-            fail(f"{path} is a recipe for a language model; run tools/language/finetune.py with it")
+            fail(f"{path} is a language model recipe; run it with tools/language/finetune.py")
         fail(
-            f"{path} has {came}; expected one of {', '.join(map(repr, HOSTS))}, which says whether "
-            "the config is about detection, segmentation or classification"
+            f"{path} has {came}; expected one of {', '.join(map(repr, HOSTS))}, for detection, segmentation or "
+            "classification"
         )
     if find_spec(scope) is None:
         name, onedl_name = HOSTS[scope]
         fail(
             f"{path} needs {scope} (its default_scope), which is not installed; run: mim install {name} "
-            f"(with onedl-mim: {onedl_name})"
+            f"(onedl stack: mim install {onedl_name})"
         )
     return cfg
 
 
 def prepare_runner_config(args: argparse.Namespace) -> Config:
-    """Load the config of a run and apply the arguments of :func:`add_runner_arguments`."""
+    """Load the config of a run and apply the options of :func:`add_runner_arguments`."""
     cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
@@ -215,13 +237,13 @@ def prepare_runner_config(args: argparse.Namespace) -> Config:
 
 
 def finish_runner_config(cfg: Config, allow_mismatch: bool = False) -> None:
-    """Fit a complete run config to the device and the launcher, and make it safe; call it right before ``Runner``.
+    """Adapt a complete run config to device and launcher and add the safety hooks; call it right before ``Runner``.
 
-    Its data workers end with this process, and this process with torchrun.
+    It also makes the data loader workers exit with this process, and this process exit with torchrun.
 
     Args:
-        cfg: Changed in place.
-        allow_mismatch: Test a model even if its checkpoint lacks some of its weights.
+        cfg: Modified in place.
+        allow_mismatch: Only warn if the tested checkpoint lacks some of the model's weights.
     """
     end_children_with_this_process()
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -244,19 +266,19 @@ def finish_runner_config(cfg: Config, allow_mismatch: bool = False) -> None:
 
 
 def _limit_waiting(cfg: Config) -> None:
-    """Let processes that wait for one that is gone, or behind a cut link, give up in time."""
+    """Set a timeout, so that ranks do not wait half an hour for one that is gone or unreachable."""
     env_cfg = cfg.get("env_cfg") or {}
     cfg.env_cfg = {**env_cfg, "dist_cfg": {"timeout": DIST_TIMEOUT, **(env_cfg.get("dist_cfg") or {})}}
 
 
 def close_process_group() -> None:
-    """Leave the process group, which torch warns about if it is forgotten."""
+    """Destroy the process group, if there is one; torch warns otherwise."""
     if is_distributed():
         torch.distributed.destroy_process_group()
 
 
 def _set_classification_loaders(cfg: Config) -> None:
-    """Give the data loaders the defaults that mmpretrain's own tools give them."""
+    """Apply the data loader defaults of mmpretrain's ``tools/train.py``."""
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         loader = cfg.get(name)
         if loader is not None:

@@ -1,4 +1,4 @@
-"""Makes configs that were written for GPUs run on the CPU: gloo, batch norm and bfloat16."""
+"""Adapts configs written for GPUs to the CPU: gloo, batch norm and bfloat16."""
 
 import datetime
 
@@ -11,17 +11,17 @@ from grootvl_mm.engine.optimizers import CPUAmpOptimWrapper
 
 
 def adapt_to_cpu(cfg: Config) -> None:
-    """Change, in place, the settings of a run config that only work on a GPU, and say which.
+    """Replace, in place, the GPU-only settings of a run config, and log each change.
 
     - ``AmpOptimWrapper`` becomes :class:`CPUAmpOptimWrapper`;
-    - in a distributed run, the processes are joined with gloo, and ``SyncBN``, which PyTorch has
-      for GPUs only, becomes ``BN`` (mmengine does so itself in a single process).
+    - distributed runs use the gloo backend, and ``SyncBN``, which PyTorch has for GPUs only, becomes ``BN`` (in a
+      single process mmengine does this itself).
 
     Args:
-        cfg: A complete config of mmengine's Runner.
+        cfg: A complete config for mmengine's Runner.
 
     Raises:
-        ValueError: The launcher cannot start processes on the CPU.
+        ValueError: The launcher does not support the CPU.
     """
     wrapper = cfg.get("optim_wrapper") or {}
     if wrapper.get("type") == "AmpOptimWrapper":
@@ -34,17 +34,17 @@ def adapt_to_cpu(cfg: Config) -> None:
         return
     if cfg.launcher != "pytorch":
         raise ValueError(
-            f"--launcher {cfg.launcher} needs GPUs and none was found; on the CPU use torchrun "
-            "with --launcher pytorch, as tools/dist_train.sh and tools/dist_test.sh do"
+            f"--launcher {cfg.launcher} needs GPUs, but none was found; on the CPU, use torchrun with --launcher "
+            "pytorch, as tools/dist_train.sh and tools/dist_test.sh do"
         )
     _join_with_gloo(cfg)
     replaced = _replace_sync_bn(cfg.model)
     if replaced:
-        print_log(f"{replaced} x SyncBN in the config became BN: the CPU has no SyncBN.", "current")
+        print_log(f"Replaced {replaced} x SyncBN in the config by BN: SyncBN does not run on the CPU.", "current")
 
 
 def _join_with_gloo(cfg: Config) -> None:
-    """Start the process group here, because mmengine selects a CUDA device while it does so."""
+    """Initialize the process group here: mmengine's own code for it selects a CUDA device."""
     env_cfg = cfg.get("env_cfg", {})
     dist_cfg = {**env_cfg.get("dist_cfg", {}), "backend": "gloo"}
     cfg.env_cfg = {**env_cfg, "dist_cfg": dist_cfg}
@@ -56,12 +56,12 @@ def _join_with_gloo(cfg: Config) -> None:
         "broadcast_buffers": False,
         "find_unused_parameters": cfg.get("find_unused_parameters", False),
     }
-    # DistributedDataParallel takes no device ids on the CPU, but mmengine gives it some.
+    # DistributedDataParallel accepts no device_ids on the CPU, but mmengine passes some by default.
     cfg.model_wrapper_cfg = {**wrapper, "device_ids": None}
 
 
 def _replace_sync_bn(node: object) -> int:
-    """Turn every ``dict(type='SyncBN')`` below ``node`` into BN; return how many there were."""
+    """Turn every ``dict(type='SyncBN')`` below ``node`` into BN and return their number."""
     if isinstance(node, dict):
         here = node.get("type") == "SyncBN"
         if here:

@@ -1,4 +1,4 @@
-"""Reads images as the model of a config sees them, for tools that show what a model does with them."""
+"""Reads images as a config's model sees them, for the visualization and analysis tools."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,14 +17,14 @@ IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 
 
 class SeenImage(NamedTuple):
-    """An image file, and what a model makes of it before its first layer.
+    """An image file and its preprocessed image.
 
     Attributes:
-        path: the file.
-        inputs: (1, C, H, W), what the backbone gets: resized, cropped, normalised and padded.
-        picture: the same to look at.
-        file_size: height and width of the image in the file.
-        locate: from a position (x, y) in the file, in pixels, to that in the picture, which may be outside of it.
+        path: The file.
+        inputs: (1, C, H, W), the input of the backbone: resized, cropped, normalized and padded.
+        picture: The same for display.
+        file_size: Height and width of the image in the file.
+        locate: Maps a position (x, y) in the file, in pixels, to one in the picture, possibly outside it.
     """
 
     path: Path
@@ -34,17 +34,17 @@ class SeenImage(NamedTuple):
     locate: Callable[[float, float], tuple[float, float]]
 
     def padded(self, height: int, width: int) -> "SeenImage":
-        """The same as in a batch with an image of this size, or fail where that is smaller."""
+        """Pad to this size, as in a batch with a larger image; exit with an error if it is smaller than the image."""
         if height < self.inputs.shape[2] or width < self.inputs.shape[3]:
             came = f"{self.inputs.shape[2]} {self.inputs.shape[3]}"
-            cli.fail(f"{height} {width} is smaller than what the model sees of '{self.path}', {came}")
+            cli.fail(f"cannot pad '{self.path}' to {height} {width}: the preprocessed image has size {came}")
         margins = height - self.inputs.shape[2], width - self.inputs.shape[3]
         inputs = nn.functional.pad(self.inputs, (0, margins[1], 0, margins[0]))
         return self._replace(inputs=inputs, picture=self.picture.padded(height, width))
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The files among paths, and the images in the folders among them; fail where there is nothing to read."""
+    """List the given files and the images in the given folders; exit with an error if one of them has none."""
     found = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -55,38 +55,37 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            cli.fail(f"image '{path}' does not exist; give images or folders of images")
+            cli.fail(f"image '{path}' does not exist; give image files or folders of images")
     return found
 
 
 class ImageReader:
-    """Reads images through the test pipeline of a config and the data preprocessor of its model.
+    """Reads images through a config's test pipeline and its model's data preprocessor.
 
     Args:
-        cfg: the config; its default scope must be that of this process, see :func:`grootvl_mm.apis.models.load_model`.
-        model: the model of the config.
+        cfg: The config. Its default scope must be the current one, see :func:`grootvl_mm.apis.models.load_model`.
+        model: The model of the config.
     """
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         if "test_dataloader" not in cfg or not hasattr(model, "data_preprocessor"):
             cli.fail(
-                "the config needs a test_dataloader and a model with a data_preprocessor, by which images are read"
+                "the config needs a test_dataloader, and its model a data_preprocessor: images are read through them"
             )
         steps = cfg.test_dataloader.dataset.pipeline
-        # Annotations are not known, and not needed.
         self.pipeline = Compose([step for step in steps if "Annotations" not in step["type"]])
         self.preprocessor = model.data_preprocessor
 
     def __call__(self, path: Path) -> SeenImage:
-        """Read an image file, or fail with one clear line."""
+        """Read an image file, or exit with a one-line error."""
         if not cv2.haveImageReader(str(path)):
-            cli.fail(f"'{path}' is no image that OpenCV can read; remove it or repair it")
+            cli.fail(f"OpenCV cannot read '{path}' as an image; repair or remove it")
         results: dict[str, Any] = {"img_path": str(path), "img_id": 0}
         followed = _Followed()
         for step in self.pipeline.transforms:
             results = step(results)
             if results is None or ("img" in results and results["img"] is None):
-                cli.fail(f"'{path}' cannot be read: {type(step).__name__} of the test pipeline gave nothing")
+                cli.fail(f"cannot read '{path}': {type(step).__name__} of the test pipeline returned nothing")
             if "img" in results:
                 followed.step(type(step).__name__, results["img"].shape[:2])
         inputs = self.preprocessor(pseudo_collate([results]), False)["inputs"]
@@ -95,7 +94,7 @@ class ImageReader:
 
 
 class _Followed:
-    """Follows positions through the transforms that change the size of an image."""
+    """Tracks positions through the transforms that change the size of an image."""
 
     def __init__(self) -> None:
         self.file_size: tuple[int, int] | None = None
@@ -108,7 +107,7 @@ class _Followed:
             self.file_size = self.size = size
         elif size != self.size:
             old, new = np.array(self.size[::-1]), np.array(size[::-1])
-            if "Pad" in name:  # to the right and below, which the model sees, but there is no image
+            if "Pad" in name:  # at the right and bottom: no position moves
                 return
             if "Resize" in name:
                 self.scale = self.scale * new / old
@@ -121,9 +120,7 @@ class _Followed:
 
     def locate(self, x: float, y: float) -> tuple[float, float]:
         if self.lost is not None:
-            cli.fail(
-                f"positions cannot be followed through {self.lost} of the test pipeline; use a pipeline without it"
-            )
-        # The centre of pixel 0 lies half a pixel inside of the image.
+            cli.fail(f"cannot map positions through {self.lost} of the test pipeline; use a pipeline without it")
+        # The centre of pixel 0 is half a pixel inside the image.
         x, y = (np.array([x, y]) + 0.5) * self.scale + self.offset - 0.5
         return float(x), float(y)

@@ -1,4 +1,4 @@
-"""Builds the model of a config with the weights of a file, for tools that look at what a model does."""
+"""Builds a config's model with the weights of a checkpoint, for the visualization and analysis tools."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,18 +7,18 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
 from torch import nn
 
 from grootvl_mm.apis import cli
-from grootvl_mm.utils.loaded_weights import all_weights_loaded
+from grootvl_mm.models import GrootV
+from grootvl_mm.visualization import find_backbone
 
 NO_CHECKPOINT = "none"
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without mmengine's line for each weight that it initializes."""
+    """Suppress mmengine's log line for each weight that it initializes."""
     logger = MMLogger.get_current_instance()
     level = logger.level
     logger.setLevel("WARNING")
@@ -29,13 +29,12 @@ def _quiet() -> Iterator[None]:
 
 
 def load_model(cfg: Config, checkpoint: str, seed: int = 0) -> nn.Module:
-    """Build the model of a config in evaluation mode on the CPU, with the weights of a checkpoint.
+    """Build a config's model on the CPU in evaluation mode and load a checkpoint, or exit with a one-line error.
 
     Args:
-        cfg: of one of the three tasks; its default scope becomes that of this process.
-        checkpoint: path of the file. ``none`` for the weights with which a training of the config starts, the same at
-            each call.
-        seed: of these weights.
+        cfg: A detection, segmentation or classification config; its default scope becomes the current one.
+        checkpoint: Path or URL of the file, or ``none`` for the initial weights of a training.
+        seed: Seed of the initial weights.
     """
     init_default_scope(cfg.default_scope)
     model_cfg = cfg.model.copy()
@@ -48,8 +47,15 @@ def load_model(cfg: Config, checkpoint: str, seed: int = 0) -> nn.Module:
             with cli.checkpoint_errors(), _quiet():
                 model.init_weights()
         return model.eval()
-    cli.check_file(checkpoint, "checkpoint", f"give the path of a .pth file, or {NO_CHECKPOINT} for initial weights")
     model = MODELS.build(model_cfg)
-    with cli.checkpoint_errors(checkpoint), all_weights_loaded(model):
-        load_checkpoint(model, checkpoint, map_location="cpu", logger="silent")
+    cli.load_weights(model, checkpoint, f"give the path of a .pth file, or {NO_CHECKPOINT} for initial weights")
     return model.eval()
+
+
+def load_grootv(cfg: Config, checkpoint: str, seed: int = 0) -> tuple[nn.Module, GrootV]:
+    """:func:`load_model` for a model with a GrootV backbone, which is returned too; any other model is an error."""
+    model = load_model(cfg, checkpoint, seed)
+    try:
+        return model, find_backbone(model)
+    except ValueError as error:
+        cli.fail(f"{cfg.filename}: {error}")

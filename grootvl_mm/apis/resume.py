@@ -1,8 +1,9 @@
-"""Finds the checkpoint from which an interrupted run goes on, and its seed."""
+"""Finds the checkpoint to resume from, and its seed."""
 
 import logging
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +16,39 @@ from grootvl_mm.utils.safe_checkpoints import CheckpointError, check_sums, read_
 def find_resumable_checkpoint(work_dir: str | Path) -> Path | None:
     """Return the newest complete training checkpoint of a work dir, or None if there is none.
 
-    mmengine writes checkpoints, and the file ``last_checkpoint`` after them, in place. A process
-    that is killed meanwhile leaves a cut-off file or a pointer that is empty or behind; so the
-    files themselves are looked at, and those that are not whole are passed over.
+    mmengine writes checkpoints in place, and then the file ``last_checkpoint``. A process that is killed meanwhile
+    leaves a truncated checkpoint, or an empty or outdated ``last_checkpoint``. So the checkpoints themselves are
+    checked, and incomplete ones are skipped.
 
     Args:
-        work_dir: Folder with ``iter_N.pth`` or ``epoch_N.pth`` and maybe ``last_checkpoint``,
-            whose target is considered too (``CheckpointHook`` may write to another folder).
+        work_dir: Folder with ``iter_N.pth`` or ``epoch_N.pth``. The checkpoint named in its ``last_checkpoint``, which
+            may be in another folder, is a candidate too.
     """
     work_dir = Path(work_dir)
     found = {*work_dir.glob("iter_*.pth"), *work_dir.glob("epoch_*.pth")}
-    pointer = work_dir / "last_checkpoint"
-    if pointer.is_file() and (target := pointer.read_text().strip()):
-        found.add(Path(target))
+    # A name that is cut off, or overwritten, may be of bytes that no file can have.
+    with suppress(OSError, ValueError):
+        target = Path((work_dir / "last_checkpoint").read_text().strip())
+        if target.is_file():
+            found.add(target)
     by_age = sorted((path for path in found if path.is_file()), key=lambda path: path.stat().st_mtime)
     return next((path for path in reversed(by_age) if _is_whole(path)), None)
 
 
 def _is_whole(path: Path) -> bool:
-    # A zip archive, torch.save's format, ends with its directory: a cut-off one is not recognized.
+    # torch.save writes a zip archive, whose directory is at its end: a truncated file is not recognized as one.
     if not zipfile.is_zipfile(path):
         return False
     try:
         check_sums(path)
     except CheckpointError as error:
-        print_log(f"{error}; an older one is taken.", "current", logging.WARNING)
+        print_log(f"{error}; trying an older one.", "current", logging.WARNING)
         return False
     return True
 
 
 def read_seed(checkpoint: str | Path) -> int | None:
-    """Return the seed of the run that wrote a training checkpoint, or None if the file does not tell.
+    """Return the seed of the run that wrote a training checkpoint, or None if the file does not hold it.
 
     Raises:
         CheckpointError: The file is damaged.
@@ -56,10 +59,10 @@ def read_seed(checkpoint: str | Path) -> int | None:
 
 
 def check_resumable(checkpoint: str | Path) -> None:
-    """Check that a training can go on from a file.
+    """Check that a training can be resumed from a file.
 
     Raises:
-        CheckpointError: The file is damaged, or no checkpoint of a training.
+        CheckpointError: The file is damaged or not a training checkpoint.
     """
     try:
         check_training_checkpoint(_read_mapped(checkpoint))
@@ -68,5 +71,5 @@ def check_resumable(checkpoint: str | Path) -> None:
 
 
 def _read_mapped(checkpoint: str | Path) -> dict[str, Any]:
-    # Memory-mapped: the weights stay on disk. Files of torch before 1.6 cannot be.
+    # Memory-mapped, so that the weights stay on disk; impossible for the format of torch before 1.6.
     return read_checkpoint(checkpoint, mmap=zipfile.is_zipfile(checkpoint))

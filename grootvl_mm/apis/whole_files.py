@@ -1,4 +1,4 @@
-"""Writes files whole or not at all, whatever ends the writing: an error, a full disk, Ctrl-C, SIGTERM."""
+"""Atomic file writing: complete or not at all, also on errors, a full disk, Ctrl-C and SIGTERM."""
 
 import os
 import signal
@@ -11,13 +11,13 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """A name to write to; the file gets its own name when all has gone well, and vanishes otherwise.
+    """Yield a temporary path to write to; on success it is renamed to ``path``, on failure removed.
 
     Args:
-        path: the file, in a folder that exists. The name to write to has the same suffix.
+        path: The file, in an existing folder. The temporary path has the same suffix.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: The file cannot be written.
     """
     path = Path(path)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
@@ -33,7 +33,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the lines below by an exception, so that they clean up; it ends a process at once otherwise."""
+    """Turn SIGTERM into ``SystemExit`` within the block, so that its cleanup runs."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -45,7 +45,7 @@ def exit_on_sigterm() -> Iterator[None]:
 
 
 def _write_through(path: Path) -> None:
-    """Have a file on the disk before it gets its name, so that a loss of power leaves the old file or the new one."""
+    """Flush a file to disk before it is renamed, so that a power loss leaves either the old file or the new one."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,10 +1,10 @@
-"""The configs of this package by name, for the inferencers and other APIs of the hosts.
+"""This package's configs by name, for the inferencers and other APIs of mmdet, mmseg and mmpretrain.
 
-mmdet and mmseg look a model name up in their own zoo only, so give them the path::
+mmdet and mmseg look up model names in their own zoo only, so pass the path::
 
     DetInferencer(config_file("mask-rcnn_grootv-tiny_fpn_1x_coco"), weights=FILE)
 
-mmpretrain knows further zoos once they are registered::
+mmpretrain accepts other zoos once they are registered::
 
     register_in_mmpretrain()
     get_model("grootv-tiny_8xb128_in1k", pretrained=FILE)
@@ -18,12 +18,12 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def model_names() -> list[str]:
-    """The names of all models, sorted; they are those of their config files."""
+    """The names of all models, sorted; a model is named after its config file."""
     return sorted(_configs())
 
 
 def config_file(name: str) -> str:
-    """Path of a model's config file.
+    """Return the path of a model's config file.
 
     Args:
         name: One of :func:`model_names`, for example ``grootv-tiny_8xb128_in1k``.
@@ -43,9 +43,9 @@ def config_file(name: str) -> str:
 
 
 def register_in_mmpretrain() -> None:
-    """Make ``get_model``, ``list_models`` and the inferencers of mmpretrain know our models by name.
+    """Add our models to the zoo of mmpretrain: ``get_model``, ``list_models`` and the inferencers.
 
-    It imports mmpretrain, which takes seconds; importing grootvl_mm does not. Calling it twice does no harm.
+    Importing mmpretrain takes seconds, so this is not done on ``import grootvl_mm``. Repeated calls are harmless.
     """
     from mmpretrain.apis import ModelHub
 
@@ -56,14 +56,14 @@ def register_in_mmpretrain() -> None:
 
 @cache
 def _configs() -> dict[str, Path]:
-    # Those of language models are recipes for tools/language, not for a Runner.
+    # The language configs are recipes for tools/language, not for a Runner.
     paths = (_folder() / "configs").glob("[!_]*/*.py")
     return {path.stem: path for path in paths if path.parent.name != "language"}
 
 
 def _folder() -> Path:
-    """Where ``configs`` and ``model-index.yml`` lie: in the installed package, or beside it in a checkout."""
+    """The folder of ``configs`` and ``model-index.yml``: in the installed package, or beside it in a checkout."""
     for folder in (PACKAGE / ".mim", PACKAGE.parent):
         if (folder / "model-index.yml").is_file():
             return folder
-    raise FileNotFoundError(f"no configs in {PACKAGE / '.mim'}; install grootvl_mm again (pip install .)")
+    raise FileNotFoundError(f"no configs in {PACKAGE / '.mim'}; reinstall grootvl_mm (pip install .)")

@@ -1,4 +1,4 @@
-"""Transforms for the data pipelines of the hosts."""
+"""Transforms for the data pipelines of mmdet, mmseg and mmpretrain."""
 
 from grootvl_mm.datasets.transforms import ToBGR
 

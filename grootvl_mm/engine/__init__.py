@@ -1,4 +1,4 @@
-"""What mmengine's Runner takes beside models: hooks, optimizer wrappers and their constructors, strategies."""
+"""Components for mmengine's Runner: hooks, optimizer wrappers and their constructors, strategies."""
 
 from grootvl_mm.engine.optimizers import CPUAmpOptimWrapper, LayerDecayOptimWrapperConstructor
 

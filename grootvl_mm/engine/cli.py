@@ -1,4 +1,4 @@
-"""Another name of :mod:`grootvl_mm.apis.cli`, which code written for version 0.1 imports."""
+"""Old import path of :mod:`grootvl_mm.apis.cli`."""
 
 from grootvl_mm.apis.cli import (
     add_config_arguments,

@@ -1,4 +1,4 @@
-"""GrootL, the language half of the paper: Mamba with a tree over the prompt, as models of Hugging Face's transformers.
+"""GrootL, the paper's language model: Mamba with a tree over the prompt, for Hugging Face's transformers.
 
 Importing the package registers ``model_type="grootl"`` with ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM``.
 """

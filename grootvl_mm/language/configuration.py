@@ -1,4 +1,4 @@
-"""The configuration of GrootL: Mamba's, and how the tree over the prompt is made and weighted."""
+"""The configuration of GrootL: Mamba's, plus the options of the tree over the prompt."""
 
 import math
 from typing import Any
@@ -13,26 +13,27 @@ PUBLISHED_SCALE = 0.3
 
 @strict
 class GrootLConfig(MambaConfig):
-    """Configuration of :class:`~grootvl_mm.language.GrootLModel`. Takes all arguments of ``MambaConfig`` as well.
+    """Configuration of :class:`~grootvl_mm.language.GrootLModel`; also accepts all arguments of ``MambaConfig``.
 
-    Checkpoints of Mamba load as they are: ``GrootLConfig.from_pretrained`` accepts the ``config.json`` of a Mamba.
+    Mamba checkpoints load unchanged: ``GrootLConfig.from_pretrained`` accepts the ``config.json`` of a Mamba model.
 
     Args:
-        tree: ``prompt``, as published: the state of a token is that of Mamba plus ``tree_scale`` times a sum along the
-            spanning tree of the prompt. ``causal`` is an extension of ours that the paper does not have: each token
-            continues the state of the most similar of the ``tree_reach`` tokens before it instead of that of the last
-            one, which is causal for every token and needs no prompt.
-        tree_scale: weight of the tree beside the chain of Mamba, 0.3 by default; with 0 the model is Mamba. For
-            ``tree='causal'`` there is no such sum, and it must be None.
-        tree_reach: how many tokens back an edge of the graph may lead, at least 1. With 1 the tree is the chain:
-            Mamba whose states are multiplied by ``1 + tree_scale`` (``tree='prompt'``), or Mamba (``tree='causal'``).
-        edge_decay: what a state is multiplied by on its way from a token to its parent in the tree. ``next``, as the
-            authors' code does it: the decay of the token that follows the child in the text, which on a chain is
-            Mamba's recurrence. ``own``, as algorithm 2 of the paper writes it: the decay of the child.
+        tree: ``prompt``, as published: the state of a token is Mamba's plus ``tree_scale`` times a sum along the
+            spanning tree of the prompt. ``causal``, our extension, which is not in the paper: each token continues the
+            state of the most similar of the previous ``tree_reach`` tokens instead of that of the last one, which is
+            causal for every token and needs no prompt.
+        tree_scale: Weight of the tree's sum; default: 0.3. With 0 the model is Mamba. Must be None for
+            ``tree='causal'``.
+        tree_reach: Maximum distance in tokens between the two ends of an edge of the graph, at least 1. With 1 the tree
+            is a chain: Mamba with its states multiplied by ``1 + tree_scale`` (``tree='prompt'``), or Mamba itself
+            (``tree='causal'``).
+        edge_decay: The factor on an edge of the tree. ``next``, as in the authors' code: the decay of the token that
+            follows the child in the text, which on a chain is Mamba's recurrence. ``own``, as in algorithm 2 of the
+            paper: the decay of the child.
 
     Raises:
-        ValueError: an unknown tree or edge decay, a reach below 1, a scale that is not finite, or a combination
-            without a meaning.
+        ValueError: ``tree`` or ``edge_decay`` is unknown, ``tree_reach`` is below 1, ``tree_scale`` is not finite, or
+            ``tree='causal'`` is combined with a ``tree_scale`` or another ``edge_decay`` than ``next``.
     """
 
     model_type = "grootl"
@@ -57,15 +58,13 @@ class GrootLConfig(MambaConfig):
         if self.tree_scale is not None and not math.isfinite(self.tree_scale):
             raise ValueError(f"tree_scale must be finite, got {self.tree_scale}")
         if self.tree == "causal" and self.tree_scale is not None:
-            raise ValueError(
-                f"tree='causal' replaces the chain and has no scale: tree_scale must be None, got {self.tree_scale}"
-            )
+            raise ValueError(f"tree='causal' has no scale: tree_scale must be None, got {self.tree_scale}")
         if self.tree == "causal" and self.edge_decay != "next":
-            raise ValueError(f"tree='causal' has no other edge_decay than next, got {self.edge_decay!r}")
+            raise ValueError(f"tree='causal' needs edge_decay='next', got {self.edge_decay!r}")
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict, dict]:
-        """The contents of ``config.json``; that of a Mamba is one of ours."""
+        """Read ``config.json``; that of a Mamba model is accepted, too."""
         config, kwargs = super().get_config_dict(*args, **kwargs)
         if config.get("model_type") == MambaConfig.model_type:
             config["model_type"] = cls.model_type

@@ -1,8 +1,8 @@
-"""Instruction data in Alpaca's format: records, prompts, token ids with masked prompts, and batches.
+"""Instruction data in Alpaca format: records, prompts, token ids with masked prompts, and batches.
 
-A file is a JSON list, or JSON Lines, of objects with the texts ``instruction``, ``output`` and maybe ``input``. The
-prompt is what a template makes of instruction and input; the answer is the output and the end-of-sequence token. Only
-the answer is trained, and the tree of GrootL spans the prompt only, so every example says how long its prompt is.
+A file is a JSON list, or JSON Lines, of objects with the strings ``instruction``, ``output`` and optionally ``input``.
+A template turns instruction and input into the prompt; the answer is the output and the end-of-sequence token. The loss
+covers the answer only, and GrootL's tree spans the prompt only, so every example includes the length of its prompt.
 """
 
 import json
@@ -16,19 +16,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label of what is not trained, as everywhere in transformers
-EXPECTED = "an object with the texts 'instruction', 'output' and maybe 'input'"
+from grootvl_mm.language.prompts import IGNORED
+
+EXPECTED = "an object with the strings 'instruction', 'output' and optionally 'input'"
 SHOWN = 80  # characters of a wrong value in a message
 
 logger = logging.getLogger(__name__)
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message says where it is, what came and what was expected."""
+    """Invalid data; the message says where, what was found and what was expected."""
 
 
 class Record(NamedTuple):
-    """One instruction with its answer."""
+    """An instruction with its answer."""
 
     instruction: str
     output: str
@@ -36,46 +37,46 @@ class Record(NamedTuple):
 
 
 class PromptTemplate(NamedTuple):
-    """How instruction and input become a prompt; the fields are format strings.
+    """Format strings that turn instruction and input into a prompt.
 
-    The default is that of the published GrootL: Alpaca's, without its preamble.
+    The default is the authors': Alpaca's template without its preamble.
     """
 
     with_input: str = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
     without_input: str = "### Instruction:\n{instruction}\n\n### Response:"
 
     def prompt(self, instruction: str, input: str = "") -> str:
-        """The prompt of an instruction and its input, which may be empty."""
+        """The prompt for an instruction and its optional input."""
         chosen = self.with_input if input else self.without_input
         try:
             return chosen.format(instruction=instruction, input=input)
         except (KeyError, IndexError) as error:
             raise DataError(
-                f"the template {_shown(chosen)} asks for {error}; expected no fields but {{instruction}} and {{input}}"
+                f"the template {_shown(chosen)} has the field {error}; only {{instruction}} and {{input}} are allowed"
             ) from None
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """Read a file in Alpaca's format.
+    """Read a file in Alpaca format.
 
     Args:
-        path: A JSON list, or JSON Lines if the name ends in ``.jsonl``. Further keys of a record are not looked at.
+        path: A JSON list, or JSON Lines if the name ends in ``.jsonl``. Other keys of a record are ignored.
 
     Raises:
-        DataError: The file is missing, empty or no JSON, or one of its records is not as described.
+        DataError: The file is missing, empty or not JSON, or a record is invalid.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not in UTF-8 ({error.reason} at byte {error.start})") from None
+        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     records = _json_lines(path, text) if path.suffix == ".jsonl" else _json(path, text)
     if not isinstance(records, list):
         raise DataError(f"{path} holds {_shown(records)}; expected a list, each item {EXPECTED}")
     if not records:
-        raise DataError(f"{path} holds no record; expected at least one, {EXPECTED}")
+        raise DataError(f"{path} has no records; expected at least one, {EXPECTED}")
     return [_checked(record, f"{path}, record {index}") for index, record in enumerate(records)]
 
 
@@ -85,8 +86,8 @@ def _json(path: Path, text: str, first_line: int = 1) -> Any:
     except json.JSONDecodeError as error:
         line = error.lineno + first_line - 1
         raise DataError(
-            f"{path}, line {line}, column {error.colno}: no valid JSON ({error.msg}); expected a list in Alpaca's "
-            "format, or one object a line in a file whose name ends in .jsonl"
+            f"{path}, line {line}, column {error.colno}: invalid JSON ({error.msg}); expected a list in Alpaca format, "
+            "or one object per line if the file name ends in .jsonl"
         ) from None
 
 
@@ -100,14 +101,14 @@ def _checked(record: Any, place: str) -> Record:
     for key in ("instruction", "output"):
         if key not in record:
             raise DataError(
-                f"{place} has no {key!r}, only {', '.join(map(repr, record)) or 'nothing'}; expected {EXPECTED}"
+                f"{place} has no {key!r}, found {', '.join(map(repr, record)) or 'nothing'}; expected {EXPECTED}"
             )
     found = Record(record["instruction"], record["output"], record.get("input") or "")
     for key, value in found._asdict().items():
         if not isinstance(value, str):
-            raise DataError(f"{place}: {key!r} is {_shown(value)}; expected a text")
+            raise DataError(f"{place}: {key!r} is {_shown(value)}; expected a string")
     if not found.instruction.strip():
-        raise DataError(f"{place}: 'instruction' is empty; expected what the model is asked")
+        raise DataError(f"{place}: 'instruction' is empty; expected a non-empty string")
     return found
 
 
@@ -117,7 +118,7 @@ def _shown(value: Any) -> str:
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of prompts: with what the tokenizer puts before a text, without the end that some put after it."""
+    """Token ids of prompts, with the tokenizer's beginning-of-sequence token but without its end-of-sequence token."""
     encoded = tokenizer(list(prompts), padding=False, truncation=False)["input_ids"]
     ends_by_itself = bool(tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id])
     return [ids[:-1] if ends_by_itself else ids for ids in encoded]
@@ -126,18 +127,18 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
 class InstructionDataset(Dataset):
     """Encoded records, each a dict of ``input_ids``, ``labels`` and ``prompt_length``.
 
-    Prompt and answer are encoded apart, so no token lies across their border, and a prompt has in training the ids that
-    it has in generation.
+    Prompt and answer are encoded separately, so that no token spans their boundary, and a prompt has the same ids in
+    training and generation.
 
     Args:
         records: See :func:`read_records`.
         tokenizer: Must have an end-of-sequence token.
-        max_length: Most tokens of an example.
-        template: Makes the prompts.
-        overlong: What happens to examples with more tokens. ``"cut_prompt"`` removes the beginning of the prompt and
-            never anything of the answer, ``"drop"`` leaves the example out, and ``"error"`` raises an error. How many
-            were cut or left out is logged.
-        source: Where the records come from, for messages.
+        max_length: Maximum number of tokens of an example.
+        template: Template of the prompts.
+        overlong: How to treat longer examples: ``"cut_prompt"`` truncates the beginning of the prompt but never the
+            answer, ``"drop"`` drops the example, and ``"error"`` raises an error. The numbers of truncated and dropped
+            examples are logged.
+        source: Name of the data in messages.
 
     Raises:
         DataError: The tokenizer has no end-of-sequence token, an example is too long (with ``"cut_prompt"``: its answer
@@ -155,7 +156,7 @@ class InstructionDataset(Dataset):
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise DataError(
-                "the tokenizer has no end-of-sequence token, without which no answer ends; set its eos_token"
+                "the tokenizer has no end-of-sequence token, so that no answer would end; set its eos_token"
             )
         if overlong not in ("cut_prompt", "drop", "error"):
             raise ValueError(f"overlong is {overlong!r}; expected 'cut_prompt', 'drop' or 'error'")
@@ -171,7 +172,7 @@ class InstructionDataset(Dataset):
             self._add(index, prompt, [*answer, tokenizer.eos_token_id])
         if self.num_cut or self.num_dropped:
             logger.warning(
-                "%s: of %d examples, %d lost the beginning of their prompt and %d were left out: at most %d tokens.",
+                "%s: of %d examples, %d were truncated and %d dropped, because of max_length=%d.",
                 *(source, len(records), self.num_cut, self.num_dropped, max_length),
             )
         if not self.examples:
@@ -180,7 +181,7 @@ class InstructionDataset(Dataset):
     def _add(self, index: int, prompt: list[int], answer: list[int]) -> None:
         place = f"{self.source}, record {index}"
         if not prompt:
-            raise DataError(f"{place}: the prompt has no token; expected at least one, from which the answer begins")
+            raise DataError(f"{place}: the prompt has no tokens; expected at least one")
         excess = len(prompt) + len(answer) - self.max_length
         if excess > 0:
             if self.overlong == "drop":
@@ -188,8 +189,8 @@ class InstructionDataset(Dataset):
                 return
             if self.overlong == "error" or excess >= len(prompt):
                 raise DataError(
-                    f"{place} has {len(prompt)} tokens of prompt and {len(answer)} of answer; expected at most "
-                    f"{self.max_length} together; raise max_length, or set overlong='drop' to leave such records out"
+                    f"{place} has {len(prompt)} prompt tokens and {len(answer)} answer tokens; expected at most "
+                    f"{self.max_length} in total; raise max_length, or set overlong='drop' to drop such records"
                 )
             prompt = prompt[excess:]
             self.num_cut += 1
@@ -206,11 +207,11 @@ class InstructionDataset(Dataset):
 
 
 class PromptCollator:
-    """Makes a batch of examples, padded to the longest.
+    """Collates examples into a batch, padded to the longest.
 
     Args:
-        pad_token_id: Any id: the attention mask tells padding from tokens, and its labels are ignored.
-        padding_side: Where the padding goes; results do not depend on it.
+        pad_token_id: Id of padding. Results do not depend on it, because padding is masked and its labels are ignored.
+        padding_side: Side of the padding; results do not depend on it.
     """
 
     def __init__(self, pad_token_id: int, padding_side: Literal["left", "right"] = "right") -> None:

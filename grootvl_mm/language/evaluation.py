@@ -1,6 +1,6 @@
-"""GrootL in lm-evaluation-harness: importing this module registers the model ``grootl``.
+"""GrootL for lm-evaluation-harness: importing this module registers the model ``grootl``.
 
-What the harness's own ``hf`` model lacks is the length of each prompt, along which the trees of GrootL are built::
+Unlike the harness's own ``hf`` model, it passes on the length of each prompt, over which GrootL builds its trees::
 
     lm_eval.simple_evaluate(model="grootl", model_args={"pretrained": FOLDER}, tasks=["piqa"])
 """
@@ -28,12 +28,12 @@ except ImportError as error:
         f"grootvl_mm.language.evaluation needs lm-eval ({error}); install it with: pip install lm-eval"
     ) from error
 
-RESERVED = ("dtype", "quantization_config")  # fields that are arguments of the harness, too
+RESERVED = ("dtype", "quantization_config")  # arguments of the harness that are also fields of the configuration
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, context ids, continuation ids
 
 
 class _Input(NamedTuple):
-    """What the model reads for a request."""
+    """The model's input for a request."""
 
     ids: tuple[int, ...]
     prompt_length: int
@@ -43,21 +43,21 @@ class _Input(NamedTuple):
 class GrootLLM(HFLM):
     """A GrootL model, or a Mamba model with GrootL's trees.
 
-    The context of a request is its prompt: along its tokens the trees are built. Scores do not depend on what shares a
-    batch. Rolling likelihoods have no prompt, so that no token sees a later one, and generation takes the whole context
-    as the prompt.
+    The context of a request is its prompt, over which the trees are built. Scores do not depend on the other requests
+    in a batch. Rolling log-likelihoods have no prompt, so that no token sees a later one; in generation, the whole
+    context is the prompt.
 
-    The arguments are those of the harness's ``hf`` model and the fields of
-    :class:`~grootvl_mm.language.GrootLConfig`. An adapter (``peft``) has the trees that it was trained with.
+    Accepts the arguments of the harness's ``hf`` model and the fields of
+    :class:`~grootvl_mm.language.GrootLConfig`. An adapter (``peft``) uses the trees that it was trained with.
     """
 
-    AUTO_MODEL_CLASS = GrootLForCausalLM  # also for the checkpoints of Mamba
+    AUTO_MODEL_CLASS = GrootLForCausalLM  # for Mamba checkpoints, too
 
     def __init__(self, pretrained: str | PreTrainedModel, backend: str = "causal", **settings: Any) -> None:
         super().__init__(pretrained, backend=backend, **settings)
 
     def _create_model(self, pretrained: str, peft: str | None = None, **kwargs: Any) -> None:
-        """Load the model. Other than the harness does, an adapter does not change the number of embeddings."""
+        """Load the model. Unlike in the harness, an adapter does not resize the embeddings."""
         fields = GrootLConfig().to_dict()
         settings = {name: kwargs.pop(name) for name in list(kwargs) if name in fields and name not in RESERVED}
         super()._create_model(pretrained, config=load_config(peft or pretrained, **settings), **kwargs)
@@ -70,20 +70,20 @@ class GrootLLM(HFLM):
         """Score continuations.
 
         Args:
-            requests: Where the texts are None, the request is a window of a rolling likelihood.
-            disable_tqdm: Show no progress.
+            requests: Texts, context ids and continuation ids; texts are None for windows of a rolling log-likelihood.
+            disable_tqdm: Hide the progress bar.
             override_bs: Batch size.
 
         Returns:
-            For each request the log-probability of its continuation, and whether greedy decoding would produce it.
+            For each request, the log-probability of its continuation, and whether greedy decoding would produce it.
 
         Raises:
-            ValueError: A continuation is empty, or has more tokens than the model may read.
+            ValueError: A continuation is empty or longer than ``max_length``.
         """
         waiting: dict[Any, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             model_input = self._input(request)
-            # Requests that differ in the last token only, such as single-token choices, share a pass.
+            # Requests that differ only in the last token, such as single-token choices, share a forward pass.
             waiting[model_input if self.logits_cache else (*model_input, index)].append(index)
         order = sorted(waiting, key=lambda key: -len(key[0]))
         size = self._size_of_batches(requests, override_bs)
@@ -108,8 +108,7 @@ class GrootLLM(HFLM):
         text, context, continuation = request
         if not 0 < len(continuation) <= self.max_length:
             raise ValueError(
-                f"the continuation of {text} has {len(continuation)} tokens; expected 1 to {self.max_length}, the most "
-                "that the model reads at once (max_length)"
+                f"the continuation of {text} has {len(continuation)} tokens; expected 1 to max_length={self.max_length}"
             )
         ids = (context + continuation)[:-1]
         cut = max(0, len(ids) - self.max_length)
@@ -124,7 +123,7 @@ class GrootLLM(HFLM):
         return self._detect_batch_size([longest])
 
     def _logits(self, inputs: Sequence[_Input]) -> Tensor:
-        """Logits of inputs of different lengths, padded on the right, (B, L, V)."""
+        """Logits (B, L, V) of inputs of different lengths, padded on the right."""
         length = max(len(model_input.ids) for model_input in inputs)
         ids = torch.zeros(len(inputs), length, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -141,14 +140,14 @@ class GrootLLM(HFLM):
             ).logits
 
     def _score(self, logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
-        """Log-probability of the continuation, which the last logits of an input predict, and whether it is greedy."""
+        """Log-probability of the continuation, given the logits of its input, and whether it is the greedy one."""
         log_probs = F.log_softmax(logits[-len(continuation) :], dim=-1, dtype=self.softmax_dtype)
         targets = torch.tensor(continuation, device=logits.device)
         total = log_probs.gather(-1, targets[:, None]).sum()
         return float(total), bool((log_probs.argmax(dim=-1) == targets).all())
 
     def _detect_batch_size(self, requests: Sequence[Request] | None = None, pos: int = 0) -> int:
-        """Find the batch size by inputs that are prompts as a whole, which take the most memory."""
+        """Find the batch size with inputs that are entirely prompts, which need the most memory."""
         with self._as_prompts():
             return super()._detect_batch_size(requests, pos)
 

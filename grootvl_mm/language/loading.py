@@ -1,4 +1,4 @@
-"""Loads what fine-tuning leaves: a model, or an adapter with the model that it belongs to."""
+"""Loads the results of fine-tuning: a model, or an adapter with its base model."""
 
 import json
 from pathlib import Path
@@ -13,27 +13,27 @@ ADAPTER = "adapter_config.json"
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a folder holds an adapter instead of a model."""
+    """Whether a folder holds an adapter rather than a model."""
     return (Path(path) / ADAPTER).is_file()
 
 
 def base_of(adapter: str | Path) -> str:
-    """Folder or hub name of the model that an adapter was trained for."""
+    """Folder or hub name of an adapter's base model."""
     return json.loads((Path(adapter) / ADAPTER).read_text())["base_model_name_or_path"]
 
 
 def load_config(path: str | Path, **settings: Any) -> GrootLConfig:
-    """The configuration of a GrootL or Mamba model with some fields changed, and checked as a whole.
+    """Load the configuration of a GrootL or Mamba model and change some of its fields.
 
     Args:
         path: Folder or hub name of a model, or folder of an adapter.
-        **settings: Fields of :class:`~grootvl_mm.language.GrootLConfig`.
+        **settings: Fields of :class:`~grootvl_mm.language.GrootLConfig` to change.
 
     Raises:
-        TypeError: A setting is no such field.
-        ValueError: The settings do not go together.
+        TypeError: A setting is not a field of the configuration.
+        ValueError: The settings are inconsistent.
     """
-    # An adapter keeps the configuration with which it was trained: that of its base may be a Mamba's, without trees.
+    # An adapter is stored with the configuration that it was trained with; its base may be a Mamba, without trees.
     if is_adapter(path) and not (Path(path) / "config.json").is_file():
         path = base_of(path)
     config = GrootLConfig.from_pretrained(path)
@@ -41,7 +41,7 @@ def load_config(path: str | Path, **settings: Any) -> GrootLConfig:
         return config
     fields = config.to_dict()
     if unknown := sorted(settings.keys() - fields.keys()):
-        raise TypeError(f"{', '.join(map(repr, unknown))}: no fields of GrootLConfig")
+        raise TypeError(f"GrootLConfig has no field {', '.join(map(repr, unknown))}")
     name = config.name_or_path
     config = GrootLConfig(**{**fields, **settings})
     config.name_or_path = name
@@ -49,11 +49,11 @@ def load_config(path: str | Path, **settings: Any) -> GrootLConfig:
 
 
 def load_model(path: str | Path, base: str | None = None, **settings: Any) -> PreTrainedModel:
-    """Load a model, or an adapter upon its model, for evaluation.
+    """Load a model, or an adapter with its base model, in evaluation mode.
 
     Args:
         path: Folder or hub name of a GrootL or Mamba model, or folder of an adapter.
-        base: Model of the adapter, if it has moved since.
+        base: Base model of the adapter, if it is not where it was in training.
         **settings: Fields of :class:`~grootvl_mm.language.GrootLConfig` to change, such as ``tree_scale``.
     """
     config = load_config(path, **settings)
@@ -66,9 +66,9 @@ def load_model(path: str | Path, base: str | None = None, **settings: Any) -> Pr
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or adapter; it pads with its end-of-sequence token if it has no token for that.
+    """Load the tokenizer of a model or adapter; without a padding token, it pads with the end-of-sequence token.
 
-    The attention mask and the labels tell padding from the end of a text, so the embedding needs no further row.
+    The attention mask and the labels distinguish padding from the end of a text, so no new embedding is needed.
     """
     if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
         path = base_of(path)

@@ -1,4 +1,4 @@
-"""Fine-tuning GrootL by LoRA with peft: which modules get adapters, and a merge that keeps what was trained."""
+"""LoRA fine-tuning of GrootL with peft: target modules, and a merge that is correct for tied embeddings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,43 +19,43 @@ TARGETS = {
 
 
 def lora_config(targets: str | Sequence[str] = "default", **options: Any) -> LoraConfig:
-    """Settings of LoRA for GrootL: rank 8, alpha 16 and no dropout, as the paper trains it.
+    """The paper's LoRA settings: rank 8, alpha 16 and no dropout.
 
     Args:
-        targets: ``default``, all projections; ``published``, also the embeddings, as the authors do it; or names of
-            modules. The head shares the weights of the embeddings, but not their adapters: a model that is trained
-            with adapted embeddings has other weights in its head than in its embeddings, see :func:`merge_lora`.
-        **options: of ``peft.LoraConfig``.
+        targets: ``default``, all projections; ``published``, also the embeddings, as in the authors' code; or names of
+            modules. The head is tied to the embeddings but not to their adapters, so that after training with adapted
+            embeddings, the weights of head and embeddings differ, see :func:`merge_lora`.
+        **options: Arguments of ``peft.LoraConfig``.
 
     Raises:
-        ValueError: unknown targets.
+        ValueError: ``targets`` is an unknown name.
     """
     if isinstance(targets, str):
         if targets not in TARGETS:
-            raise ValueError(f"targets must be one of {', '.join(TARGETS)} or names of modules, got {targets!r}")
+            raise ValueError(f"targets must be one of {', '.join(TARGETS)}, or a list of module names, got {targets!r}")
         targets = TARGETS[targets]
     recipe = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "task_type": TaskType.CAUSAL_LM}
     return LoraConfig(target_modules=list(targets), **(recipe | options))
 
 
 def add_lora(model: PreTrainedModel, targets: str | Sequence[str] = "default", **options: Any) -> PeftModel:
-    """The model with fresh adapters, which alone are trained; arguments as for :func:`lora_config`."""
+    """Add adapters to a model and freeze all other parameters; for the arguments, see :func:`lora_config`."""
     return get_peft_model(model, lora_config(targets, **options))
 
 
 def merge_lora(model: PeftModel) -> PreTrainedModel:
-    """The model without adapters, whose weights contain them; it gives the same logits.
+    """Merge the adapters into the weights; the logits stay the same.
 
-    ``merge_and_unload`` of peft does not where the embeddings are adapted: it changes the weights in place, and with
-    them those of the head, which shares them and was trained without that change. Here the head first gets weights of
-    its own, and ``config.tie_word_embeddings`` becomes False, so that the model also stays as it is when it is saved
-    and loaded again. Weights that no adapter changes remain shared.
+    peft's ``merge_and_unload`` changes the logits if the embeddings are adapted: it modifies their weights in place,
+    and with them the tied head, which was trained without the adapter. Here, the head is untied first and
+    ``config.tie_word_embeddings`` set to False, so that the model is also the same after saving and loading. Weights
+    without adapters stay tied.
 
     Args:
-        model: with adapters; it is used up.
+        model: A model with adapters; do not use it afterwards.
 
     Raises:
-        TypeError: a model without adapters.
+        TypeError: The model has no adapters.
     """
     if not isinstance(model, PeftModel):
         raise TypeError(f"model must be a peft.PeftModel, got {type(model).__name__}")
@@ -73,5 +73,5 @@ def merge_lora(model: PeftModel) -> PreTrainedModel:
 
 
 def _base_layer(module: nn.Module) -> nn.Module:
-    """The layer below the adapters of peft."""
+    """The layer inside peft's adapters."""
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module

@@ -1,4 +1,4 @@
-"""The token mixer of GrootL: Mamba's, with a tree of the tokens (section 3.3 and algorithm 2 of the paper)."""
+"""The token mixer of GrootL: Mamba's with a tree over the tokens (section 3.3 and algorithm 2 of the paper)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from grootvl_mm.ops import Tree, graph_tree, sequence_edge_weight, sequence_edge
 class GrootLMixer(MambaMixer):
     """Selective state space model along the tree of the prompt.
 
-    It has the parameters of ``MambaMixer`` and no other. All of its projections are called as modules and none of its
-    kernels reads their weights, so that adapters, hooks and quantized layers act, whatever is installed. From the step
-    sizes to the output of the scan everything is computed in float32 (float64 for float64 activations).
+    It has exactly the parameters of ``MambaMixer``. All projections are called as modules, so that adapters, hooks and
+    quantized layers work. Step sizes and scan are computed in float32 (float64 for float64 activations).
     """
 
     def forward(
@@ -32,12 +31,12 @@ class GrootLMixer(MambaMixer):
 
         Args:
             hidden_states: (B, L, hidden size).
-            cache: what the tokens before have left; it is given what these tokens leave.
-            attention_mask: (B, L), 0 for padding, which changes nothing for the other tokens.
-            prompts: of the samples, whose tokens see each other; None where every token sees those before it only.
+            cache: States of the previous tokens; updated in place.
+            attention_mask: (B, L), 0 for padding, which does not affect the other tokens.
+            prompts: The prompts, whose tokens see each other; None if every token only sees previous ones.
 
         Returns:
-            (B, L, hidden size), and the trees along which was scanned; None where they are the chain.
+            (B, L, hidden size), and the trees of the scan, or None if they are chains.
         """
         valid = None if attention_mask is None else attention_mask.unsqueeze(-1) != 0
         u, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
@@ -57,7 +56,7 @@ class GrootLMixer(MambaMixer):
         return self.out_proj(y.to(gate.dtype)), tree
 
     def convolve(self, u: Tensor, cache: Cache | None, valid: Tensor | None) -> Tensor:
-        """The causal convolution and its activation, (B, L, D), continued from the cache."""
+        """Causal convolution and activation, (B, L, D), continued from the cache."""
         u = u.transpose(1, 2)
         length = u.shape[2]
         if cache is None:
@@ -72,7 +71,7 @@ class GrootLMixer(MambaMixer):
     def scan_prompt_tree(
         self, u: Tensor, delta: Tensor, b: Tensor, c: Tensor, cache: Cache | None, prompts: Prompts | None
     ) -> tuple[Tensor, Tree | None]:
-        """``y = C (h + scale g)`` with the chain h and the tree g."""
+        """``y = C (h + scale g)`` with the states h of the chain and g of the tree."""
         config = self.config
         tree = None
         if prompts is not None and config.tree_scale != 0:
@@ -87,9 +86,10 @@ class GrootLMixer(MambaMixer):
     def scan_causal_tree(
         self, u: Tensor, delta: Tensor, b: Tensor, c: Tensor, cache: Cache | None, valid: Tensor | None
     ) -> tuple[Tensor, Tree]:
-        """``y = C h`` with h along the causal tree.
+        """``y = C h`` with the states h of the causal tree.
 
-        The cache keeps the states and features of the last tokens, which may be parents, and the tree begins with them.
+        The cache holds the states and features of the last tokens, which are possible parents; the tree starts with
+        them.
         """
         reach = self.config.tree_reach
         features = torch.cat([delta * u, b], -1)
@@ -111,15 +111,16 @@ class GrootLMixer(MambaMixer):
         return y, tree
 
     def decay_rate(self, like: Tensor) -> Tensor:
-        """The state matrix, (D, N), all of it negative."""
+        """The state matrix A, (D, N), negative."""
         return -torch.exp(self.A_log.to(like.dtype))
 
     def build_prompt_tree(self, features: tuple[Tensor, Tensor], prompts: Prompts) -> Tree:
-        """The minimum spanning tree of the tokens up to the end of the longest prompt, the last of them as root.
+        """The minimum spanning tree of the tokens up to the end of the longest prompt; its root is the last of them.
 
         Args:
-            features: ``delta u`` (B, L, D) and ``B`` (B, L, N), whose outer product is what a token brings.
-            prompts: within which tokens up to ``tree_reach`` apart are neighbours; elsewhere the tree is the chain.
+            features: ``delta u`` (B, L, D) and ``B`` (B, L, N), whose outer product is the input of a token.
+            prompts: The prompts; inside them, tokens up to ``tree_reach`` apart are neighbours, elsewhere the tree is a
+                chain.
         """
         reach, end = self.config.tree_reach, prompts.end
         features = tuple(feature[:, :end].detach() for feature in features)
@@ -127,10 +128,11 @@ class GrootLMixer(MambaMixer):
         return graph_tree(sequence_edges(end, reach, weight.device), weight, end, root=end - 1)
 
     def build_causal_tree(self, features: tuple[Tensor, Tensor]) -> Tree:
-        """Each token below the most similar one of those before it; of equals below the nearest. The first is the root.
+        """The parent of each token is the most similar previous one, or the nearest of several; the first is the root.
 
         Args:
-            features: as above. Tokens without any, such as padding, are nobody's parent if there is another.
+            features: See :meth:`build_prompt_tree`. Tokens with zero features, such as padding, are parents only if
+                there is no other candidate.
         """
         batch, length, _ = features[0].shape
         reach, device = self.config.tree_reach, features[0].device
@@ -146,7 +148,7 @@ class GrootLMixer(MambaMixer):
 
 
 def _last_tokens(u: Tensor, valid: Tensor | None, number: int) -> Tensor:
-    """The last tokens, without padding on the right, (B, number); -1 is the one before ``u``."""
+    """Indices of the last tokens before the padding on the right, (B, number); -1 is the token before ``u``."""
     batch, length, _ = u.shape
     end = torch.full((batch, 1), length, device=u.device)
     if valid is not None:
@@ -155,5 +157,5 @@ def _last_tokens(u: Tensor, valid: Tensor | None, number: int) -> Tensor:
 
 
 def _clear(values: Tensor, valid: Tensor | None) -> Tensor:
-    """Zeros for padding."""
+    """Set padding to zero."""
     return values if valid is None else values.masked_fill(~valid, 0)

@@ -1,4 +1,4 @@
-"""GrootL: Mamba with a tree over the prompt, as a language model of Hugging Face's transformers."""
+"""GrootL: Mamba with a tree over the prompt, as a language model for Hugging Face's transformers."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from grootvl_mm.ops import Tree
 
 @dataclass
 class GrootLModelOutput(MambaOutput):
-    """Mamba's, and with ``output_trees`` the trees of each layer, None where they are the chain."""
+    """Mamba's output, and with ``output_trees`` the trees of each layer, None for chains."""
 
     trees: tuple[Tree | None, ...] | None = None
 
 
 @dataclass
 class GrootLCausalLMOutput(MambaCausalLMOutput):
-    """Mamba's, and with ``output_trees`` the trees of each layer, None where they are the chain."""
+    """Mamba's output, and with ``output_trees`` the trees of each layer, None for chains."""
 
     trees: tuple[Tree | None, ...] | None = None
 
@@ -66,7 +66,7 @@ class GrootLBlock(GradientCheckpointingLayer):
 
 
 class GrootLPreTrainedModel(MambaPreTrainedModel):
-    """What all GrootL models share: initialization, saving and loading, as for Mamba."""
+    """Base class: initialization, saving and loading as in Mamba."""
 
     config: GrootLConfig
     config_class = GrootLConfig
@@ -74,7 +74,7 @@ class GrootLPreTrainedModel(MambaPreTrainedModel):
 
 
 class GrootLModel(GrootLPreTrainedModel):
-    """The model without its head. Parameters have the names of Mamba's, whose checkpoints load as they are."""
+    """GrootL without a head. Parameters are named as in Mamba, so Mamba checkpoints load unchanged."""
 
     def __init__(self, config: GrootLConfig) -> None:
         super().__init__(config)
@@ -109,20 +109,20 @@ class GrootLModel(GrootLPreTrainedModel):
 
         Args:
             input_ids: (B, L) int64; either these or ``inputs_embeds``.
-            attention_mask: (B, L), 0 for padding, on either side; beside a cache, also that of all tokens so far.
+            attention_mask: (B, L), 0 for padding on either side; with a cache, it may also cover all previous tokens.
             inputs_embeds: (B, L, hidden size).
-            prompt_lengths: (B,), the number of tokens of each sample, counted from its first one that is no padding,
-                that see each other, also later ones. By default 0: no token sees a later one.
-            cache: the ``cache`` of an earlier output, to continue from; it is changed. A prompt belongs to the call
-                that begins a text, so ``prompt_lengths`` must be 0 then.
-            use_cache: return a cache; by default ``config.use_cache`` in evaluation, not in training.
-            output_hidden_states: return those before each layer, and the last.
-            output_trees: return the trees of each layer.
-            return_dict: return an output object (default) or a tuple.
+            prompt_lengths: (B,), length of each sample's prompt, which starts at its first non-padding token and whose
+                tokens also see later ones of the prompt. Default: 0, no token sees a later one.
+            cache: The ``cache`` of an earlier output, to continue from; updated in place. Only the first call of a text
+                has a prompt, so ``prompt_lengths`` must be 0 here.
+            use_cache: Return a cache; default: ``config.use_cache`` in evaluation, False in training.
+            output_hidden_states: Return the hidden states before each layer and the last ones.
+            output_trees: Return the trees of each layer.
+            return_dict: Return an output object (default) or a tuple.
 
         Raises:
-            ValueError: both of ``input_ids`` and ``inputs_embeds`` or neither; prompts or a mask that do not fit the
-                tokens.
+            ValueError: Both or neither of ``input_ids`` and ``inputs_embeds`` are given, or ``prompt_lengths`` or
+                ``attention_mask`` do not match the tokens.
         """
         config = self.config
         if output_hidden_states is None:
@@ -132,7 +132,7 @@ class GrootLModel(GrootLPreTrainedModel):
         if return_dict is None:
             return_dict = config.return_dict
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass either input_ids or inputs_embeds, and not both")
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if self.gradient_checkpointing and self.training:
             use_cache = False
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -150,7 +150,7 @@ class GrootLModel(GrootLPreTrainedModel):
         prompts = self._prompts(prompt_lengths, hidden_states, attention_mask, is_continued)
         order = None
         if is_continued and attention_mask is not None:
-            # Nothing may stand between the tokens and those before them: padding goes to the right.
+            # New tokens must directly follow the previous ones, so move the padding to the right.
             attention_mask, order = attention_mask.ne(0).sort(dim=1, descending=True, stable=True)
             hidden_states = take_tokens(hidden_states, order)
 
@@ -186,14 +186,14 @@ class GrootLModel(GrootLPreTrainedModel):
         attention_mask: Tensor | None,
         is_continued: bool,
     ) -> Prompts | None:
-        """The prompts if any of them has a tree that differs from the chain."""
+        """Locate the prompts; None if no tree differs from the chain."""
         if prompt_lengths is None:
             return None
         prompts = locate_prompts(prompt_lengths, hidden_states, attention_mask)
         if is_continued and prompts.end:
             raise ValueError(
-                f"a prompt begins its text, and the cache holds earlier tokens: prompt_lengths must be 0 or None here, "
-                f"got {prompts.length.tolist()}"
+                "with a cache of earlier tokens there is no prompt: prompt_lengths must be 0 or None, got "
+                f"{prompts.length.tolist()}"
             )
         has_tree = prompts.end > 0 and self.config.tree == "prompt"
         if self.config.edge_decay == "next":
@@ -202,13 +202,13 @@ class GrootLModel(GrootLPreTrainedModel):
 
 
 def _rename_embeddings(state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """The first checkpoints of Mamba have embeddings without the plural."""
+    """Old Mamba checkpoints name the embeddings ``embedding``."""
     if (old := f"{prefix}embedding.weight") in state_dict:
         state_dict[f"{prefix}embeddings.weight"] = state_dict.pop(old)
 
 
 class GrootLForCausalLM(GrootLPreTrainedModel, GenerationMixin):
-    """The model with a head that predicts the next token, whose weights are those of the embeddings by default."""
+    """GrootL with a language modeling head, tied to the embeddings by default."""
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
 
@@ -245,19 +245,19 @@ class GrootLForCausalLM(GrootLPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, L) int64; either these or ``inputs_embeds``.
-            attention_mask: (B, L), 0 for padding, on either side; beside a cache, also that of all tokens so far.
+            attention_mask: (B, L), 0 for padding on either side; with a cache, it may also cover all previous tokens.
             inputs_embeds: (B, L, hidden size).
-            prompt_lengths: (B,), see :class:`GrootLModel`. Logits within a prompt have seen the tokens that they
-                predict, up to its last token, from which on they are as causal as any language model's. By default
-                the tokens before the first one with a label, and without labels 0: strictly causal.
-            labels: (B, L), the tokens themselves, or -100 for those without loss. They are shifted here.
-            cache: the ``cache`` of an earlier output, to continue from; it is changed.
-            use_cache: return a cache; by default ``config.use_cache`` in evaluation, not in training.
-            output_hidden_states: return those before each layer, and the last.
-            output_trees: return the trees of each layer.
-            return_dict: return an output object (default) or a tuple.
-            logits_to_keep: compute only that many of the last logits, or those at these positions; 0 for all.
-            **kwargs: for the loss, such as ``num_items_in_batch``.
+            prompt_lengths: (B,), see :class:`GrootLModel`. Logits inside a prompt have seen the tokens that they
+                predict; from the last token of the prompt on, they are causal. Default: the tokens before the first one
+                with a label, or 0 (strictly causal) without labels.
+            labels: (B, L), the token ids, or -100 for tokens without loss. They are shifted internally.
+            cache: The ``cache`` of an earlier output, to continue from; updated in place.
+            use_cache: Return a cache; default: ``config.use_cache`` in evaluation, False in training.
+            output_hidden_states: Return the hidden states before each layer and the last ones.
+            output_trees: Return the trees of each layer.
+            return_dict: Return an output object (default) or a tuple.
+            logits_to_keep: Compute only this many of the last logits, or those at these positions; 0 for all.
+            **kwargs: Arguments of the loss, such as ``num_items_in_batch``.
         """
         if return_dict is None:
             return_dict = self.config.return_dict
@@ -286,19 +286,18 @@ class GrootLForCausalLM(GrootLPreTrainedModel, GenerationMixin):
         return output if return_dict else output.to_tuple()
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Generate text; the whole input is the prompt unless ``prompt_lengths`` says otherwise.
+        """Generate text, see ``GenerationMixin.generate``.
 
-        See ``GenerationMixin.generate``. With a ``cache`` that holds earlier tokens the input continues these, and has
-        no prompt.
+        By default the whole input is the prompt, unless it continues earlier tokens in a ``cache``.
         """
         if kwargs.get("prompt_lengths") is None:
             kwargs["prompt_lengths"] = self._input_lengths(inputs, kwargs)
-        elif not isinstance(kwargs["prompt_lengths"], Tensor):  # so that beams get theirs
+        elif not isinstance(kwargs["prompt_lengths"], Tensor):  # generate() expands tensors to the number of beams
             kwargs["prompt_lengths"] = torch.as_tensor(kwargs["prompt_lengths"])
         return super().generate(inputs, *args, **kwargs)
 
     def _input_lengths(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
-        """The number of tokens of each sample that is to be continued."""
+        """The number of tokens of each input sample, or None if they continue a cache."""
         given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         given = next((value for value in given if value is not None), None)
         cache = kwargs.get("cache")
@@ -306,7 +305,7 @@ class GrootLForCausalLM(GrootLPreTrainedModel, GenerationMixin):
             return None
         mask = kwargs.get("attention_mask")
         if mask is None and given.dim() == 2:
-            # generate() takes padding tokens for padding, unless they end texts as well.
+            # As in generate(): padding tokens are padding unless they are also end-of-sequence tokens.
             settings = kwargs.get("generation_config") or self.generation_config
             padding, end = (kwargs.get(name, getattr(settings, name)) for name in ("pad_token_id", "eos_token_id"))
             if padding is not None and padding not in (end if isinstance(end, list) else [end]):
@@ -323,7 +322,7 @@ class GrootLForCausalLM(GrootLPreTrainedModel, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The arguments of the next call: a prompt belongs to the first one, and to all where there is no cache."""
+        """The arguments of the next forward pass; the prompt is passed to the first one, or to all without a cache."""
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             cache=cache,
@@ -335,5 +334,5 @@ class GrootLForCausalLM(GrootLPreTrainedModel, GenerationMixin):
         if cache is None or not cache.has_previous_state():
             inputs["prompt_lengths"] = prompt_lengths
         elif not is_first_iteration:
-            inputs["attention_mask"] = None  # nothing that is generated is padding
+            inputs["attention_mask"] = None  # generated tokens are not padding
         return inputs

@@ -1,4 +1,4 @@
-"""Where the prompts of a batch lie: the tokens that may see each other, whatever their order in the text."""
+"""Locates the prompts of a batch: the tokens that see each other regardless of their order."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-"""The label of tokens without loss, in all of transformers."""
+"""The label of tokens without loss, as in transformers."""
 
 
 class Prompts(NamedTuple):
     """The prompt of each sample of a batch.
 
     Attributes:
-        start: (B,) int64, the first token that is no padding.
-        length: (B,) int64, the number of prompt tokens, which follow ``start`` without a gap.
-        end: the end of the last prompt, which no tree reaches beyond.
+        start: (B,) int64, index of the first non-padding token, where the prompt starts.
+        length: (B,) int64, number of prompt tokens.
+        end: Maximum end of the prompts (exclusive), where the trees end.
     """
 
     start: Tensor
@@ -25,14 +25,14 @@ class Prompts(NamedTuple):
 
 
 def prompt_lengths_of_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """How many tokens each sample has before the first one with a loss: its prompt.
+    """Count the tokens of each sample before its first one with a loss, i.e. its prompt.
 
     Args:
         labels: (B, L), -100 for tokens without loss.
-        attention_mask: (B, L), 0 for padding, which is not counted, on either side.
+        attention_mask: (B, L), 0 for padding on either side, which is not counted.
 
     Returns:
-        (B,) int64. Samples without any loss are prompts as a whole.
+        (B,) int64. Samples without any loss are entirely prompts.
     """
     is_token = _is_token(labels, attention_mask)
     has_begun = (is_token & (labels != IGNORED)).cumsum(1) > 0
@@ -44,16 +44,16 @@ def locate_prompts(
     tokens: Tensor,
     attention_mask: Tensor | None = None,
 ) -> Prompts:
-    """The prompts of given lengths, each from the first token of its sample that is no padding.
+    """Locate prompts of given lengths, which start at the first non-padding token of their samples.
 
     Args:
-        prompt_lengths: (B,) integers, 0 for samples without prompt.
-        tokens: (B, L, ...), for its shape and device.
+        prompt_lengths: (B,) integers, 0 for samples without a prompt.
+        tokens: (B, L, ...), of which shape and device are used.
         attention_mask: (B, L), 0 for padding.
 
     Raises:
-        TypeError: lengths that are no integers.
-        ValueError: not one length for each sample, or one that is negative or exceeds the tokens of its sample.
+        TypeError: The lengths are not integers.
+        ValueError: There is not one length per sample, or a length is negative or exceeds the tokens of its sample.
     """
     batch = tokens.shape[0]
     lengths = torch.as_tensor(prompt_lengths)
@@ -70,9 +70,9 @@ def locate_prompts(
     if len(wrong):
         sample = int(wrong[0])
         raise ValueError(
-            f"prompt_lengths must be between 0 and the number of tokens of each sample without padding, got "
-            f"{int(lengths[sample])} for sample {sample} with {int(available[sample])} tokens. A prompt must be passed "
-            "in one call and be cut where its tokens are cut"
+            "prompt_lengths must be between 0 and the number of non-padding tokens of each sample, got "
+            f"{int(lengths[sample])} for sample {sample} with {int(available[sample])} tokens; pass a prompt in a "
+            "single call, and adapt its length if you truncate its tokens"
         )
     start = is_token.int().argmax(1)  # the first of the greatest
     end = int(torch.where(lengths > 0, start + lengths, 0).max()) if batch else 0

@@ -1,4 +1,4 @@
-"""The selective scan of GrootL: the chain of Mamba, and what a tree of the tokens adds to it or makes of it.
+"""The selective scan of GrootL: Mamba's chain with an additional tree over the prompt, or a causal tree instead.
 
 With decay ``A_t = exp(A delta_t)`` and input ``x_t = delta_t u_t B_t``, each (D, N) for every token:
 
@@ -7,8 +7,8 @@ With decay ``A_t = exp(A delta_t)`` and input ``x_t = delta_t u_t B_t``, each (D
 - state:  ``s_t = h_t + scale g_t``;
 - output: ``y_t = C_t s_t``, summed over the N states.
 
-Behind the prompt the tree is the chain, so ``s_t = A_t s_{t-1} + (1 + scale) x_t``: one state is all that decoding
-needs, and the tree is made of prompt tokens only.
+After the prompt the tree is a chain, so ``s_t = A_t s_{t-1} + (1 + scale) x_t``: decoding needs a single state, and the
+tree only has to span the prompt.
 """
 
 from typing import NamedTuple
@@ -19,18 +19,17 @@ from torch.utils.checkpoint import checkpoint
 
 from grootvl_mm.ops import Tree, tree_scan
 
-# How many numbers (B x L x D x N) are scanned at once: on the CPU, those of several tensors should stay in its cache
-# together; a GPU wants to be filled.
+# Maximum size (B x L x D x N) of a scan: several such tensors should fit into a CPU's cache, or fill a GPU.
 _NUMBERS_AT_ONCE = {"cpu": 1 << 20}
 _NUMBERS_AT_ONCE_ELSEWHERE = 1 << 26
 
 
 class PromptTree(NamedTuple):
-    """The chain, and the tree of the prompt beside it.
+    """The chain plus the tree of the prompt.
 
     Attributes:
-        tree: of the first T tokens, with the last of them as root; None where it is the chain.
-        scale: of the tree.
+        tree: Tree of the first T tokens, whose root is the last of them; None for a chain.
+        scale: Weight of the tree.
         edge_decay: ``next`` as above, or ``own``: ``g_t = x_t + sum_c A_c g_c``.
     """
 
@@ -39,7 +38,7 @@ class PromptTree(NamedTuple):
     edge_decay: str
 
     def states(self, x: Tensor, decay: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``s`` of all tokens, (B, L, C), and what the next token needs, (B, K, C)."""
+        """``s`` of all tokens, (B, L, C), and the state for the next token, (B, K, C)."""
         return (self._own if self.edge_decay == "own" else self._next)(x, decay, state)
 
     def _next(self, x: Tensor, decay: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -57,7 +56,7 @@ class PromptTree(NamedTuple):
         return s, s[:, -1:]
 
     def _own(self, x: Tensor, decay: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """On a chain this is not Mamba's recurrence, so two states go on: ``h_t`` and ``A_t g_t``."""
+        """On a chain, ``g`` does not follow Mamba's recurrence, so there are two states: ``h_t`` and ``A_t g_t``."""
         h = chain_scan(x, decay, None if state is None else decay[:, 0] * state[:, 0])
         if self.tree is None:
             g = chain_scan(x, decay.roll(1, 1), None if state is None else state[:, 1])
@@ -71,18 +70,18 @@ class PromptTree(NamedTuple):
 
 
 class CausalTree(NamedTuple):
-    """``h_t = x_t + A_t h_{parent(t)}``, where parents stand before their children in the text.
+    """``h_t = x_t + A_t h_{parent(t)}``, where parents precede their children in the text.
 
     Attributes:
-        tree: of the K tokens whose states are given and all that follow, with the first as root.
-        kept: (B, K) int64, the tokens of the tree whose states the next token needs, negative for none; or None.
+        tree: Tree of the K tokens whose states are given and all following tokens; the first is the root.
+        kept: (B, K) int64, indices of the tokens whose states the next token may need, negative for none; or None.
     """
 
     tree: Tree
     kept: Tensor | None
 
     def states(self, x: Tensor, decay: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """``h`` of all tokens, (B, L, C), and what the next token needs, (B, K, C)."""
+        """``h`` of all tokens, (B, L, C), and the states for the next token, (B, K, C)."""
         before = 0 if state is None else state.shape[1]
         if state is not None:
             x, decay = torch.cat([state, x], 1), torch.cat([torch.zeros_like(state), decay], 1)
@@ -101,20 +100,20 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor | None]:
     """Scan the tokens, some channels at a time.
 
-    Nothing of size L x D x N outlives the scan of its channels: in training it is computed again in the backward pass,
-    as Mamba's CUDA kernel does it.
+    Tensors of size L x D x N only exist for the channels being scanned: in training they are recomputed in the backward
+    pass, as in Mamba's CUDA kernel.
 
     Args:
-        u: (B, L, D), float32 or float64, as all others.
-        delta: (B, L, D), the step sizes; 0 for padding, which leaves a state as it is.
+        u: (B, L, D), float32 or float64, like all others.
+        delta: (B, L, D), step sizes; 0 for padding, which leaves the state unchanged.
         a: (D, N), negative.
         b: (B, L, N).
         c: (B, L, N).
-        recurrence: how tokens continue each other's states.
-        state: (B, K, D, N), what the tokens before have left; None for none.
+        recurrence: The recurrence of the states.
+        state: (B, K, D, N), states of the previous tokens, or None.
 
     Returns:
-        (B, L, D), and what the tokens leave, (B, K, D, N).
+        (B, L, D), and the states for the next token, (B, K, D, N).
     """
     batch, length, channels = u.shape
     at_once = _NUMBERS_AT_ONCE.get(u.device.type, _NUMBERS_AT_ONCE_ELSEWHERE)
@@ -150,11 +149,11 @@ def _scan_channels(
     x = ((delta * u).unsqueeze(-1) * b.unsqueeze(2)).flatten(2)
     s, left = recurrence.states(x, decay, None if state is None else state.flatten(2))
     y = torch.matmul(s.view(shape), c.unsqueeze(-1)).squeeze(-1)
-    return y, None if left is None else left.unflatten(2, shape[2:]).clone()  # a view would keep all states
+    return y, None if left is None else left.unflatten(2, shape[2:]).clone()  # a view would keep all states alive
 
 
 def chain_scan(x: Tensor, decay: Tensor, carried: Tensor | None = None) -> Tensor:
-    """``h_t = decay_t h_{t-1} + x_t``; ``carried`` is ``decay_0 h_{-1}``, beside which ``decay_0`` has no meaning."""
+    """``h_t = decay_t h_{t-1} + x_t``, where ``carried`` is ``decay_0 h_{-1}``; ``decay_0`` itself is not used."""
     batch, length, _ = x.shape
     if carried is not None:
         x = torch.cat([x[:, :1] + carried.unsqueeze(1), x[:, 1:]], 1)
@@ -165,6 +164,6 @@ def chain_scan(x: Tensor, decay: Tensor, carried: Tensor | None = None) -> Tenso
 
 
 def take_tokens(values: Tensor, tokens: Tensor) -> Tensor:
-    """Some tokens of each sample, zeros for negative ones: (B, L, C) and (B, K) to (B, K, C)."""
+    """Select tokens of each sample, (B, L, C) and indices (B, K) to (B, K, C); negative indices give zeros."""
     taken = values[torch.arange(len(values), device=values.device).unsqueeze(1), tokens.clamp(min=0)]
     return taken.masked_fill((tokens < 0).unsqueeze(-1), 0)

@@ -1,1 +1,1 @@
-"""Helpers of no other place."""
+"""Utilities shared by the other packages: safe checkpoint loading, weight checks, process supervision."""

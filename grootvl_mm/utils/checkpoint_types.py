@@ -1,10 +1,10 @@
-"""Stand-ins for the types that mmengine's checkpoints name beside tensors, which treat a file as hostile.
+"""Stand-ins for the non-tensor types in mmengine's checkpoints, hardened against hostile files.
 
-``torch.load(weights_only=True)`` calls what a file names, with arguments of the file, and hands it a state of the file.
-NumPy's own types must not be exposed to that: ``ndarray`` and ``dtype`` together can be made to take bytes of the file
-for pointers to objects. The stand-ins here build numeric arrays and scalars, nothing else, and check everything that
-they are given. What they build has the type, values and memory layout that the real ones would have, but for arrays:
-while torch reads, an array is of a subclass, which :func:`plain` and pickling turn into ``numpy.ndarray``.
+``torch.load(weights_only=True)`` calls the allowed types with arguments and state from the file. NumPy's own types must
+not be exposed to this: a file can make ``ndarray`` and ``dtype`` interpret its bytes as object pointers. The stand-ins
+build only numeric arrays and scalars, and validate all arguments. The results have the type, values and memory layout
+of the real ones, with one exception: torch creates arrays of a subclass, which :func:`plain` and pickling convert to
+``numpy.ndarray``.
 """
 
 import math
@@ -15,35 +15,41 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any, NoReturn
 
 import numpy as np
+import torch
 from mmengine.logging import HistoryBuffer
 from torch import Tensor
 from torch.nn import Parameter
+from torch.storage import TypedStorage, UntypedStorage
+
+from grootvl_mm.utils.checkpoint_tensors import CheckpointTensor
 
 # Booleans, integers, floats and complex numbers, as NumPy spells them in its pickles.
 _CODES = frozenset(["b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"])
 _BYTE_ORDERS = frozenset("<>|=")
-# What follows the byte order in the state of a dtype without fields, subarray, metadata or special alignment.
+# The part of a dtype's state after the byte order if it has no fields, subarray, metadata or special alignment.
 _SIMPLE_DTYPE = (None, None, None, -1, -1, 0)
-# An array that has not got its content yet: no operation on numbers takes this type, torch.from_numpy neither.
+# The dtype of an array without content yet: neither arithmetic nor torch.from_numpy accepts it.
 _EMPTY = np.dtype("V1")
 _MAX_BYTES = 2**47  # more than any machine addresses; protects NumPy's own size computations
-# The statistics that every HistoryBuffer knows and writes into its pickle as attributes of the class.
+# Before torch 2.6, safe loading is not the default, and stand-ins are not used.
+HAS_STAND_INS = torch.__version__ >= "2.6"
+# The statistics that every HistoryBuffer has and pickles as attributes of the class.
 _STATISTICS = ("mean", "min", "max", "current")
 
 
 def _refuse(what: str) -> NoReturn:
-    raise pickle.UnpicklingError(f"the checkpoint holds {what}; of NumPy, numbers are allowed only")
+    raise pickle.UnpicklingError(f"the checkpoint holds {what}; of NumPy's types, only numbers are allowed")
 
 
 class CheckpointDtype:
-    """Stands in for ``numpy.dtype``: a numeric type without any option but the byte order."""
+    """Stand-in for ``numpy.dtype``: a numeric type whose only option is the byte order."""
 
-    __slots__ = ("dtype",)  # by this name, NumPy takes an instance for the dtype itself
+    __slots__ = ("dtype",)  # NumPy treats an object with this attribute as a dtype
     __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, *arguments: Any) -> None:
         code, align, copy = arguments if len(arguments) == 3 else (None, None, None)
-        # Old versions of NumPy write 0 and 1.
+        # Old versions of NumPy write the flags as 0 and 1.
         if type(code) is not str or code not in _CODES or not all(type(flag) in (bool, int) for flag in (align, copy)):
             _refuse(f"a NumPy dtype {code!r}"[:100])
         if align:
@@ -51,7 +57,7 @@ class CheckpointDtype:
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: Any) -> None:
-        """Set the byte order; any other state than that of a simple number is refused."""
+        """Set the byte order; refuse any state other than that of a plain number."""
         simple = type(state) is tuple and len(state) == 8 and state[0] == 3 and state[2:] == _SIMPLE_DTYPE
         if not simple or type(state[1]) is not str or state[1] not in _BYTE_ORDERS:
             _refuse("a NumPy dtype with fields, metadata or other options")
@@ -62,7 +68,7 @@ class CheckpointDtype:
 
 
 def _numeric(dtype: Any) -> np.dtype:
-    """The real dtype of a stand-in, or of a real one, made anew so that nothing else refers to it."""
+    """A new real dtype equal to a stand-in or to a real dtype; nothing else references it."""
     dtype = getattr(dtype, "dtype", None) if type(dtype) is CheckpointDtype else dtype
     if not isinstance(dtype, np.dtype) or dtype.str[1:] not in _CODES:
         _refuse("an array or a scalar of no numeric type")
@@ -70,7 +76,7 @@ def _numeric(dtype: Any) -> np.dtype:
 
 
 class CheckpointArray(np.ndarray):
-    """Stands in for ``numpy.ndarray``: gets its numbers once, by ``__setstate__``, into memory of its own."""
+    """Stand-in for ``numpy.ndarray``: ``__setstate__`` sets its content once, in newly allocated memory."""
 
     __slots__ = ()
 
@@ -78,8 +84,8 @@ class CheckpointArray(np.ndarray):
         _refuse("a NumPy array over memory that is not its own")
 
     def __setstate__(self, state: Any) -> None:
-        """Take shape, type, memory order and bytes, if they agree."""
-        # NumPy's own _reconstruct, which a host may have allowed, begins with bytes.
+        """Set shape, dtype, memory order and bytes, if they are consistent."""
+        # NumPy's own _reconstruct, which another library may have allowed, starts with an int8 array.
         if self.dtype not in (_EMPTY, np.int8) or self.shape != (0,):
             _refuse("a NumPy array that changes while it is read")
         if type(state) is not tuple or len(state) != 5 or type(state[0]) is not int or state[0] != 1:
@@ -89,12 +95,12 @@ class CheckpointArray(np.ndarray):
         if type(shape) is not tuple or not all(type(size) is int and size >= 0 for size in shape):
             _refuse("a NumPy array of impossible shape")
         if type(fortran) not in (bool, int) or type(content) is not bytes:
-            _refuse("a NumPy array whose content is no bytes")
+            _refuse("a NumPy array whose content is not bytes")
         fits = math.prod(shape) * dtype.itemsize == len(content)
         extent = math.prod(max(size, 1) for size in shape) * dtype.itemsize
         if not fits or len(shape) > 32 or extent > _MAX_BYTES:
             _refuse(f"a NumPy array of shape {shape} whose content has {len(content)} bytes"[:200])
-        # NumPy would keep long bytes as the array's memory; what it gets is referred to by nothing else.
+        # NumPy uses long bytes objects as the array's memory without a copy, so pass one that nothing else references.
         super().__setstate__((1, shape, dtype, bool(fortran), bytes(bytearray(content))))
 
     def __reduce_ex__(self, protocol: int) -> tuple:
@@ -105,15 +111,15 @@ class CheckpointArray(np.ndarray):
 
 
 def reconstruct(*arguments: Any) -> np.ndarray:
-    """Stand in for ``numpy.core.multiarray._reconstruct``: an array that waits for its content."""
-    # The real class, too: a host may put it on torch's list of safe types beside the stand-in.
+    """Stand in for ``numpy.core.multiarray._reconstruct``: an array without content yet."""
+    # Also accept the real class: another library may have added it to torch's safe types.
     if len(arguments) != 3 or (arguments[0] is not CheckpointArray and arguments[0] is not np.ndarray):
         _refuse("a NumPy array of a special class")
     return np.ndarray.__new__(CheckpointArray, (0,), _EMPTY)
 
 
 def scalar(*arguments: Any) -> np.generic:
-    """Stand in for ``numpy.core.multiarray.scalar``: a number of NumPy."""
+    """Stand in for ``numpy.core.multiarray.scalar``: a NumPy number."""
     dtype, content = arguments if len(arguments) == 2 else (None, None)
     dtype = _numeric(dtype)
     if type(content) is not bytes or len(content) != dtype.itemsize:
@@ -122,38 +128,38 @@ def scalar(*arguments: Any) -> np.generic:
 
 
 class CheckpointHistory(HistoryBuffer):
-    """Stands in for mmengine's ``HistoryBuffer`` and becomes one when it gets its content."""
+    """Stand-in for mmengine's ``HistoryBuffer``; becomes a real one when its content is set."""
 
     def __new__(cls, *arguments: Any) -> "CheckpointHistory":
-        """An instance that waits for its content."""
+        """An instance without content yet."""
         if arguments:
             _refuse("a history in an unknown format")
         return super().__new__(cls)
 
     def __init__(self) -> None:
-        """Do nothing: the content comes by ``__setstate__``."""
+        """Do nothing: ``__setstate__`` sets the content."""
 
     def __setstate__(self, state: Any) -> None:
-        """Take two one-dimensional histories and their maximal length.
+        """Set the two one-dimensional histories and their maximum length.
 
-        What the file says about statistics is not looked at: mmengine would change them for all histories.
+        Statistics in the file are ignored: mmengine would register them for all histories.
         """
         if type(state) is not dict:
             _refuse("a history without content")
         values, counts, length = (state.get(name) for name in ("_log_history", "_count_history", "max_length"))
         for history in (values, counts):
             if not isinstance(history, np.ndarray) or history.ndim != 1 or history.dtype.str[1:] not in _CODES:
-                _refuse("a history that is no row of numbers")
+                _refuse("a history that is not a one-dimensional array of numbers")
         if len(values) != len(counts) or type(length) is not int or not len(values) <= length <= 2**62:
-            _refuse("a history whose lengths do not agree")
+            _refuse("a history of inconsistent lengths")
         super().__init__(values, counts, length)
         self.__class__ = HistoryBuffer
 
 
 def history_statistic(*arguments: Any) -> Callable:
-    """Stand in for ``getattr``, which a history's pickle uses to name its statistics.
+    """Stand in for ``getattr``, which a history's pickle uses to refer to its statistics.
 
-    The real ``getattr`` would give a crafted file a way to any attribute of any allowed object.
+    The real ``getattr`` would give a crafted file access to any attribute of any allowed object.
     """
     owner, name = arguments if len(arguments) == 2 else (None, None)
     known = owner is CheckpointHistory or owner is HistoryBuffer
@@ -166,30 +172,35 @@ def history_statistic(*arguments: Any) -> Callable:
 
 
 def empty_bytes(*arguments: Any) -> bytes:
-    """Stand in for ``bytes``, which the content of an empty array is pickled as a call of."""
+    """Stand in for ``bytes``, which the pickle of an empty array calls for its content."""
     if arguments:
         _refuse("bytes in an unknown format")
     return b""
 
 
 class ConfigNode:
-    """Stands in for yacs' config class, and makes a plain dictionary of it."""
+    """Stand-in for the config class of yacs that builds a plain dictionary."""
 
     def __new__(cls, *arguments: Any) -> OrderedDict:
-        """A dictionary in place of an instance."""
+        """A dictionary instead of an instance."""
         if arguments:
             _refuse("a config in an unknown format")
         return OrderedDict()
 
 
-def plain(content: Any) -> Any:
-    """Replace what the stand-ins built by what a file's writer had; dictionaries and lists are changed in place.
+# Includes real tensors: where the stand-ins for tensors are used, a real one has bypassed them.
+_NO_DATA = (CheckpointHistory, type, FunctionType, BuiltinFunctionType, Tensor, TypedStorage, UntypedStorage)
 
-    Attributes that a file gives to dictionaries and tensors are dropped, but for the ``_metadata`` of state dicts:
-    they would hide methods.
+
+def plain(content: Any) -> Any:
+    """Replace the stand-ins' objects by those of the original types; dictionaries and lists are modified in place.
+
+    Attributes that a file sets on dictionaries and tensors could shadow methods and are dropped, except for the
+    ``_metadata`` of state dicts.
 
     Raises:
-        pickle.UnpicklingError: There are functions, classes or unfinished objects.
+        pickle.UnpicklingError: The content includes functions, classes, unfinished objects, or tensors larger than
+            their data in the file.
     """
     return _plain(content, {})
 
@@ -201,13 +212,13 @@ def _plain(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
     if isinstance(value, dict):
         done[id(value)] = value, value
         for key in value:
-            _plain(key, done)
+            _unchanged(key, done)
             dict.__setitem__(value, key, _plain(dict.__getitem__(value, key), done))
         if getattr(value, "__dict__", None):
             metadata = vars(value).get("_metadata")
             vars(value).clear()
-            if isinstance(metadata, dict):
-                value._metadata = _plain(metadata, done)
+            if _is_metadata(metadata):
+                value._metadata = metadata
     elif type(value) is list:
         done[id(value)] = value, value
         value[:] = [_plain(item, done) for item in value]
@@ -220,12 +231,48 @@ def _plain(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
         result = value.view(np.ndarray)
     elif isinstance(value, CheckpointDtype):
         result = value.dtype
-    elif type(value) in (Tensor, Parameter):
+    elif type(value) is CheckpointTensor:
+        result = value.build()
+    elif type(value) in (Tensor, Parameter) and not HAS_STAND_INS:
         vars(value).clear()
     elif isinstance(value, set):
         for item in value:
-            _plain(item, done)
-    elif isinstance(value, (CheckpointHistory, type, FunctionType, BuiltinFunctionType)):
-        raise pickle.UnpicklingError(f"the checkpoint holds {value!r}, which is no data"[:200])
-    done[id(value)] = value, result  # with the value itself, whose id nothing else may get meanwhile
+            _unchanged(item, done)
+    elif isinstance(value, _NO_DATA):
+        _refuse_object(value)
+    done[id(value)] = value, result  # keep the value alive, so that no other object gets its id
     return result
+
+
+def _is_metadata(value: Any) -> bool:
+    """Whether this is the metadata of a ``state_dict``: the versions of a model's modules."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and type(own) is dict and set(own) <= {"version"} and type(own.get("version", 1)) is int
+        for name, own in value.items()
+    )
+
+
+def _unchanged(value: Any, done: dict[int, tuple[Any, Any]]) -> None:
+    """Check a key of a dictionary or an item of a set, which cannot be replaced in place."""
+    if _plain(value, done) is not value:
+        _refuse_object(value)
+
+
+def _refuse_object(value: Any) -> NoReturn:
+    what = f"{value!r}" if isinstance(value, (type, FunctionType, BuiltinFunctionType)) else f"a {type(value).__name__}"
+    raise pickle.UnpicklingError(f"the checkpoint holds {what} in a place for data"[:200])
+
+
+# The two functions are private to NumPy and moved in version 2; files use either path.
+STAND_INS: dict[str, Callable] = {
+    "mmengine.logging.history_buffer.HistoryBuffer": CheckpointHistory,
+    "builtins.getattr": history_statistic,
+    "builtins.bytes": empty_bytes,
+    "yacs.config.CfgNode": ConfigNode,
+    "numpy.ndarray": CheckpointArray,
+    "numpy.dtype": CheckpointDtype,
+    "numpy.core.multiarray._reconstruct": reconstruct,
+    "numpy._core.multiarray._reconstruct": reconstruct,
+    "numpy.core.multiarray.scalar": scalar,
+    "numpy._core.multiarray.scalar": scalar,
+}

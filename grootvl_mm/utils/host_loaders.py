@@ -1,14 +1,12 @@
-"""Lets mmengine read checkpoints by :func:`~grootvl_mm.utils.safe_checkpoints.read_checkpoint`.
+"""Makes mmengine read checkpoints with :func:`~grootvl_mm.utils.safe_checkpoints.read_checkpoint`.
 
-mmengine's own readers differ in what they promise: files on the disk go through ``torch.load``, which does not look at
-check sums; downloads are read with ``weights_only=False``, which runs code of the file; and onedl-mmengine reads any
-file that is refused a second time with ``weights_only=False``. Where the readers here are in use, no file is read in
-another way, from wherever it comes.
+mmengine's own loaders offer different guarantees: local files go through ``torch.load``, which does not verify
+checksums; downloads are loaded with ``weights_only=False``, which runs code from the file; and onedl-mmengine retries a
+refused file with ``weights_only=False``. The loaders here replace all of them.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -20,23 +18,9 @@ from grootvl_mm.utils.loaded_weights import check_weights
 from grootvl_mm.utils.safe_checkpoints import CheckpointError, load_safely, read_checkpoint
 
 
-def keep_stand_ins() -> None:
-    """Keep onedl-mmengine from putting NumPy's own types beside our stand-ins while it reads a file.
-
-    Which of two types of one name torch then takes is left to chance; a mixture reads nothing.
-    """
-    try:
-        distribution("onedl-mmengine")
-        from mmengine.runner import checkpoint as host
-    except (PackageNotFoundError, ImportError):  # without OpenCV, there is no Runner that could read anything
-        return
-    if torch.__version__ >= "2.6" and hasattr(host, "get_torch_safe_globals"):
-        host.get_torch_safe_globals = lambda: [slice]
-
-
 def use_safe_loaders() -> None:
-    """Replace mmengine's readers of checkpoints in this process. Before torch 2.6, nothing can be done."""
-    # Importing the Runner takes OpenCV, which the models do without.
+    """Replace mmengine's checkpoint loaders in this process. Has no effect with torch older than 2.6."""
+    # Imported here: the Runner requires OpenCV, which the models do not need.
     from mmengine.runner import checkpoint as host
 
     if torch.__version__ < "2.6":
@@ -44,16 +28,16 @@ def use_safe_loaders() -> None:
     register = host.CheckpointLoader.register_scheme
     register("", loader=load_from_local, force=True)
     register(("http://", "https://"), loader=load_from_http, force=True)
-    # Names of model zoos become addresses, which mmengine hands to the function of this name ...
+    # mmengine resolves model zoo names to URLs and calls this function by name,
     host.load_from_http = load_from_http
-    # ... and onedl-mmengine hands what it got from storage services to this one.
+    # and onedl-mmengine calls this one for files from storage services.
     if hasattr(host, "_safe_torch_load"):
         host._safe_torch_load = _load
 
 
 @contextmanager
 def safe_loaders() -> Iterator[None]:
-    """Replace mmengine's readers of checkpoints for some lines."""
+    """Replace mmengine's checkpoint loaders within the block."""
     from mmengine.runner import checkpoint as host
 
     names = ("load_from_http", "_safe_torch_load")
@@ -71,10 +55,10 @@ def safe_loaders() -> Iterator[None]:
 
 
 def load_from_local(filename: str, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a file, as mmengine's function of this name.
+    """Read a local file; replaces mmengine's function of this name.
 
     Raises:
-        CheckpointError: as :func:`read_checkpoint`.
+        CheckpointError: See :func:`read_checkpoint`.
     """
     return _read(Path(filename).expanduser(), map_location)
 
@@ -82,14 +66,17 @@ def load_from_local(filename: str, map_location: Any = "cpu") -> dict[str, Any]:
 def load_from_http(
     filename: str, map_location: Any = "cpu", model_dir: str | None = None, progress: bool = False
 ) -> dict[str, Any]:
-    """Download a file, once for each machine, and read it, as mmengine's function of this name.
+    """Download a file once per machine and read it; replaces mmengine's function of this name.
 
     Raises:
-        CheckpointError: it cannot be downloaded, or as :func:`read_checkpoint`.
+        CheckpointError: The file cannot be downloaded, or see :func:`read_checkpoint`.
     """
     rank, world_size = dist.get_dist_info()
     folder = Path(model_dir or Path(torch.hub.get_dir(), "checkpoints"))
-    target = folder / Path(unquote(urlparse(filename).path)).name
+    name = Path(unquote(urlparse(filename).path)).name
+    if name in ("", ".."):
+        raise CheckpointError(f"{filename} names no file; expected the address of a checkpoint")
+    target = folder / name
     rank = dist.get_local_rank() if world_size > 1 else rank
     if rank == 0 and not target.is_file():
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Finds what a checkpoint left out: mmengine logs it as a warning and goes on with random weights."""
+"""Detects weights that a checkpoint lacks; mmengine only logs a warning and continues with random weights."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,24 +13,25 @@ from grootvl_mm.utils.safe_checkpoints import CheckpointError
 
 SHOWN = 3
 _NUMBERS = (Tensor, np.ndarray)
-# Counters of batch norm, which files of old versions do not have and nothing is computed from.
+# Batch norm's counters: old checkpoints do not have them, and results do not depend on them.
 _OPTIONAL = "num_batches_tracked"
 
 
 def check_weights(content: Mapping[str, Any]) -> None:
-    """Check that the weights in the content of a file are numbers that can be loaded.
+    """Check that the weights in a checkpoint are plain, dense, numeric tensors.
 
     Args:
-        content: with the weights under ``state_dict``, or a bare state dict, in which other things may be, too.
+        content: A checkpoint with its weights under ``state_dict``, or a bare state dict, maybe with other entries.
 
     Raises:
-        CheckpointError: there are NumPy arrays, sparse, meta or quantized tensors, NaN, or no tensors at all.
+        CheckpointError: A weight is a NumPy array or a sparse, meta or quantized tensor, or contains NaN; or the state
+            dict is not a dictionary.
     """
     named = "state_dict" in content
     weights = content["state_dict"] if named else content
     if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
-        raise CheckpointError(f"'state_dict' is no dictionary of names to tensors, but a {type(weights).__name__}")
-    # What a module keeps beside its weights, by torch's get_extra_state, is of any type.
+        raise CheckpointError(f"'state_dict' must map names to tensors, got a {type(weights).__name__}")
+    # The extra state of a module (torch's get_extra_state) can have any type.
     checked = {name: value for name, value in weights.items() if not name.endswith("_extra_state")}
     problems = {name: _fault(value) for name, value in checked.items() if named or isinstance(value, _NUMBERS)}
     _raise("weights cannot be loaded", {name: fault for name, fault in problems.items() if fault}, len(weights))
@@ -40,23 +41,23 @@ def _fault(value: Any) -> str | None:
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}, expected a tensor"
     if value.is_meta:
-        return "a meta tensor, which has no content"
+        return "a meta tensor, without data"
     if value.layout != torch.strided or value.is_nested:
         return "a sparse or nested tensor, expected a dense one"
     if value.is_quantized:
         return "quantized, expected plain numbers"
     if value.is_floating_point() and value.isnan().any():
-        return "NaN at least in part"
+        return "NaN in at least one element"
     return None
 
 
 class LoadedWeights:
-    """Watches a model while weights are loaded into it, after all the renaming that its modules do.
+    """Records which weights of a model ``load_state_dict`` leaves unloaded, after all renaming hooks of its modules.
 
     Args:
-        model: the model; it must not be loaded at the same time by others.
-        at_once: raise the error while the weights are loaded, at the first module that has a problem; else
-            :meth:`finish` raises it for all of them.
+        model: The model; nothing else may load weights into it meanwhile.
+        at_once: Raise the error during loading, at the first module with a problem. Otherwise :meth:`finish` raises one
+            error for all of them.
     """
 
     def __init__(self, model: nn.Module, at_once: bool = False) -> None:
@@ -92,7 +93,7 @@ class LoadedWeights:
         """Stop watching.
 
         Raises:
-            CheckpointError: something of the model was not loaded.
+            CheckpointError: Some weights were not loaded.
         """
         self.stop()
         self._check()
@@ -122,7 +123,7 @@ def _raise(what: str, problems: Mapping[str, str], total: int) -> None:
 
 @contextmanager
 def all_weights_loaded(model: nn.Module) -> Iterator[None]:
-    """Raise a :class:`CheckpointError` if something of the model is not loaded by the lines below."""
+    """Raise a :class:`CheckpointError` if the block leaves some of the model's weights unloaded."""
     watched = LoadedWeights(model)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Lets processes end with the one that started them."""
+"""Makes child processes exit with their parent."""
 
 import os
 import threading
@@ -8,29 +8,29 @@ _INTERVAL = 0.5  # seconds
 
 
 def end_with_parent(parent: int) -> None:
-    """End this process, from a thread of its own, soon after the process ``parent`` has ended.
+    """Start a thread that exits this process soon after its parent has exited.
 
     Args:
-        parent: the number of this process's parent; it may have ended already.
+        parent: Process id of the parent, which may have exited already.
     """
 
     def watch() -> None:
-        # Whoever adopts an orphan has another number.
+        # An orphan gets another parent process id.
         while os.getppid() == parent:
             time.sleep(_INTERVAL)
-        # At once: an orphan would wait for ever for somebody to read what it has queued.
+        # Without cleanup: an orphan would block forever on flushing its queue, which nobody reads.
         os._exit(1)
 
     threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
 
 
 def end_children_with_this_process() -> None:
-    """Let all processes that are forked from here on, and theirs, end when the process that forked them has.
+    """Make all processes forked from now on, and their own forks, exit with the process that forked them.
 
-    A data worker of torch looks for its parent while it waits for work, but not while it waits for somebody to take its
-    results; killed or terminated, a training leaves workers with their memory behind. It is done for all forks, because
-    mmengine starts workers before any hook is called. Processes that are started otherwise (``spawn``) inherit no pipe
-    of others and end by themselves.
+    A data loader worker of torch checks for its parent while it waits for work, but not while it waits for its results
+    to be read; a training that is killed or terminated would leave workers and their memory behind. This applies to all
+    forks, because mmengine starts workers before it calls any hook. Processes started by ``spawn`` do not inherit the
+    pipes of others and exit by themselves.
     """
     global _registered
     if not _registered:

@@ -1,4 +1,4 @@
-"""What the trees of a model are and how far its scans reach, for tools that draw or measure them."""
+"""Recording and analysis of the trees of a model, and of the reach of its scans."""
 
 from grootvl_mm.visualization.paths import (
     affinity,

@@ -1,4 +1,4 @@
-"""Figures of trees and affinities over the image that a model saw."""
+"""Figures of trees and affinities over the preprocessed image."""
 
 import math
 from collections.abc import Sequence
@@ -24,33 +24,33 @@ COLORS = ("order", "weight", "depth")
 SCALES = ("auto", "log", "linear")
 PANEL = 3.2  # inches
 MARKER = "#ff2d87"
-# Inches: between panels, above each of them, above all, and below for what colours mean; beside a panel for the same.
+# Inches: between panels, above each panel, above the figure, and below it or beside a panel for a colour bar.
 _GAP, _HEADING, _TITLE, _SCALE, _SCALE_MARGIN = 0.08, 0.24, 0.32, 0.72, 0.4
 _LABELS = {
-    "order": "when the edge joins: first (alike) to last (unlike)",
+    "order": "rank of the edge by weight: first (similar) to last (dissimilar)",
     "weight": "edge weight",
     "depth": "edges to the root",
 }
-# Without their darkest colours, which would vanish on a dark image.
+# Without the darkest colours, which would be invisible on a dark image.
 _EDGE_MAP, _DEPTH_MAP = (
     ListedColormap(mpl.colormaps[name](np.linspace(0.18, 1, 256)), name) for name in ("plasma", "viridis")
 )
 _AFFINITY_MAP = mpl.colormaps["inferno"]
-_TINT = 0.45  # opacity of segments, but of the largest, which is left clear
+_TINT = 0.45  # opacity of segments, except for the largest, which is transparent
 _OPACITY = 0.75
-_LEAST = 1e-3  # of the logarithmic scale of affinities
+_LEAST = 1e-3  # lower end of the logarithmic scale of affinities
 _OUTSIDE, _BORDER = "#b8b8b8", "white"
 _PADDING_GREY = 220
-_MANY = 4000  # lines, which a PDF holds better as pixels
+_MANY = 4000  # lines, from which on a PDF is smaller with pixels
 _BACKGROUND = 0.45  # brightness of the image below edges
 
 
 class Picture(NamedTuple):
-    """What is drawn over.
+    """The image to draw over.
 
     Attributes:
-        pixels: (H, W, 3) uint8, RGB, with padding, as the model saw it.
-        size: height and width without padding.
+        pixels: (H, W, 3) uint8, RGB, the preprocessed image with its padding.
+        size: Height and width without padding.
     """
 
     pixels: np.ndarray
@@ -58,7 +58,7 @@ class Picture(NamedTuple):
 
     @classmethod
     def of(cls, content: Tensor, size: tuple[int, int] | None = None) -> "Picture":
-        """From (C, H, W) as the pipelines of the hosts give it: BGR or grey, uint8 or already normalised."""
+        """Create a picture from the output of the hosts' pipelines, (C, H, W), BGR or grey, uint8 or normalized."""
         pixels = content.permute(1, 2, 0).numpy(force=True)
         if pixels.dtype != np.uint8:
             low, high = pixels.min(), pixels.max()
@@ -67,7 +67,7 @@ class Picture(NamedTuple):
         return cls(pixels, size or pixels.shape[:2])
 
     def padded(self, height: int, width: int) -> "Picture":
-        """With light grey to the right and below, up to a size."""
+        """Pad with light grey at the right and bottom to a height and width."""
         margins = [(0, height - self.pixels.shape[0]), (0, width - self.pixels.shape[1]), (0, 0)]
         return self._replace(pixels=np.pad(self.pixels, margins, constant_values=_PADDING_GREY))
 
@@ -81,33 +81,33 @@ def draw_trees(
     title: str | None = None,
     panel: float = PANEL,
 ) -> Figure:
-    """The tree of each record over the picture, and beside it the segments that are left without its heaviest edges.
+    """Draw the tree of each record over the picture, and beside it the segments after cutting the heaviest edges.
 
     Args:
-        records: of one image or of a batch with it.
-        picture: the image.
-        color: what the colour of an edge says: ``order``, when it joins if edges join in the order of their weights;
-            ``weight``; or ``depth``, its distance to the root.
-        cut_share: share of the edges to cut, 0 to 1.
-        image: index of the image in the batch.
-        title: of the figure.
-        panel: inches of the longer side of each panel.
+        records: Records of the image, or of a batch with it.
+        picture: The image.
+        color: What the edge colours show: ``order``, the rank of the edge by weight; ``weight``; or ``depth``, the
+            distance to the root.
+        cut_share: Share of the edges to cut, 0 to 1.
+        image: Index of the image in the batch.
+        title: Title of the figure.
+        panel: Longer side of each panel in inches.
 
     Returns:
-        The figure; each record has two panels.
+        The figure, with two panels per record.
 
     Raises:
-        ValueError: an unknown colour, a share outside of 0..1, or no records.
+        ValueError: ``color`` is unknown, ``cut_share`` is not in [0, 1], or there are no records.
     """
     if color not in COLORS:
         raise ValueError(f"color must be one of {', '.join(COLORS)}, got {color!r}")
     if not 0 <= cut_share <= 1:
-        raise ValueError(f"cut_share must be within 0..1, got {cut_share}")
+        raise ValueError(f"cut_share must be between 0 and 1, got {cut_share}")
     if not records:
         raise ValueError("there are no records to draw")
     per_row = next(count for count, most in ((1, 2), (2, 8), (3, math.inf)) if len(records) <= most)
     rows = math.ceil(len(records) / per_row)
-    margin = _SCALE_MARGIN if color == "weight" else 0.0  # a scale for each tree
+    margin = _SCALE_MARGIN if color == "weight" else 0.0  # each tree has its own colour bar
     figure, grid = _layout(picture, rows, 2 * per_row, panel, title, [margin, 0.0] * per_row)
     pairs = grid.reshape(-1, 2)
     for record, (left, right) in zip(records, pairs, strict=False):
@@ -131,25 +131,25 @@ def draw_affinity(
     title: str | None = None,
     panel: float = PANEL,
 ) -> Figure:
-    """How much every position contributes to some: along the tree, and along the paths that the paper compares it with.
+    """Draw how much all positions contribute to given ones in the tree, raster and cross scans.
 
-    The decays are those of the record in all three columns; only the way between positions differs.
+    All three use the decays of the record; only the paths between positions differ.
 
     Args:
-        record: of one image or of a batch with it.
-        picture: the image.
+        record: Record of the image, or of a batch with it.
+        picture: The image.
         positions: (x, y) in pixels of the picture.
-        scale: of the colours: ``linear``, ``log``, from 0.001 at least, or ``auto``: the first where all positions
-            contribute more than 0.05.
-        image: index of the image in the batch.
-        title: of the figure.
-        panel: inches of the longer side of each panel.
+        scale: Colour scale: ``linear``; ``log``, from 0.001 at the lowest; or ``auto``, linear if all contributions
+            exceed 0.05, otherwise logarithmic.
+        image: Index of the image in the batch.
+        title: Title of the figure.
+        panel: Longer side of each panel in inches.
 
     Returns:
-        The figure, one row for each position.
+        The figure, one row per position.
 
     Raises:
-        ValueError: a position outside of the picture, or an unknown scale.
+        ValueError: A position is outside the picture, or ``scale`` is unknown.
     """
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
@@ -171,13 +171,13 @@ def draw_affinity(
             if row == 0:
                 axes.set_title(name, fontsize=10)
     grid[0, 0].set_title("image", fontsize=10)
-    label = "contribution to the marked position: product of the decays on the way, mean of the channels"
+    label = "contribution to the marked position: product of the decays on the path, mean over the channels"
     _add_scale(figure, ScalarMappable(norm, _AFFINITY_MAP), label)
     return figure
 
 
 def to_array(figure: Figure, dpi: int) -> np.ndarray:
-    """A figure as (H, W, 3) uint8, RGB."""
+    """Render a figure to (H, W, 3) uint8, RGB."""
     figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -188,12 +188,12 @@ def find_vertex(record: TreeRecord, picture: Picture, position: tuple[float, flo
     """The vertex of a map at a position (x, y) of the picture, in pixels.
 
     Raises:
-        ValueError: the position is outside of the picture.
+        ValueError: The position is outside the picture.
     """
     x, y = position
     height, width = picture.size
     if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
-        raise ValueError(f"the position ({x:g}, {y:g}) is outside of the picture of {width}x{height} pixels")
+        raise ValueError(f"the position ({x:g}, {y:g}) is outside the picture of {width}x{height} pixels")
     cell_width, cell_height = _cell(record, picture)
     column = min(max(int((x + 0.5) / cell_width), 0), record.width - 1)
     row = min(max(int((y + 0.5) / cell_height), 0), record.height - 1)
@@ -201,7 +201,7 @@ def find_vertex(record: TreeRecord, picture: Picture, position: tuple[float, flo
 
 
 def _draw_edges(axes: Axes, record: TreeRecord, picture: Picture, color: str, image: int, panel: float) -> None:
-    """Lines between the centres of the positions that the tree joins, the heaviest on top."""
+    """Draw the edges as lines between the centres of the positions, the heaviest on top."""
     _show_picture(axes, _dimmed(picture))
     tree = _one(record.tree, image)
     edge = parent_edges(tree, record.height, record.width)[0].numpy(force=True)
@@ -240,7 +240,7 @@ def _draw_edges(axes: Axes, record: TreeRecord, picture: Picture, color: str, im
 
 
 def _draw_segments(axes: Axes, record: TreeRecord, picture: Picture, share: float, image: int, panel: float) -> int:
-    """Each segment in the mean colour of its pixels, with its border; returns the number of segments."""
+    """Draw the segments in different colours, with their borders; return their number."""
     tree, weight = _one(record.tree, image), record.edge_weight[image : image + 1]
     height, width = record.height, record.width
     edge = parent_edges(tree, height, width)
@@ -276,7 +276,7 @@ def _draw_segments(axes: Axes, record: TreeRecord, picture: Picture, share: floa
 
 
 def _show_map(axes: Axes, record: TreeRecord, picture: Picture, values: Tensor, norm: Normalize) -> None:
-    """A map in colours, over what the image has of light and shadow."""
+    """Draw a colour map over the greyscale image."""
     _show_picture(axes, picture.pixels.mean(axis=2, keepdims=True).astype(np.uint8).repeat(3, axis=2))
     cell_width, cell_height = _cell(record, picture)
     extent = (-0.5, record.width * cell_width - 0.5, record.height * cell_height - 0.5, -0.5)
@@ -292,7 +292,7 @@ def _show_picture(axes: Axes, pixels: np.ndarray) -> None:
 
 
 def _dimmed(picture: Picture) -> np.ndarray:
-    """The picture as a dark background, without most of its colour."""
+    """The picture darkened and desaturated, as a background."""
     pixels = picture.pixels.astype(float)
     grey = pixels.mean(axis=2, keepdims=True)
     return (_BACKGROUND * (0.75 * grey + 0.25 * pixels)).round().astype(np.uint8)
@@ -307,9 +307,9 @@ def _norm(scale: str, least: float) -> Normalize:
 def _layout(
     picture: Picture, rows: int, columns: int, panel: float, title: str | None, margins: Sequence[float]
 ) -> tuple[Figure, np.ndarray]:
-    """A figure with a grid of panels (rows, columns) of the picture's shape, and room to the right of each column.
+    """A figure with a grid of panels (rows, columns) with the picture's aspect ratio, and a margin after each column.
 
-    Placed by hand: matplotlib's layout engines take longer than all the rest.
+    The panels are placed manually, because matplotlib's layout engines take longer than everything else.
     """
     height, width = picture.pixels.shape[:2]
     width, height = (panel * side / max(height, width) for side in (width, height))
@@ -330,7 +330,7 @@ def _layout(
 
 
 def _add_scale(figure: Figure, colors: ScalarMappable, label: str) -> Colorbar:
-    """What colours mean, at the bottom of a figure."""
+    """Add a colour bar at the bottom of a figure."""
     width, height = figure.get_size_inches()
     length = min(0.8 * width, 6)
     place = ((1 - length / width) / 2, (_SCALE - 0.25) / height, length / width, 0.12 / height)
@@ -341,7 +341,7 @@ def _add_scale(figure: Figure, colors: ScalarMappable, label: str) -> Colorbar:
 
 
 def _cell(record: TreeRecord, picture: Picture) -> tuple[float, float]:
-    """Width and height of what a position of the map covers, in pixels."""
+    """Width and height in pixels that a position of the map covers."""
     if record.stride is not None:
         return record.stride, record.stride
     height, width = picture.pixels.shape[:2]
@@ -349,19 +349,19 @@ def _cell(record: TreeRecord, picture: Picture) -> tuple[float, float]:
 
 
 def _line_width(record: TreeRecord, picture: Picture, panel: float) -> float:
-    """Points, for a fifth of the distance between positions."""
+    """Line width in points, a fifth of the distance between positions."""
     points = panel * 72 / max(picture.pixels.shape[:2]) * min(_cell(record, picture))
     return min(max(points / 5, 0.3), 3.0)
 
 
 def _hues(count: int) -> np.ndarray:
-    """(count, 3) colours, of which successive ones differ most: hue, saturation, value."""
+    """HSV colours (count, 3); successive hues differ strongly."""
     hue = np.arange(count) * 0.618034 % 1
     return np.stack([hue, np.full(count, 0.9), np.full(count, 1.0)], axis=1)
 
 
 def _weights(record: TreeRecord, image: int, edge: np.ndarray) -> np.ndarray:
-    """(L,) of the edges (L,) to the parents; 0 where that is not an edge of the grid."""
+    """Weights (L,) of the edges (L,) to the parents; 0 for edges outside the grid."""
     weight = record.edge_weight[image].numpy(force=True)
     return np.where(edge >= 0, weight[edge.clip(min=0)], 0) if len(weight) else np.zeros(len(edge))
 

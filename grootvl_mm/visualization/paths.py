@@ -1,4 +1,4 @@
-"""What follows from trees: which edges join last, what remains when they are cut, and how far values travel."""
+"""Properties of trees: the order in which edges join, segments after cutting edges, affinities and paths."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from grootvl_mm.ops import Tree, grid_tree, tree_scan
 from grootvl_mm.ops.reference import num_doublings, vertices_like
 from grootvl_mm.visualization.recorder import TreeRecord
 
-# A contribution is a row of the scan's matrix, which is a column of that of the opposite direction.
+# Contributions are a row of the scan's matrix, which is a column of the matrix of the opposite direction.
 _OPPOSITE = {"all": "all", "up": "down", "down": "up"}
 
 
@@ -19,13 +19,13 @@ def parent_edges(tree: Tree, height: int, width: int) -> Tensor:
     """The edge of the grid between each vertex and its parent.
 
     Args:
-        tree: of maps with L = height * width vertices.
-        height: rows of the map.
-        width: columns of the map.
+        tree: Trees of maps with L = height * width vertices.
+        height: Rows of the map.
+        width: Columns of the map.
 
     Returns:
         (B, L) int64 indices into edge weights (B, E), see :func:`grootvl_mm.ops.grid_edge_weight`; -1 for the root, and
-        where the parent is no neighbour, as between the end of a row and the next in a path by rows.
+        if the parent is not a neighbour, as between rows in a raster path.
     """
     vertex, parent = vertices_like(tree.parent), tree.parent.long()
     lower, higher = torch.minimum(vertex, parent), torch.maximum(vertex, parent)
@@ -35,18 +35,18 @@ def parent_edges(tree: Tree, height: int, width: int) -> Tensor:
 
 
 def join_ranks(tree: Tree, edge_weight: Tensor, height: int, width: int) -> Tensor:
-    """When the edge between each vertex and its parent joins the tree, if edges join in the order of their weights.
+    """Rank the edge between each vertex and its parent by weight, the order in which Kruskal's algorithm adds them.
 
-    Among equal weights the lower edge is first, as in the tree itself. Edges that are not of the grid come last.
+    Ties are broken by the index of the edge, as when building the tree. Edges outside the grid come last.
 
     Args:
-        tree: of maps with L = height * width vertices.
+        tree: Trees of maps with L = height * width vertices.
         edge_weight: (B, E) float32.
-        height: rows of the map.
-        width: columns of the map.
+        height: Rows of the map.
+        width: Columns of the map.
 
     Returns:
-        (B, L) int64: from 1 for the edge that joins first to L - 1 for that which joins last; 0 for the root.
+        (B, L) int64: 1 for the lightest edge to L - 1 for the heaviest; 0 for the root.
     """
     edge = parent_edges(tree, height, width)
     is_root = tree.parent == vertices_like(tree.parent)
@@ -58,24 +58,24 @@ def join_ranks(tree: Tree, edge_weight: Tensor, height: int, width: int) -> Tens
 
 
 def cut_segments(tree: Tree, edge_weight: Tensor, height: int, width: int, cuts: int) -> Tensor:
-    """The parts of a tree without its heaviest edges, those that :func:`join_ranks` joins last.
+    """Split a tree into segments by cutting its heaviest edges, those that :func:`join_ranks` ranks highest.
 
     Args:
-        tree: of maps with L = height * width vertices.
+        tree: Trees of maps with L = height * width vertices.
         edge_weight: (B, E) float32.
-        height: rows of the map.
-        width: columns of the map.
-        cuts: number of edges to cut, 0 to L - 1.
+        height: Rows of the map.
+        width: Columns of the map.
+        cuts: Number of edges to cut, 0 to L - 1.
 
     Returns:
-        (B, L) int64, the segment of each vertex, 0 to ``cuts``, numbered by their first vertices.
+        (B, L) int64, the segment of each vertex, 0 to ``cuts``, numbered in the order of their first vertices.
 
     Raises:
-        ValueError: the tree has not that many edges.
+        ValueError: The tree has fewer edges.
     """
     vertices = height * width
     if not 0 <= cuts < vertices:
-        raise ValueError(f"cuts must be 0 to {vertices - 1}, the edges of a tree of {height}x{width}, got {cuts}")
+        raise ValueError(f"cuts must be 0 to {vertices - 1}, the edges of a {height}x{width} tree, got {cuts}")
     ranks, vertex = join_ranks(tree, edge_weight, height, width), vertices_like(tree.parent)
     leader = torch.where(ranks >= vertices - cuts, vertex, tree.parent.long())
     for _ in range(num_doublings(vertices)):
@@ -86,28 +86,28 @@ def cut_segments(tree: Tree, edge_weight: Tensor, height: int, width: int, cuts:
 
 
 def affinity(trees: Tree | Sequence[Tree], decay: Tensor, vertices: Sequence[int], propagation: str = "all") -> Tensor:
-    """How much each position contributes to some: the product of the decays on the path, mean over the channels.
+    """How much all positions contribute to given ones: the product of the decays on the path, averaged over channels.
 
-    Exact, by one scan for each position: ``h_i = sum_j S(i, j) x_j``, and this is ``S(i, j)``.
+    The scan is ``h_i = sum_j S(i, j) x_j``; this returns ``S(i, j)``, computed exactly with one scan per position i.
 
     Args:
-        trees: one, or several whose scans are averaged, as those of ``scan='cross'``.
-        decay: (B, L, D) as in :class:`TreeRecord`; (B, L, 1) of :func:`mean_decay` for the approximation by it.
+        trees: One tree, or several whose scans are averaged, as for ``scan='cross'``.
+        decay: (B, L, D) as in :class:`TreeRecord`, or its approximation (B, L, 1) by :func:`mean_decay`.
         vertices: N positions i, each 0 to L - 1.
-        propagation: ``all``; with ``up`` only what is below a position contributes, with ``down`` only what is above.
+        propagation: ``all``; ``up``: only positions below i in the tree contribute; ``down``: only those above.
 
     Returns:
-        (B, N, L), of the dtype of the decays, in [0, 1] where they are; the position itself has 1.
+        (B, N, L), with the dtype of the decays, in [0, 1] if the decays are; 1 for the position itself.
 
     Raises:
-        IndexError: a position outside of the map.
+        IndexError: A position is outside the map.
     """
     trees = (trees,) if isinstance(trees, Tree) else tuple(trees)
     batch, length, _ = decay.shape
     result = decay.new_zeros(batch, len(vertices), length)
     for number, vertex in enumerate(vertices):
         if not 0 <= vertex < length:
-            raise IndexError(f"vertices must be within 0..{length - 1}, got {vertex}")
+            raise IndexError(f"vertices must be between 0 and {length - 1}, got {vertex}")
         one_hot = torch.zeros_like(decay)
         one_hot[:, vertex] = 1
         for tree in trees:
@@ -116,15 +116,15 @@ def affinity(trees: Tree | Sequence[Tree], decay: Tensor, vertices: Sequence[int
 
 
 def mean_decay(decay: Tensor) -> Tensor:
-    """The geometric mean over the channels: (B, L, D) decays to (B, L, 1).
+    """The geometric mean of the decays over the channels, (B, L, D) to (B, L, 1).
 
-    Products of these along a path are the geometric mean of the channels' products, not above their mean.
+    Its product along a path is the geometric mean of the channels' products, a lower bound of their mean.
     """
     return decay.log().mean(dim=2, keepdim=True).exp()
 
 
 def path_between(tree: Tree, start: int, end: int, image: int = 0) -> list[int]:
-    """The vertices on the way from ``start`` to ``end``, both included, in the tree of one image of the batch."""
+    """The vertices on the path from ``start`` to ``end``, inclusive, in the tree of one image of the batch."""
     parent = tree.parent[image].tolist()
     ways = []
     for vertex in (start, end):
@@ -140,10 +140,10 @@ def path_between(tree: Tree, start: int, end: int, image: int = 0) -> list[int]:
 
 
 def compared_scans(record: TreeRecord) -> dict[str, tuple[Tree, ...]]:
-    """What the three scans of the paper would go along in the place of what a layer goes along, by their names.
+    """The trees and paths of the paper's three scans on the map of a record, by name.
 
     ``tree`` is the minimum spanning tree of the record's edge weights, ``raster`` the path by rows, ``cross`` the paths
-    by rows and by columns. What padding is ignored for comes last in each of them.
+    by rows and by columns. If padding is ignored, it comes last in each of them.
     """
     height, width, device = record.height, record.width, record.decay.device
     batch = record.decay.shape[0]

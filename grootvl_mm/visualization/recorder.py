@@ -1,4 +1,4 @@
-"""Takes trees, edge weights and decays from a model while it runs."""
+"""Records the trees, edge weights and decays of a model while it runs."""
 
 import re
 import sys
@@ -21,33 +21,32 @@ _POSITION = re.compile(r"(?:^|\.)stages\.(\d+)\.(?:.*\.)?blocks\.(\d+)(?:\.|$)")
 
 
 class TreeRecord(NamedTuple):
-    """One call of one tree state space layer. Tensors are on the model's device and have no gradient.
+    """One call of one tree state space layer. Tensors are on the model's device and detached.
 
-    There are B images, D channels inside of the layer, L = height * width vertices in row-major order and
+    Shapes: B images, D inner channels, L = height * width vertices in row-major order and
     E = (height - 1) * width + height * (width - 1) edges of the grid: first the vertical edges ``(v, v + width)``, then
     the horizontal edges ``(v, v + 1)``, each row by row.
 
     Attributes:
-        name: of the layer in the model, such as ``backbone.stages.0.blocks.1.mixer``.
-        stage: index of the stage, from 0; None for a layer outside of a backbone.
-        block: index of the block in its stage, from 0; None for a layer outside of a backbone.
-        height: rows of the feature map.
-        width: columns of the feature map.
-        trees: what the layer scans along, each with ``parent`` and ``order``, both (B, L) int32. One, but two with
-            ``scan='cross'``: the paths by rows and by columns.
-        edge_weight: (B, E) float32, what the layer's metric says of the features that the tree is built from, as the
-            layer compares it: ``exp(-cos)`` or, for the two distances, the exponent itself. Where padding is ignored,
-            edges at padding weigh 2e38 or more. With ``scan='tree'``, ``grid_tree(edge_weight, height, width)`` is the
-            tree; other scans have the weights, but do not heed them.
-        decay: (B, L, D) float32, the factor on the way between each vertex and its parent; the root's is not used.
-        scan: ``tree``, ``raster``, ``cross`` or another that the layer knows.
+        name: Name of the layer in the model, such as ``backbone.stages.0.blocks.1.mixer``.
+        stage: Index of the stage, from 0; None for a layer outside a backbone.
+        block: Index of the block in its stage, from 0; None for a layer outside a backbone.
+        height: Rows of the feature map.
+        width: Columns of the feature map.
+        trees: The trees or paths that the layer scans, each with ``parent`` and ``order``, both (B, L) int32. There is
+            one, but two with ``scan='cross'``: the paths by rows and by columns.
+        edge_weight: (B, E) float32, weights by the layer's metric as the layer compares them: ``exp(-cos)``, or the
+            exponent for the two distances. If padding is ignored, edges at padding weigh 2e38 or more. With
+            ``scan='tree'``, ``grid_tree(edge_weight, height, width)`` is the tree; other scans do not use the weights.
+        decay: (B, L, D) float32, the factor between each vertex and its parent; the root's is unused.
+        scan: ``tree``, ``raster``, ``cross`` or another scan of the layer.
         metric: ``cosine``, ``euclidean`` or ``manhattan``.
         root: ``first`` or ``last`` vertex.
         propagation: ``all``, ``up`` or ``down``.
-        tree_sharing: ``stage`` if the layer's stage shares the trees of its first block, whose weights these are then;
-            ``block`` otherwise.
-        valid_sizes: (B, 2) int64, height and width of each image without padding, in vertices, where the layer ignores
-            padding; None elsewhere.
+        tree_sharing: ``stage`` if the blocks of a stage share the tree of the first block, whose weights are then
+            recorded; ``block`` otherwise.
+        valid_sizes: (B, 2) int64, height and width of each image without padding, in vertices, if the layer ignores
+            padding; otherwise None.
     """
 
     name: str
@@ -67,18 +66,18 @@ class TreeRecord(NamedTuple):
 
     @property
     def tree(self) -> Tree:
-        """The tree; of a cross scan, the path by rows."""
+        """The tree, or the path by rows of a cross scan."""
         return self.trees[0]
 
     @property
     def stride(self) -> int | None:
-        """Pixels of the image to a vertex, in either direction; None for a layer outside of a backbone."""
+        """Stride in pixels of the image; None for a layer outside a backbone."""
         return None if self.stage is None else 4 * 2**self.stage
 
 
 @contextmanager
 def record_trees(model: Any) -> Iterator[list[TreeRecord]]:
-    """Record what every tree state space layer scans along while ``model`` runs.
+    """Record the trees of all tree state space layers while ``model`` runs.
 
     ::
 
@@ -87,32 +86,31 @@ def record_trees(model: Any) -> Iterator[list[TreeRecord]]:
         for record in trees:
             print(record.name, record.tree.depth().max())
 
-    Works for whatever has :class:`~grootvl_mm.models.TreeSSM` inside: backbones, detectors, segmenters, classifiers,
-    wrappers such as DDP or adapters, inferencers and runners (anything with a ``model``); in training, under
-    autocast and with gradient checkpointing, whose second computation is not recorded. What the model computes stays
-    the same to the bit, and nothing is left behind when the block ends, by an exception or not. A model that is not
-    recorded pays nothing. Compiled models run uncompiled while they are recorded (before torch 2.6, record the model
-    that was compiled instead).
+    Works for anything with :class:`~grootvl_mm.models.TreeSSM` layers: backbones, detectors, segmenters, classifiers,
+    wrappers such as DDP or adapters, inferencers and runners (anything with a ``model``); in training, under autocast
+    and with activation checkpointing, whose recomputation is not recorded. The model's results are bitwise the same,
+    and all wrappers are removed at the end of the block, also on exceptions. Without recording there is no overhead.
+    Compiled models run uncompiled while they are recorded (before torch 2.6, record the original model instead).
 
     Args:
-        model: a module with layers of this kind, or an object whose ``model`` is one.
+        model: A module with such layers, or an object whose ``model`` is one.
 
     Yields:
-        A list that grows by one :class:`TreeRecord` for each block and call, in the order of the calls. It holds the
-        decays of all blocks, about 0.25 GB for an image of 800x1333 and GrootV-T: clear it between batches.
+        A list to which one :class:`TreeRecord` is appended for each block and call, in order. It holds the decays of
+        all blocks, about 0.25 GB for GrootV-T and an image of 800x1333: clear it between batches.
 
     Raises:
-        TypeError: ``model`` is no module and has none.
-        ValueError: it has no such layer, as exported and traced programs have none.
+        TypeError: ``model`` is not a module and has none.
+        ValueError: The model has no such layers; exported and traced programs have none.
     """
     module = model if isinstance(model, nn.Module) else getattr(model, "model", None)
     if not isinstance(module, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module or have one as its model, got {type(model).__name__}")
+        raise TypeError(f"model must be a torch.nn.Module or have one as attribute model, got {type(model).__name__}")
     mixers = {name: child for name, child in module.named_modules() if isinstance(child, TreeSSM)}
     if not mixers:
         raise ValueError(
-            f"{type(module).__name__} has no {TreeSSM.__name__}, so there is no tree to record; give a model with a "
-            "GrootV backbone, not an exported or traced program"
+            f"{type(module).__name__} has no {TreeSSM.__name__} layer, so there are no trees to record; pass a model "
+            "with a GrootV backbone, not an exported or traced program"
         )
     sharing = {child for stage in module.modules() if isinstance(stage, Stage) and stage.share_tree
                for child in stage.modules()}  # fmt: skip
@@ -129,30 +127,30 @@ def record_trees(model: Any) -> Iterator[list[TreeRecord]]:
 
 
 def find_backbone(model: nn.Module) -> GrootV:
-    """The GrootV inside of a model, however it is wrapped.
+    """Find the GrootV backbone in a model, however it is wrapped.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is none.
     """
     found = next((module for module in model.modules() if isinstance(module, GrootV)), None)
     if found is None:
         kind, backbone = type(model).__name__, type(getattr(model, "backbone", model)).__name__
-        raise ValueError(f"no GrootV in this {kind} (its backbone is a {backbone}), so there are no trees")
+        raise ValueError(f"this {kind} has no GrootV backbone, but a {backbone}, so there are no trees")
     return found
 
 
 class _Recorder:
-    """The records, and what is known of the call that is being recorded."""
+    """The records, and the state of the call being recorded."""
 
     def __init__(self) -> None:
         self.records: list[TreeRecord] = []
-        self.scans: list[tuple[Tree, Tensor]] | None = None  # of the call, with the decays
+        self.scans: list[tuple[Tree, Tensor]] | None = None  # trees and decays of the current call
         self.decay: Tensor | None = None
         self.weight: Tensor | None = None
-        self.built: tuple[Tree, Tensor | None] | None = None  # the newest tree, and the edge weights it was built from
+        self.built: tuple[Tree, Tensor | None] | None = None  # the last tree built, and its edge weights
 
     def watch(self, name: str, mixer: TreeSSM, tree_sharing: str) -> list["_Watch"]:
-        """Watch the methods of a layer by which all it does passes."""
+        """Wrap the methods of a layer that build and scan trees."""
 
         def weigh(original: Callable, feature: Tensor) -> Tensor:
             self.weight = original(feature)
@@ -204,11 +202,11 @@ class _Recorder:
         position = _POSITION.search(name)
         stage, block = map(int, position.groups()) if position else (None, None)
         weight = None
-        # Wrappers of modules may have copied a shared tree on its way from block to block.
+        # Module wrappers may have copied a shared tree between blocks.
         is_shared = tree_sharing == "stage" and block != 0
         if self.built is not None and (is_shared or self.built[0].parent is trees[0].parent):
             weight = self.built[1]
-        if weight is None:  # a path, or a tree that came from outside
+        if weight is None:  # a path, or a tree passed in by the caller
             weight = self._cut(mixer.edge_weight(x.detach().permute(0, 3, 1, 2)), padding)
             self.built = trees[0], weight
         _, height, width, _ = x.shape
@@ -236,17 +234,17 @@ class _Recorder:
 
 
 def _is_in_backward() -> bool:
-    """Where gradient checkpointing computes a layer a second time."""
+    """Whether activation checkpointing is recomputing a layer."""
     return torch._C._current_graph_task_id() != -1
 
 
 class _Watch:
-    """Stands for a method of one layer until it is removed."""
+    """Replaces a method of one layer until it is removed."""
 
     def __init__(self, mixer: TreeSSM, name: str, around: Callable) -> None:
         self.mixer, self.name = mixer, name
         self.around: Callable | None = around
-        self.previous = mixer.__dict__.get(name)  # the watch of a recording around this one
+        self.previous = mixer.__dict__.get(name)  # the watch of an enclosing recording
         self.original = getattr(mixer, name)
         setattr(mixer, name, self)
 
@@ -256,11 +254,11 @@ class _Watch:
         return self.around(self.original, *args, **kwargs)
 
     def __reduce__(self) -> tuple:
-        """A copy of the model, as for an average of its weights, has its own plain method."""
+        """A copy of the model, such as an EMA model, gets its plain method."""
         return getattr, (self.mixer, self.name)
 
     def remove(self) -> None:
-        """Recordings may end in another order than that in which they began."""
+        """Restore the method; overlapping recordings may end in any order."""
         self.around = None
         if self.mixer.__dict__.get(self.name) is not self:
             return
@@ -275,7 +273,7 @@ class _Watch:
 
 @unwatched
 def _decay(mixer: TreeSSM, dt: Tensor) -> Tensor:
-    """The decays of the fused operator, which casts what it gets to float32."""
+    """The decays in the fused operator, which casts its inputs to float32."""
     weight, bias, a_log = (accumulated(value) for value in (mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A_log))
     with torch.no_grad(), torch.autocast(dt.device.type, enabled=False):
         return steps_and_decays(lambda value: F.linear(value, weight, bias), accumulated(dt), a_log)[1].float()
@@ -287,14 +285,14 @@ def _valid_sizes(padding: Padding) -> Tensor:
 
 
 class _Uncompiled:
-    """A context, shared by all recordings, in which compiled models run as they were before."""
+    """A reentrant context, shared by all recordings, in which compiled models run uncompiled."""
 
     def __init__(self) -> None:
         self.users = 0
         self.stance: Any = None
 
     def __enter__(self) -> None:
-        # The compiler takes seconds to import, and nothing is compiled where nobody has.
+        # Importing the compiler takes seconds; if it is not imported, nothing is compiled.
         if self.users == 0 and "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             self.stance = torch.compiler.set_stance("force_eager")
             self.stance.__enter__()

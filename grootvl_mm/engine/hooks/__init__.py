@@ -1,4 +1,4 @@
-"""Hooks of mmengine's Runner. Importing them takes OpenCV, which the models do without."""
+"""Hooks for mmengine's Runner. Importing them requires OpenCV, which the models do not need."""
 
 from grootvl_mm.engine.hooks.complete_checkpoint_hook import CompleteCheckpointHook
 from grootvl_mm.engine.hooks.global_loss_hook import GlobalLossHook

@@ -1,4 +1,4 @@
-"""Makes sure that what is tested or resumed is what the checkpoint holds."""
+"""Stops a test or a resumed training whose checkpoint lacks weights of the model."""
 
 import logging
 from typing import Any
@@ -14,16 +14,16 @@ from grootvl_mm.utils.safe_checkpoints import CheckpointError
 
 @HOOKS.register_module()
 class CompleteCheckpointHook(Hook):
-    """Stop a test, or a training that is resumed, if the checkpoint leaves some of the model's weights random.
+    """Raise an error if the checkpoint of a test or a resumed training leaves some of the model's weights random.
 
-    mmengine only logs what is missing, or has another shape. A training that starts from weights (``load_from`` without
-    ``resume``) is left alone: there, new heads are the rule.
+    mmengine only logs missing weights and shape mismatches. Trainings that start from pretrained weights (``load_from``
+    without ``resume``) are not checked: their heads are usually new.
 
     Args:
-        allow_mismatch: Warn instead.
+        allow_mismatch: For tests, log a warning instead.
     """
 
-    # After UntrustedCheckpointHook, before those that load the weights into models of their own.
+    # After UntrustedCheckpointHook, before hooks that load the weights into their own models (EMAHook).
     priority = "VERY_HIGH"
 
     def __init__(self, allow_mismatch: bool = False) -> None:
@@ -31,23 +31,23 @@ class CompleteCheckpointHook(Hook):
         self._loaded: list[LoadedWeights] = []
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Watch what mmengine loads next, and EMAHook in a training that is resumed."""
+        """Start watching which weights are loaded into the model and, when resuming, into EMAHook's averaged model."""
         self._loaded = [LoadedWeights(runner.model)]
         if runner._resume:
             averaged = [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]
-            # At once, because PyTorch has errors of its own for these.
+            # Immediately, before torch's load_state_dict raises its own error.
             self._loaded += [LoadedWeights(model, at_once=True) for model in averaged]
 
     def before_train(self, runner: Runner) -> None:
-        """Raise a :class:`CheckpointError` if a resumed model is not complete."""
+        """Raise a :class:`CheckpointError` if a resumed checkpoint lacks weights."""
         self._finish(allow=not runner._resume)
 
     def before_val(self, runner: Runner) -> None:
-        """As :meth:`before_test`."""
+        """See :meth:`before_test`."""
         self._finish(allow=self.allow_mismatch)
 
     def before_test(self, runner: Runner) -> None:
-        """Raise a :class:`CheckpointError` if the model is not complete."""
+        """Raise a :class:`CheckpointError`, or warn, if the checkpoint lacks weights."""
         self._finish(allow=self.allow_mismatch)
 
     def _finish(self, allow: bool) -> None:

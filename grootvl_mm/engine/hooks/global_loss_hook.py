@@ -1,4 +1,4 @@
-"""Losses of the whole batch in the log of a distributed training."""
+"""Logs the losses of the whole batch in distributed training."""
 
 import torch
 from mmengine.dist import all_reduce, get_world_size
@@ -10,11 +10,10 @@ from grootvl_mm.registry import HOOKS
 
 @HOOKS.register_module()
 class GlobalLossHook(Hook):
-    """Report the losses of the whole batch in distributed training.
+    """Average the logged losses over all ranks.
 
-    mmengine logs what the first process computed on its share of the batch. This hook replaces
-    it by the mean over the processes, so that the curve of a run does not depend on how many
-    processes shared the batch. Gradients are not touched.
+    mmengine logs the losses of rank 0 on its share of the batch. With this hook, the loss curve does not depend on the
+    number of ranks. Gradients are unaffected.
     """
 
     # Before RuntimeInfoHook (VERY_HIGH), which copies the values into the log.
@@ -27,7 +26,7 @@ class GlobalLossHook(Hook):
         data_batch: dict | tuple | list | None = None,
         outputs: dict | None = None,
     ) -> None:
-        """Average ``outputs``, name to scalar tensor, over the processes, in place."""
+        """Average ``outputs``, name to scalar tensor, over the ranks, in place."""
         if not outputs or get_world_size() == 1:
             return
         names = sorted(outputs)

@@ -1,4 +1,4 @@
-"""Published checkpoints in a run with an exponential moving average (EMA) of the weights."""
+"""Loads the authors' published checkpoints in runs with an exponential moving average (EMA) of the weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,17 +12,17 @@ from grootvl_mm.registry import HOOKS
 
 @HOOKS.register_module()
 class PublishedCheckpointHook(Hook):
-    """Let a run with averaged weights (EMAHook) start from a published file, and so evaluate its averaged weights.
+    """Load both the EMA and the current weights of a published checkpoint into a run with EMAHook.
 
-    The model reads published files by itself, but EMAHook looks for the names that only mmengine's own checkpoints
-    have: the averaged weights under ``state_dict``, the others under ``ema_state_dict``. This hook puts them there.
+    The model reads published checkpoints itself, but EMAHook expects mmengine's format: the EMA weights under
+    ``state_dict``, the current ones under ``ema_state_dict``. This hook converts the checkpoint to it.
     """
 
-    # Before EMAHook, whose own priority is NORMAL and ABOVE_NORMAL in the hosts' recipes.
+    # Before EMAHook, whose priority is NORMAL, or ABOVE_NORMAL in the recipes of mmdet, mmseg and mmpretrain.
     priority = "HIGH"
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Complete ``checkpoint``, the content of the file, in place."""
+        """Convert ``checkpoint``, the content of the file, in place."""
         if "state_dict" in checkpoint:
             return
         last, averaged = (checkpoint.get(name) for name in WEIGHTS)

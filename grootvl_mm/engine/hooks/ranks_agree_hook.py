@@ -1,4 +1,4 @@
-"""Stops a distributed training whose processes were not started alike."""
+"""Stops a distributed training whose ranks were started with different settings."""
 
 import hashlib
 import itertools
@@ -12,25 +12,25 @@ from grootvl_mm.registry import HOOKS
 
 
 class RanksDifferError(ValueError):
-    """The processes of a distributed training would not train the same; the message is one line for the user."""
+    """The ranks of a distributed training have different settings; the message is one line for the user."""
 
 
 @HOOKS.register_module()
 class RanksAgreeHook(Hook):
-    """Compare what all processes of a training must have in common, before the first step.
+    """Check before the first iteration that all ranks have the same seed, schedule, data, optimizer and model.
 
-    Different seeds make the samplers give some images twice and others never; different rates or models drift apart.
-    Neither PyTorch nor mmengine says so.
+    With different seeds, the samplers draw some images twice and others never; with different learning rates or models,
+    the ranks diverge. Neither PyTorch nor mmengine reports it.
     """
 
-    # After what is loaded, and whatever changes rates.
+    # After loading checkpoints and after every hook that changes learning rates.
     priority = "LOWEST"
 
     def before_train(self, runner: Runner) -> None:
-        """Compare.
+        """Compare the settings of all ranks.
 
         Raises:
-            RanksDifferError: on all processes, naming what differs.
+            RanksDifferError: Some differ. Raised on all ranks, with the settings and their values.
         """
         if not is_distributed() or get_world_size() == 1:
             return
@@ -41,11 +41,13 @@ class RanksAgreeHook(Hook):
                 f"{name}: " + ", ".join(f"{rank[name]} on rank {number}" for number, rank in enumerate(described[:4]))
                 for name in differing
             )
-            raise RanksDifferError(f"the processes do not train the same: {values}; start all of them alike")
+            raise RanksDifferError(
+                f"the ranks differ in: {values}; start all of them with the same code, config and options"
+            )
 
 
 def describe(runner: Runner) -> dict[str, Any]:
-    """What must be the same on all processes."""
+    """The settings that must be the same on all ranks."""
     groups = runner.optim_wrapper.param_groups
     groups = [groups] if isinstance(groups, list) else groups.values()  # several optimizers
     keys = ("lr", "weight_decay", "momentum", "betas")
@@ -54,13 +56,13 @@ def describe(runner: Runner) -> dict[str, Any]:
     loop, loader = runner.train_loop, runner.train_dataloader
     return {
         "seed": runner.seed,
-        "first step": (runner.epoch, runner.iter),
-        "last step": (loop.max_epochs, loop.max_iters),
-        "images of a rank's batch": getattr(loader, "batch_size", None),
-        "size of the data set": len(loader.dataset),
-        "learning rates and other options of the optimizer (digest)": _digest(options),
+        "start (epoch, iteration)": (runner.epoch, runner.iter),
+        "end (epoch, iteration)": (loop.max_epochs, loop.max_iters),
+        "batch size per rank": getattr(loader, "batch_size", None),
+        "dataset size": len(loader.dataset),
+        "optimizer options (digest)": _digest(options),
         "first learning rate": options[0][0] if options else None,
-        "parameters of the model (digest)": _digest(shapes),
+        "model parameters (digest)": _digest(shapes),
         "number of parameters": len(shapes),
     }
 

@@ -1,4 +1,4 @@
-"""Gives a resumed training what it lost between its last checkpoint and the end of that step's validation."""
+"""Repeats, on resume, a validation that was interrupted after its checkpoint was written."""
 
 import re
 from collections.abc import Callable
@@ -19,26 +19,26 @@ _VALIDATED = "validated_step"
 
 @HOOKS.register_module()
 class ResumedValidationHook(Hook):
-    """Keep the best checkpoint of a training that dies while it validates.
+    """Keep the best checkpoint correct if a training dies during validation.
 
-    mmengine writes a step's checkpoint before it validates the step, and goes on after it when it resumes: the step
-    that died in its validation is never compared with the best one. Here its validation is done first. The best
-    checkpoint on disk may be newer than the checkpoint that is resumed; each tells its own score, so that the best of
-    them is taken over, and the others are removed as mmengine would have done.
+    mmengine writes a checkpoint before it validates, and resumes training right after that checkpoint. An interrupted
+    validation would never be repeated, and its checkpoint never be compared with the best one. This hook validates
+    first. The best checkpoints on disk may also be newer than the resumed one: the one with the best stored score is
+    kept, and the others are deleted, as mmengine would have done.
     """
 
-    # When this validates, CheckpointHook, which keeps the best one, must be ready; it has VERY_LOW.
+    # After CheckpointHook (VERY_LOW), which saves the best checkpoint after the validation that this hook runs.
     priority = "LOWEST"
 
     def __init__(self) -> None:
         self._resumed = False
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Put the best checkpoints that are found on disk into the content of the file that is resumed."""
+        """Enter the best checkpoints found on disk into the resumed checkpoint's message hub."""
         if not runner._resume:
             return
         self._resumed = True
-        # One process decides, because it changes the folder.
+        # Only one rank may decide, because it deletes files.
         info = checkpoint["message_hub"]["runtime_info"]
         shared = [_best_on_disk(runner, info) if is_main_process() else None]
         broadcast_object_list(shared)
@@ -47,7 +47,7 @@ class ResumedValidationHook(Hook):
         keys.update(dict.fromkeys(shared[0], True))
 
     def before_train(self, runner: Runner) -> None:
-        """Validate the step that is resumed, if its validation is due and its checkpoint does not know of one."""
+        """Validate the resumed epoch or iteration if that is due and the checkpoint does not record it as done."""
         resumed, self._resumed = self._resumed, False
         if not resumed or runner.val_loop is None:
             return
@@ -56,11 +56,14 @@ class ResumedValidationHook(Hook):
         last = loop.max_iters if isinstance(loop, IterBasedTrainLoop) else loop.max_epochs
         due = step >= loop.val_begin and (step % loop.val_interval == 0 or step == last)
         if step > 0 and due and runner.message_hub.runtime_info.get(_VALIDATED) != step:
-            print_log(f"Validating step {step} first: its checkpoint was written before its validation.", "current")
+            unit = "iteration" if isinstance(loop, IterBasedTrainLoop) else "epoch"
+            print_log(
+                f"Validating {unit} {step} first: the run was interrupted before its validation ended.", "current"
+            )
             runner.val_loop.run()
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Note, in all checkpoints that are written from here on, that the step was validated."""
+        """Record in all later checkpoints that this epoch or iteration was validated."""
         runner.message_hub.update_info(_VALIDATED, _step(runner))
 
 
@@ -69,7 +72,7 @@ def _step(runner: Runner) -> int:
 
 
 def _best_on_disk(runner: Runner, info: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a message hub for the best checkpoints in the folder of this run."""
+    """Find the best checkpoints in the folder of this run, as entries of the message hub."""
     hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook) and hook.save_best is not None]
     found = {}
     for hook in hooks:
@@ -84,21 +87,21 @@ def _best_on_disk(runner: Runner, info: dict[str, Any]) -> dict[str, Any]:
             for path in paths:
                 if path != best:
                     path.unlink()
-                    print_log(f"Removed {path}, which is damaged or not the best checkpoint any more.", "current")
+                    print_log(f"Removed {path}, which is damaged or no longer the best checkpoint.", "current")
             if best is not None:
                 found |= {path_key: str(best), score_key: scores[best]}
     return found
 
 
 def _files(folder: Path, template: str, indicator: str) -> list[Path]:
-    """The best checkpoints that CheckpointHook wrote for an indicator, by their names."""
+    """The files that CheckpointHook wrote as best checkpoints for an indicator, judging by their names."""
     name = ".+" if indicator == "auto" else re.escape(indicator.replace("/", "_"))
     pattern = re.compile(rf"best_{name}_{re.escape(template).replace(re.escape('{}'), '[0-9]+')}")
     return sorted(path for path in folder.glob("best_*") if pattern.fullmatch(path.name) and path.is_file())
 
 
 def _score(path: Path, key: str) -> float | None:
-    """The score that a best checkpoint has by its own words, or None if it is damaged or does not tell."""
+    """The score stored in a best checkpoint, or None if there is none or the file is damaged."""
     try:
         hub = read_checkpoint(path, mmap=True).get("message_hub")
         return float(hub["runtime_info"][key])
@@ -107,7 +110,7 @@ def _score(path: Path, key: str) -> float | None:
 
 
 def _choose(scores: dict[Path, float | None], better: Callable[[float, float], bool] | None) -> Path | None:
-    """The file with the best score; where it is not known what is better, the newest one."""
+    """The file with the best score, or the newest one if no rule says which score is better."""
     whole = sorted((path for path, score in scores.items() if score is not None), key=lambda path: path.stat().st_mtime)
     best = None
     for path in whole:

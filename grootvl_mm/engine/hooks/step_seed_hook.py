@@ -1,9 +1,8 @@
-"""Makes a training repeat itself exactly: run twice, or interrupted and resumed.
+"""Makes training exactly reproducible, also across interruption and resume.
 
-mmengine seeds the generators of random numbers once, when the process starts, and its checkpoints do not hold their
-state. After ``--resume``, drop path, dropout, mixup, the sampling of boxes and the augmentation would go on with other
-numbers than in a run that was never interrupted. Here every step gets a seed of its own, which follows from the run's
-seed and the number of the step; nothing has to be saved.
+mmengine seeds the random number generators once, at process start, and does not save their states in checkpoints. After
+``--resume``, drop path, dropout, mixup, box sampling and augmentation would draw other numbers than in an uninterrupted
+run. This hook seeds every iteration from the run's seed and the iteration number, so no state has to be saved.
 """
 
 import logging
@@ -22,17 +21,17 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
 from grootvl_mm.registry import HOOKS
 
-# What the random numbers are for: each use has a stream of its own.
+# Independent random streams, one for each use.
 STEP, BATCH, EPOCH, WORKERS = range(4)
 
 
 def make_repeatable(cfg: Config) -> None:
-    """Change, in place, a training config so that resuming repeats what an interruption destroyed.
+    """Change a training config in place so that a resumed run equals an uninterrupted one.
 
-    It adds :class:`StepSeedHook`, and in epoch-based training each epoch starts its data workers anew.
+    Adds :class:`StepSeedHook`. In epoch-based training it also turns persistent workers off.
 
     Args:
-        cfg: A config of mmengine's Runner with a ``train_dataloader``.
+        cfg: A config for mmengine's Runner with a ``train_dataloader``.
     """
     hooks = cfg.get("custom_hooks") or []
     name = f"grootvl_mm.{StepSeedHook.__name__}"
@@ -42,56 +41,56 @@ def make_repeatable(cfg: Config) -> None:
     by_epoch = loop.type == EpochBasedTrainLoop.__name__ if "type" in loop else loop.by_epoch
     if by_epoch and loader.get("persistent_workers"):
         loader.persistent_workers = False
-        print_log("Each epoch starts its data workers anew (persistent_workers=False), with its own seed.", "current")
+        print_log("Set persistent_workers=False: every epoch seeds its own data loader workers.", "current")
 
 
 @HOOKS.register_module()
 class StepSeedHook(Hook):
-    """Seed Python's, NumPy's and torch's generators for each training step, from the run's seed.
+    """Seed the generators of Python, NumPy and torch in each training iteration, derived from the run's seed.
 
-    The processes of a distributed training draw different numbers. What the workers of a data loader draw:
+    The ranks of a distributed training draw different numbers. The random state of the data loader workers is restored
+    as follows:
 
-    - In iteration-based training, mmengine skips the batches of the steps that were done by loading them again, which
-      brings the workers to where they were.
-    - In epoch-based training, the workers that start with an epoch get its seed; mmengine gives them the same one in
-      every epoch. This needs ``persistent_workers=False``.
+    - In iteration-based training, resuming loads and discards the batches of finished iterations.
+    - In epoch-based training, every epoch starts its workers with a different seed; mmengine would use the same one in
+      each epoch. This needs ``persistent_workers=False``.
     """
 
     # Before any hook that draws random numbers.
     priority = "HIGHEST"
 
     def before_train(self, runner: Runner) -> None:
-        """Give the batches of an iteration-based training their seeds; warn of workers that cannot get theirs."""
+        """Seed the batches of an iteration-based training; warn about persistent workers, which cannot be seeded."""
         loop, loader = runner.train_loop, runner.train_dataloader
         if isinstance(loop, IterBasedTrainLoop):
             loop.dataloader_iterator = _SeededBatches(loop.dataloader_iterator, runner)
         elif loader.persistent_workers:
             print_log(
-                "This training cannot be resumed exactly: its data workers outlive the epochs. Set "
+                "This training cannot be resumed exactly, because of its persistent workers. Set "
                 "train_dataloader.persistent_workers=False.",
                 "current",
                 logging.WARNING,
             )
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Seed what comes before an epoch's first step, and the epoch's workers."""
+        """Seed the start of an epoch and its data loader workers."""
         if isinstance(runner.train_loop, IterBasedTrainLoop):
             return
         _seed_generators(runner, EPOCH, runner.epoch)
         loader = runner.train_dataloader
         init = loader.worker_init_fn
         if isinstance(init, partial) and init.func is worker_init_fn:
-            # mmengine adds the number of the worker, counted over all processes.
+            # mmengine adds the worker's number, counted over all ranks.
             seed = np.random.SeedSequence((runner.seed, WORKERS, runner.epoch)).generate_state(1).item() // 2
             loader.worker_init_fn = partial(init, seed=seed)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Seed the step."""
+        """Seed the iteration."""
         _seed_generators(runner, STEP, runner.iter)
 
 
 class _SeededBatches:
-    """Seeds before each batch: with ``num_workers=0`` it is this process that augments it."""
+    """Seeds this process before it loads each batch, because with ``num_workers=0`` it also runs the augmentation."""
 
     def __init__(self, batches: Iterator, runner: Runner) -> None:
         self.batches = batches
@@ -107,7 +106,7 @@ class _SeededBatches:
         return next(self.batches)
 
     def skip_iter(self, num_iters: int) -> None:
-        """Load the batches of steps that were done. onedl-mmengine's own only skips them, whatever a worker draws."""
+        """Load and discard the batches of finished iterations; onedl-mmengine would skip them without loading."""
         for _ in range(num_iters):
             next(self)
 

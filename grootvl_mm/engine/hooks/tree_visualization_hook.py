@@ -1,4 +1,4 @@
-"""Shows the trees of an image while a model is trained."""
+"""Draws the trees of an image during training."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -16,23 +16,23 @@ from grootvl_mm.visualization.figures import COLORS, Picture, draw_trees, to_arr
 
 @HOOKS.register_module()
 class TreeVisualizationHook(Hook):
-    """Draw the trees of the first validation image every few iterations, so that one can watch them form.
+    """Draw the trees of the first validation image during training.
 
-    They go to the run's visualizer under the name ``trees``: with ``LocalVisBackend`` as PNG files into ``vis_image``
-    in the folder of the run, with ``TensorboardVisBackend`` to TensorBoard. They are drawn before the first iteration,
-    every ``interval`` iterations and after each validation. The model is in evaluation mode for it, and the training
-    stays the same. In a distributed run all processes must have the hook, as they have by one config.
+    The figures go to the run's visualizer under the name ``trees``: ``LocalVisBackend`` writes them as PNG files to
+    ``vis_image`` in the run's folder, ``TensorboardVisBackend`` to TensorBoard. They are drawn before the first
+    iteration, every ``interval`` iterations and after each validation, with the model in evaluation mode; the training
+    itself is unaffected. In distributed runs, all ranks must have the hook.
 
     Args:
-        interval: iterations between two drawings.
-        stages: stages to draw, from 0; None for all.
-        color: what the colour of an edge says, see :func:`grootvl_mm.visualization.figures.draw_trees`.
-        cut_share: share of the edges that are cut for the segments.
-        dpi: pixels to an inch; a panel has 3.2 inches.
+        interval: Iterations between figures.
+        stages: Stages to draw, counted from 0; None for all.
+        color: What the edge colours show, see :func:`grootvl_mm.visualization.figures.draw_trees`.
+        cut_share: Share of the edges that are cut to form the segments.
+        dpi: Pixels per inch; a panel is 3.2 inches wide.
 
     Raises:
-        ValueError: an interval below 1, an unknown color, or a share outside of 0..1; at the start of a run that has no
-            validation data or no GrootV.
+        ValueError: ``interval`` is below 1, ``color`` is unknown, or ``cut_share`` is not in [0, 1]. At the start of a
+            run: the run has no validation data, or the model no GrootV backbone.
     """
 
     priority = "LOW"
@@ -50,7 +50,7 @@ class TreeVisualizationHook(Hook):
         if color not in COLORS:
             raise ValueError(f"color must be one of {', '.join(COLORS)}, got {color!r}")
         if not 0 <= cut_share <= 1:
-            raise ValueError(f"cut_share must be within 0..1, got {cut_share}")
+            raise ValueError(f"cut_share must be between 0 and 1, got {cut_share}")
         self.interval = interval
         self.stages = None if stages is None else tuple(stages)
         self.color = color
@@ -60,18 +60,18 @@ class TreeVisualizationHook(Hook):
         self._last: int | None = None
 
     def before_train(self, runner: Runner) -> None:
-        """Draw what the training starts from."""
+        """Draw the initial trees."""
         self._draw(runner, runner.iter)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """Draw every few iterations."""
+        """Draw every ``interval`` iterations."""
         if self.every_n_train_iters(runner, self.interval):
             self._draw(runner, runner.iter + 1)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Draw what was validated."""
+        """Draw the trees of the validated weights."""
         self._draw(runner, runner.iter)
 
     def _draw(self, runner: Runner, step: int) -> None:
@@ -85,7 +85,7 @@ class TreeVisualizationHook(Hook):
             if not records:
                 raise ValueError(f"{type(self).__name__}: the model has none of the stages {self.stages}")
         if is_main_process():
-            # Of a large image, a segmenter that slides over it sees a part first.
+            # A segmenter with sliding-window inference sees only the first window of a large image.
             height, width = records[0].height * records[0].stride, records[0].width * records[0].stride
             picture = Picture.of(batch["inputs"][0][:, :height, :width])
             picture = picture.padded(max(height, picture.size[0]), max(width, picture.size[1]))
@@ -93,17 +93,17 @@ class TreeVisualizationHook(Hook):
             runner.visualizer.add_image("trees", to_array(figure, self.dpi), step)
 
     def _first_batch(self, runner: Runner) -> dict[str, Any]:
-        """The first image of the validation, before the data preprocessor."""
+        """The first validation image, before the data preprocessor."""
         if self._batch is None:
             if runner.val_loop is None:
-                raise ValueError(f"{type(self).__name__} draws a validation image: the run needs a val_dataloader")
+                raise ValueError(f"{type(self).__name__} draws a validation image; set val_dataloader in the config")
             loader = runner.val_loop.dataloader
             self._batch = loader.collate_fn([loader.dataset[0]])
         return self._batch
 
 
 def _record(model: torch.nn.Module, batch: dict[str, Any]) -> list[TreeRecord]:
-    """The trees of the first call of each block, in evaluation mode."""
+    """The trees of each block's first call, in evaluation mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -13,10 +13,11 @@ from grootvl_mm.registry import OPTIM_WRAPPERS
 
 @OPTIM_WRAPPERS.register_module()
 class CPUAmpOptimWrapper(OptimWrapper):
-    """Mixed precision on the CPU: bfloat16 autocast, which needs no loss scaling.
+    """Mixed precision on the CPU: bfloat16 autocast without loss scaling.
 
-    mmengine's ``AmpOptimWrapper`` refuses to run without an accelerator. Of a detector, only the backbone and the neck
-    run in bfloat16: mmcv's RoIAlign and NMS have no kernels for it on the CPU, and its 8 bits hold no pixel coordinate.
+    mmengine's ``AmpOptimWrapper`` requires an accelerator. In a detector, only the backbone and the neck run in
+    bfloat16: mmcv's RoIAlign and NMS have no bfloat16 kernels on the CPU, and its 8-bit significand is too coarse for
+    pixel coordinates.
     """
 
     @contextmanager
@@ -34,7 +35,7 @@ def _autocast() -> torch.autocast:
 
 @contextmanager
 def _autocast_features(detector: nn.Module) -> Iterator[None]:
-    """Let ``detector.extract_feat`` compute under autocast and return float32 meanwhile."""
+    """Within the block, ``detector.extract_feat`` computes under autocast and returns float32."""
     extract_feat = detector.extract_feat
 
     def in_bfloat16(batch_inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:

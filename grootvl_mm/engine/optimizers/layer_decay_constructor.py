@@ -1,4 +1,4 @@
-"""Layer-wise learning rate decay, for the backbones of all three tasks."""
+"""Layer-wise learning rate decay for backbones of mmdet, mmseg and mmpretrain."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,17 +12,18 @@ from grootvl_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """Gives the early layers of the backbone smaller learning rates than the late ones.
+    """Layer-wise learning rate decay: early backbone layers get smaller learning rates than late ones.
 
-    The learning rate of layer i of n, counted from the stem, is multiplied by ``layer_decay_rate ** (n - 1 - i)``; what
-    is not part of a backbone (necks, heads) keeps the full one. Everything else is as in mmengine's
-    ``DefaultOptimWrapperConstructor``, on which it builds: all its options work, also ``custom_keys`` with ``lr_mult``,
-    which multiplies the decayed learning rate.
+    The learning rate of layer i of n, counted from the stem, is multiplied by ``layer_decay_rate ** (n - 1 - i)``.
+    Modules outside the backbone (necks, heads) keep the full learning rate. All options of mmengine's
+    ``DefaultOptimWrapperConstructor``, the base class, are supported; ``lr_mult`` in ``custom_keys`` multiplies the
+    decayed learning rate.
 
-    Schedulers scale all rates alike. A floor should be relative too: ``eta_min_ratio`` in place of ``eta_min``.
+    Schedulers scale all learning rates by the same factor, so set minimum rates relatively: ``eta_min_ratio`` instead
+    of ``eta_min``.
 
-    The layers are those that the backbone's ``get_layer_depth(name, prefix)`` tells, which GrootV and mmpretrain's
-    backbones have. It works for models of mmdet, mmseg and mmpretrain, and for backbones alone.
+    The layers come from the backbone's ``get_layer_depth(name, prefix)``, which GrootV and mmpretrain's backbones have.
+    The model can be one of mmdet, mmseg or mmpretrain, or a plain backbone.
 
     Example::
 
@@ -36,12 +37,12 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         )
 
     Args:
-        optim_wrapper_cfg: mmengine's; its ``optimizer`` needs ``lr``.
-        paramwise_cfg: mmengine's, and ``layer_decay_rate``, above 0 and at most 1.
+        optim_wrapper_cfg: As in mmengine; its ``optimizer`` needs ``lr``.
+        paramwise_cfg: As in mmengine, and ``layer_decay_rate``, above 0 and at most 1.
 
     Raises:
-        ValueError: ``layer_decay_rate`` or ``lr`` is missing or out of range, or, when called, no part of the model
-            knows its layers.
+        ValueError: ``layer_decay_rate`` or ``lr`` is missing or out of range, or, when called, no module of the model
+            has ``get_layer_depth``.
     """
 
     def _validate_cfg(self) -> None:
@@ -50,12 +51,12 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not isinstance(rate, int | float) or not 0 < rate <= 1:
             raise ValueError(f"paramwise_cfg.layer_decay_rate must be above 0 and at most 1, got {rate!r}")
         if self.base_lr is None:
-            raise ValueError("the layer-wise decay multiplies optimizer.lr, which is missing")
+            raise ValueError("layer-wise learning rate decay needs optimizer.lr, which is missing")
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", **kwargs: Any) -> None:
-        """Add the parameters of ``module`` to the groups, one for each, and decay their learning rates."""
+        """Add one parameter group for each parameter of ``module`` and decay the learning rates."""
         super().add_params(params, module, prefix=prefix, **kwargs)
-        if prefix:  # a part of the model, reached by the recursion
+        if prefix:  # a submodule, in the recursion of the base class
             return
         scales = self._layer_scales(module)
         for group in params:
@@ -64,11 +65,11 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             group["lr"] = group.get("lr", self.base_lr) * group["lr_scale"]
         rates = {group["lr"] for group in params} or {self.base_lr}
         print_log(
-            f"layer-wise decay: {len(rates)} learning rates from {min(rates):.3g} to {max(rates):.3g}", logger="current"
+            f"Layer-wise decay: {len(rates)} learning rates from {min(rates):.3g} to {max(rates):.3g}", logger="current"
         )
 
     def _layer_scales(self, model: nn.Module) -> dict[nn.Parameter, float]:
-        """The factors of the parameters of all backbones in the model."""
+        """The learning rate factor of each backbone parameter."""
         rate = self.paramwise_cfg["layer_decay_rate"]
         scales = {}
         for backbone_name, backbone in _layered_modules(model):
@@ -79,13 +80,14 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not scales:
             backbone = getattr(model, "backbone", model)
             raise ValueError(
-                f"layer-wise decay needs a backbone with get_layer_depth, which {type(backbone).__name__} has not"
+                "layer-wise learning rate decay needs a backbone with get_layer_depth, which "
+                f"{type(backbone).__name__} does not have"
             )
         return scales
 
 
 def _layered_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules that know their layers, without those that only pass the question on (classifiers)."""
+    """Names and modules with ``get_layer_depth``, without wrappers that only delegate to one (classifiers)."""
     found = [(name, module) for name, module in model.named_modules() if hasattr(module, "get_layer_depth")]
     for name, module in found:
         if not any(other is not module and other in set(module.modules()) for _, other in found):

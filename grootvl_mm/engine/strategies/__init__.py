@@ -1,4 +1,4 @@
-"""Strategies of mmengine's FlexibleRunner. Importing them takes PyTorch's FSDP2."""
+"""Strategies for mmengine's FlexibleRunner. Importing them requires a PyTorch with FSDP2."""
 
 from grootvl_mm.engine.strategies.fully_shard import FullyShardStrategy
 

@@ -1,8 +1,8 @@
-"""Shards a model, its gradients and its optimizer over the processes: PyTorch's FSDP2 for mmengine's FlexibleRunner.
+"""FSDP2 (fully sharded data parallel) for mmengine's FlexibleRunner.
 
-mmengine's own ``FSDPStrategy`` wraps FSDP1, in which every parameter is a piece of a flat vector: ``flat_decay_mult``
-takes them all for one-dimensional and turns their weight decay off, and on the CPU it asks for a GPU. FSDP2 keeps each
-parameter's name and shape, so that the optimizer is built as without sharding.
+mmengine's own ``FSDPStrategy`` wraps FSDP1, which needs a GPU and flattens all parameters into one vector, so that
+``flat_decay_mult`` turns off weight decay for all of them. FSDP2 preserves names and shapes of the parameters, so that
+the optimizer is built as without sharding.
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ from grootvl_mm.registry import STRATEGIES
 
 @STRATEGIES.register_module()
 class FullyShardStrategy(DDPStrategy):
-    """Gives each process a part of every parameter, of its gradient and of its optimizer state.
+    """Shards every parameter, its gradient and its optimizer state across the ranks.
 
-    The parameters of a unit are all-gathered while it computes, then freed; those in no unit (stem, heads) stay
-    gathered during the whole step. Checkpoints are the same as without sharding: a training can continue either way,
-    and ``tools/test.py`` takes them.
+    The parameters of a unit are all-gathered while it computes, then freed; those outside any unit (stem, heads) stay
+    gathered during the whole iteration. Checkpoints are not sharded: a training can be resumed with or without this
+    strategy, and ``tools/test.py`` reads them.
 
     Example::
 
@@ -34,11 +34,11 @@ class FullyShardStrategy(DDPStrategy):
         strategy = dict(type="grootvl_mm.FullyShardStrategy")
 
     Args:
-        units: names of the module classes that are units; ``Block`` is GrootV's.
-        kwargs: those of mmengine's ``DDPStrategy``.
+        units: Class names of the modules to shard as units; ``Block`` is GrootV's.
+        kwargs: Arguments of mmengine's ``DDPStrategy``.
 
     Raises:
-        ValueError: when the model is prepared, there is only one process, or no part of the model is a unit.
+        ValueError: When the model is wrapped: there is only one process, or the model has no unit.
     """
 
     def __init__(self, *, units: Sequence[str] = ("Block",), **kwargs: Any) -> None:
@@ -47,39 +47,37 @@ class FullyShardStrategy(DDPStrategy):
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         if not self.distributed:
-            raise ValueError("FullyShardStrategy needs several processes; start them with tools/dist_train.sh")
+            raise ValueError("FullyShardStrategy needs more than one process; start them with tools/dist_train.sh")
         model = self.convert_model(model.to(get_device()))
         units = [module for module in model.modules() if type(module).__name__ in self.units]
         if not units:
-            raise ValueError(f"the model has no module of the classes {', '.join(self.units)}, which units names")
+            raise ValueError(f"the model has no module of class {' or '.join(self.units)}; set units to its blocks")
         for unit in units:
             fully_shard(unit)
         fully_shard(model)
         own = sum(parameter.to_local().numel() for parameter in model.parameters())
         total = sum(parameter.numel() for parameter in model.parameters())
-        self.logger.info(
-            f"The model is sharded in {len(units)} units: this process has {own:,} of {total:,} parameters."
-        )
+        self.logger.info(f"Sharded the model in {len(units)} units: this rank holds {own:,} of {total:,} parameters.")
         return model
 
     def model_state_dict(self) -> dict[str, Any]:
-        """The whole weights for the main process; all processes must call it."""
+        """The full state dict, on rank 0; all ranks must call it."""
         state_dict = self.model.state_dict()
         for name, value in state_dict.items():
             state_dict[name] = _whole(value)
         return state_dict
 
     def optim_state_dict(self) -> dict[str, Any]:
-        """The whole state of the optimizer for the main process; all processes must call it."""
+        """The full optimizer state, on rank 0; all ranks must call it."""
         return tree_map(_whole, super().optim_state_dict())
 
     def load_model_state_dict(self, state_dict: dict, **kwargs: Any) -> None:
-        """Load whole weights, of which each process keeps its part."""
+        """Load a full state dict, of which each rank keeps its shard."""
         with implicit_replication():
             super().load_model_state_dict(state_dict, **kwargs)
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
-        """Load the whole state of the optimizer, of which each process keeps its part."""
+        """Load a full optimizer state, of which each rank keeps its shard."""
         groups = zip(self.optim_wrapper.optimizer.param_groups, state_dict["param_groups"], strict=True)
         parameters = {
             number: parameter
@@ -93,18 +91,18 @@ class FullyShardStrategy(DDPStrategy):
         super().load_optim_state_dict({**state_dict, "state": state})
 
     def save_checkpoint(self, filename: str, **kwargs: Any) -> None:
-        """Write a checkpoint, as ``DDPStrategy`` does; all processes must call it."""
+        """Write a checkpoint, as ``DDPStrategy`` does; all ranks must call it."""
         if is_main_process():
             super().save_checkpoint(filename, **kwargs)
             return
-        # The main process needs their parts.
+        # Rank 0 gathers the shards of all ranks.
         self.model_state_dict()
         if kwargs.get("save_optimizer", True):
             self.optim_state_dict()
 
 
 def _whole(value: Any) -> Any:
-    """A tensor with all its parts, on the CPU of the main process; elsewhere None. Anything else stays as it is."""
+    """Gather a tensor to the CPU of rank 0, None on other ranks; return any other value unchanged."""
     if not isinstance(value, Tensor):
         return value
     if isinstance(value, DTensor):
@@ -113,7 +111,7 @@ def _whole(value: Any) -> Any:
 
 
 def _part(value: Any, parameter: nn.Parameter) -> Any:
-    """This process's part of an optimizer's state, sharded as its parameter; counters and the like stay whole."""
+    """Shard an optimizer state as its parameter is sharded; scalars such as step counters are not sharded."""
     if isinstance(value, Tensor) and isinstance(parameter, DTensor) and value.shape == parameter.shape:
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return value

@@ -1,4 +1,4 @@
-"""A page that shows the trees of a model in a browser: one HTML file that needs no server and no network."""
+"""An interactive page of a model's trees: a single HTML file that needs no server and no network."""
 
 from grootvl_mm.visualization.explorer.blocks import ExplorerBlock, ExplorerTree, TreeFeatures, explorer_blocks
 from grootvl_mm.visualization.explorer.overlays import Box, Overlay, make_overlays

@@ -1,4 +1,4 @@
-"""What the explorer shows of a block, from the recorded trees of a model."""
+"""The explorer's data of a block, from the recorded trees of a model."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,19 +16,19 @@ from grootvl_mm.visualization.paths import join_ranks, mean_decay, parent_edges
 from grootvl_mm.visualization.recorder import TreeRecord
 
 PATHS = ("raster", "cross")  # scans without a tree
-NUM_VARYING = 2  # channels that are shown because their decays vary
+NUM_VARYING = 2  # number of channels shown because their decays vary most
 
 
 class ExplorerTree(NamedTuple):
     """A spanning tree of L positions.
 
     Attributes:
-        metric: ``cosine``, ``euclidean`` or ``manhattan``; or the name of another scan with a tree of its own.
-        parent: (L,) int32, the root's is the root.
-        rank: (L,) int64, when the edge to the parent joins the tree, see
-            :func:`~grootvl_mm.visualization.join_ranks`: 1 to L - 1; 0 for the root.
-        edge_weight: (L,) float32, of the edge to the parent, as the layer compares it: 2e38 or more at padding that is
-            ignored. The root's means nothing.
+        metric: ``cosine``, ``euclidean`` or ``manhattan``, or the name of another scan along a tree.
+        parent: (L,) int32; the root is its own parent.
+        rank: (L,) int64, rank of the edge to the parent, see :func:`~grootvl_mm.visualization.join_ranks`: 1 to L - 1;
+            0 for the root.
+        edge_weight: (L,) float32, weight of the edge to the parent as the layer compares it: 2e38 or more at ignored
+            padding. The root's is undefined.
     """
 
     metric: str
@@ -41,16 +41,16 @@ class ExplorerBlock(NamedTuple):
     """One block of a backbone, for one image.
 
     Attributes:
-        stage: from 0.
-        block: from 0, within the stage.
-        height: rows of the map.
-        width: columns of the map, L = height * width.
-        valid_size: rows and columns without padding that the layer ignores.
-        root: of the trees, 0 or L - 1.
-        scan: what the layer scans along, ``tree``, ``raster``, ``cross`` or another.
+        stage: Index of the stage, from 0.
+        block: Index of the block in its stage, from 0.
+        height: Rows of the map.
+        width: Columns of the map, L = height * width.
+        valid_size: Rows and columns without ignored padding.
+        root: Root of the trees, 0 or L - 1.
+        scan: The layer's scan, ``tree``, ``raster``, ``cross`` or another.
         propagation: ``all``, ``up`` or ``down``.
-        trees: one for each metric; that of the layer, if it has one, is the first.
-        decays: title of a channel to its decays (L,), float32: first the geometric mean over all channels.
+        trees: One tree per metric; the layer's own, if it has one, is the first.
+        decays: Title of a channel to its decays (L,), float32; the first is the geometric mean over all channels.
     """
 
     stage: int
@@ -66,21 +66,21 @@ class ExplorerBlock(NamedTuple):
 
     @property
     def stride(self) -> int:
-        """Pixels of the image to a position."""
+        """Stride of the map in pixels."""
         return 4 * 2**self.stage
 
 
 class TreeFeatures:
-    """Keeps the features from which layers build their trees, beside :func:`~grootvl_mm.visualization.record_trees`.
+    """Records the features from which layers build their trees.
 
-    ::
+    Use it with :func:`~grootvl_mm.visualization.record_trees`::
 
         with record_trees(model) as records, TreeFeatures(model) as features:
             model(image)
         blocks = explorer_blocks(records, features)
 
     Args:
-        model: a module with layers of the kind :class:`~grootvl_mm.models.TreeSSM`.
+        model: A module with :class:`~grootvl_mm.models.TreeSSM` layers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -91,7 +91,7 @@ class TreeFeatures:
     def __enter__(self) -> "TreeFeatures":
         for name, module in self.model.named_modules():
             if isinstance(module, TreeSSM):
-                # x_proj reads exactly what the tree is built from.
+                # x_proj has the same input as the tree.
                 self.handles.append(module.x_proj.register_forward_pre_hook(self._keep(name)))
         return self
 
@@ -107,19 +107,21 @@ class TreeFeatures:
 
 
 def explorer_blocks(records: list[TreeRecord], features: TreeFeatures, image: int = 0) -> list[ExplorerBlock]:
-    """What the explorer shows of the blocks of a backbone.
+    """Prepare the blocks of a backbone for the explorer.
 
     Args:
-        records: of one call of the model, or of several, of which the last counts.
-        features: of the same call.
-        image: index in the batch.
+        records: Records of the model; of several calls, the last is used.
+        features: Features of the same call.
+        image: Index of the image in the batch.
 
     Raises:
-        ValueError: no layer of a backbone was recorded.
+        ValueError: No layer of a backbone was recorded.
     """
     latest = {(record.stage, record.block): record for record in records if record.stage is not None}
     if not latest:
-        raise ValueError(f"none of the {len(records)} recorded layers is part of a GrootV backbone: there is no block")
+        raise ValueError(
+            f"none of the {len(records)} recorded layers is part of a GrootV backbone; record a whole model"
+        )
     blocks: list[ExplorerBlock] = []
     for (stage, block), record in sorted(latest.items()):
         if record.tree_sharing == "stage" and blocks and blocks[-1].stage == stage:
@@ -151,7 +153,7 @@ def _root(record: TreeRecord) -> int:
 
 @torch.no_grad()
 def _trees(record: TreeRecord, feature: Tensor, image: int) -> tuple[ExplorerTree, ...]:
-    """The trees of all metrics for (1, D, H, W) features, that of the layer first."""
+    """The trees of all metrics for features (1, D, H, W), the layer's own first."""
     height, width = record.height, record.width
     own_weight = record.edge_weight[image : image + 1]
     at_padding = own_weight >= PADDING_WEIGHT
@@ -173,7 +175,7 @@ def _trees(record: TreeRecord, feature: Tensor, image: int) -> tuple[ExplorerTre
 
 
 def _decays(decay: Tensor) -> dict[str, np.ndarray]:
-    """(L, D) to the geometric mean over the channels, and telling single channels."""
+    """The geometric mean of decays (L, D) over the channels, and some characteristic channels."""
     mean_over_positions = decay.log().mean(dim=0)
     spread = decay.std(dim=0, unbiased=False)
     chosen = [("reaches farthest", mean_over_positions.argmax()), ("reaches least", mean_over_positions.argmin())]

@@ -1,4 +1,4 @@
-"""A browser without a window, in which the explorer's page is tested and measured."""
+"""A headless browser for testing and benchmarking the explorer's page."""
 
 import shutil
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ HOW_TO_GET_ONE = "Debian: apt install chromium; elsewhere: python -m playwright 
 
 @contextmanager
 def open_browser() -> Iterator["Browser"]:
-    """Start the Chromium or Chrome of the system, or else the one that Playwright has installed.
+    """Start the system's Chromium or Chrome, or else the one installed by Playwright.
 
     Raises:
         ModuleNotFoundError: Playwright is not installed.
-        FileNotFoundError: there is no browser.
+        FileNotFoundError: There is no browser.
     """
     from playwright.sync_api import sync_playwright
 

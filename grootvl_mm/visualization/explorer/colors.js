@@ -13,7 +13,7 @@ const EDGES = [
   [0.5, 250, 240, 150, 1],
   [1.0, 255, 94, 58, 1],
 ];
-/** What the logarithmic scale shows: affinities from 1e-6 to 1. */
+/** Range of the logarithmic scale: affinities from 1e-6 to 1. */
 export const DECADES = 6;
 
 function blend(stops, value) {
@@ -45,7 +45,7 @@ export function paintAffinity(affinity, scale, pixels) {
   }
 }
 
-/** A CSS gradient of the affinities' colours on mid grey, for the legend. */
+/** A CSS gradient of the affinity colours on mid grey, for the legend. */
 export function affinityGradient() {
   const stops = AFFINITY.map(([at, r, g, b, a]) => {
     const onGrey = [r, g, b].map((part) => part * a + 128 * (1 - a));
@@ -54,14 +54,14 @@ export function affinityGradient() {
   return `linear-gradient(to right, ${stops.join(", ")})`;
 }
 
-/** The colour of an edge, from the most alike (0) to the least (1). */
+/** The colour of an edge, from the most similar (0) to the least similar (1). */
 export const edgeColor = (share) => css(blend(EDGES, share));
 
-/** A CSS gradient of the edges' colours. */
+/** A CSS gradient of the edge colours. */
 export const edgeGradient = () =>
   `linear-gradient(to right, ${EDGES.map(([at, ...color]) => `${css(color)} ${100 * at}%`).join(", ")})`;
 
-/** The colour of a segment, [r, g, b], spread by the golden ratio, so that segments that meet rarely look alike. */
+/** The colour of a segment, [r, g, b]; the golden ratio spreads hues, so that adjacent segments rarely look alike. */
 export function segmentColor(leader) {
   const hue = (leader * 0.6180339887498949) % 1;
   const light = 0.6 + 0.16 * (((leader * 0.7548776662466927) % 1) - 0.5);

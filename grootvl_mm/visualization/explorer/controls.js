@@ -1,4 +1,4 @@
-/** Form controls, made of the browser's own: keyboards and screen readers know them. */
+/** Form controls made of native elements, for keyboard and screen reader support. */
 
 let groups = 0;
 
@@ -11,7 +11,7 @@ function labelled(legend, control) {
   return element;
 }
 
-/** A drop-down list; `show(value)` selects, `offer(options)` replaces what there is: [value, text] pairs. */
+/** A drop-down list; `show(value)` selects an option, `offer(options)` replaces the options, [value, text] pairs. */
 export function dropDown(id, legend, change) {
   const select = document.createElement("select");
   select.id = id;
@@ -28,7 +28,7 @@ export function dropDown(id, legend, change) {
   };
 }
 
-/** One of a few, all of them in sight: radio buttons that look like one switch. */
+/** A choice between a few visible options: radio buttons styled as a segmented control. */
 export function choices(id, legend, change) {
   const group = `choice-${groups++}`;
   const element = document.createElement("fieldset");
@@ -60,7 +60,7 @@ export function choices(id, legend, change) {
   };
 }
 
-/** On or off. */
+/** A check box. */
 export function checkBox(id, legend, change) {
   const input = Object.assign(document.createElement("input"), { type: "checkbox", id });
   input.addEventListener("change", () => change(input.checked));
@@ -77,7 +77,7 @@ export function checkBox(id, legend, change) {
   };
 }
 
-/** The colours from one end of a scale to the other. */
+/** The legend of a colour scale. */
 export function legend(id) {
   const element = document.createElement("div");
   element.className = "legend";

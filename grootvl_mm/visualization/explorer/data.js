@@ -1,15 +1,15 @@
-/** Reads what explore_trees.py wrote; encoding.py is its other half and describes the format. */
+/** Decodes the data of the page; encoding.py is the encoder and documents the format. */
 
 import { parentsFromDirections, pathTree, ScanTree } from "explorer/tree.js";
 
-/** The bytes of an image's blocks. */
+/** Unpack the bytes of an image's blocks. */
 export async function unpack(base64) {
   const packed = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-/** Numbers of which the lowest bytes come first, then the next ones, and so on. */
+/** Decode numbers stored as byte planes, the lowest bytes of all numbers first. */
 function fromPlanes(bytes, offset, count, planes) {
   const values = new Uint32Array(count);
   for (let plane = 0; plane < planes; plane++) {
@@ -18,17 +18,17 @@ function fromPlanes(bytes, offset, count, planes) {
   return values;
 }
 
-/** 16-bit numbers, stored as differences. */
+/** Decode 16-bit numbers stored as differences. */
 function fromDifferences(bytes, offset, count) {
   const values = fromPlanes(bytes, offset, count, 2);
   for (let i = 1; i < count; i++) values[i] = (values[i] + values[i - 1]) & 0xffff;
   return values;
 }
 
-/** What one block of the backbone scans along, each part decoded when it is first asked for. */
+/** One block of the backbone; its trees and decays are decoded on first use. */
 export class Block {
   constructor(info, bytes) {
-    Object.assign(this, info); // what encoding.py says of it
+    Object.assign(this, info); // the metadata from encoding.py
     this.bytes = bytes;
     this.size = info.rows * info.columns;
     this.rankPlanes = this.size > 0x10000 ? 3 : 2;
@@ -53,7 +53,7 @@ export class Block {
     });
   }
 
-  /** The positions but the root, in the order of the weights of the edges to their parents. */
+  /** The positions, except for the root, ordered by the weights of the edges to their parents. */
   sequence(metric) {
     return this.once(`sequence ${metric}`, () => {
       const start = this.startOf(metric) + Math.ceil(this.size / 4);
@@ -64,7 +64,7 @@ export class Block {
     });
   }
 
-  /** The weights of the tree's edges, ascending, to 1/65535 of their range. */
+  /** The weights of the tree's edges in ascending order, quantized to 1/65535 of their range. */
   weights(metric) {
     return this.once(`weights ${metric}`, () => {
       const start = this.startOf(metric) + this.treeBytes - 2 * (this.size - 1);
@@ -78,7 +78,7 @@ export class Block {
     return this.offset + this.treeBytes * this.trees.findIndex((tree) => tree.metric === metric);
   }
 
-  /** -ln of the decays of a channel, or of their geometric mean over all. */
+  /** -ln of the decays of a channel, or of the geometric mean over all channels. */
   cost(channel) {
     return this.once(`cost ${channel}`, () => {
       const start = this.offset + this.treeBytes * this.trees.length + 2 * this.size * channel;
@@ -88,13 +88,13 @@ export class Block {
     });
   }
 
-  /** The paths by which raster and cross scan take the place of the tree. */
+  /** The paths of the raster and cross scans. */
   path(byColumns) {
     return this.once(`path ${byColumns}`, () => pathTree(this.rows, this.columns, this.valid, this.root !== 0, byColumns));
   }
 }
 
-/** The three scans of a block side by side, for a metric and a channel. */
+/** The three scans of a block, for a metric and a channel. */
 export class Scans {
   constructor(block, metric, channel) {
     this.block = block;
@@ -118,7 +118,7 @@ export class Scans {
     return out;
   }
 
-  /** The positions from one to another: one path, or two for the cross scan. */
+  /** The paths between two positions: one, or two for the cross scan. */
   paths(scan, from, to) {
     return this.trees[scan].map((tree) => tree.path(from, to));
   }

@@ -1,21 +1,22 @@
-"""The bytes in which the explorer keeps the blocks of an image; ``data.js`` reads them.
+"""The binary format of the blocks of an image in the explorer's page; ``data.js`` is the decoder.
 
-For each block, and in it for each metric, then for each channel, with L positions in row-major order:
+For each block: the tree of each metric, then the decays of each channel, with L positions in row-major order:
 
 =================  =================  ==========================================================================
-tree of a metric   (L + 3) // 4       the direction of each position's parent, two bits each from the lowest on:
-                                      0 up, 1 down, 2 left, 3 right; the root's means nothing
-                   2 L, or 3 L        the rank of the edge to the parent among the L - 1 edges of the tree, exact; L - 1
-                   beyond 65536       for the root; the lowest bytes of all ranks first
-                   2 (L - 1)          the weights in ascending order, 0 to 65535 for the lowest to the highest, as
-                                      differences from one to the next; the lower bytes first. Ignored padding
+tree of a metric   (L + 3) // 4       direction of each position's parent, two bits each, lowest bits first:
+                                      0 up, 1 down, 2 left, 3 right; the root's is undefined
+                   2 L, or 3 L        exact rank of the edge to the parent among the L - 1 edges of the tree; L - 1 for
+                   beyond 65536       the root; the lowest bytes of all ranks first
+                   2 (L - 1)          weights in ascending order, 0 to 65535 for the lowest to the highest, as
+                                      differences between successive ones; the lower bytes first. Ignored padding
                                       weighs as much as the heaviest edge of the picture
 decays of a        2 L                ln(-ln(decay)) in 65535 steps, as differences modulo 65536; the lower bytes first
 channel
 =================  =================  ==========================================================================
 
-Neighbours are alike, so that differences, and among them the higher bytes, are small: they deflate well. The step of
-the decays is a factor of -ln(decay) of at most 1.0003, so that the product over any path is off by less than 1e-4.
+Neighbours are similar, so the differences and especially their higher bytes are small, and deflate compresses them
+well. A step of the decays is a factor of at most 1.0003 in -ln(decay), so the error of a product over any path is below
+1e-4.
 """
 
 from typing import Any
@@ -26,12 +27,12 @@ from grootvl_mm.layers.padding import PADDING_WEIGHT
 from grootvl_mm.visualization.explorer.blocks import ExplorerBlock, ExplorerTree
 
 LEVELS = 65535
-# -ln(decay) beyond which a product is 0 or 1 for every purpose.
+# Range of -ln(decay); beyond it, a product is practically 1 or 0.
 LEAST_COST, LARGEST_COST = 1e-7, 30.0
 
 
 def encode_block(block: ExplorerBlock) -> tuple[dict[str, Any], bytes]:
-    """What the page must know of a block, without its place among the others, and its bytes."""
+    """The metadata of a block, without its offset, and its bytes."""
     trees = [encode_tree(tree, block.width, block.root) for tree in block.trees]
     channels = [encode_decay(decay) for decay in block.decays.values()]
     info = {
@@ -51,7 +52,7 @@ def encode_block(block: ExplorerBlock) -> tuple[dict[str, Any], bytes]:
 
 
 def encode_tree(tree: ExplorerTree, width: int, root: int) -> tuple[dict[str, float], bytes]:
-    """The range of the weights, and the bytes of a tree."""
+    """The range of a tree's weights, and its bytes."""
     parent = tree.parent.astype(np.int64)
     size = len(parent)
     vertex = np.arange(size)
@@ -69,7 +70,7 @@ def encode_tree(tree: ExplorerTree, width: int, root: int) -> tuple[dict[str, fl
 
 
 def encode_decay(decay: np.ndarray) -> tuple[dict[str, float], bytes]:
-    """The scale of the logarithms, and the bytes of decays (L,) in [0, 1]."""
+    """The scale and the bytes of decays (L,) in [0, 1]."""
     with np.errstate(divide="ignore"):
         cost = np.clip(-np.log(decay.astype(np.float64)), LEAST_COST, LARGEST_COST)
     logarithm = np.log(cost)

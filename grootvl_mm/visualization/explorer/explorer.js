@@ -1,4 +1,4 @@
-/** Keeps state, controls and pictures in step. */
+/** Synchronizes state, controls and panels. */
 
 import { affinityGradient, DECADES, edgeGradient } from "explorer/colors.js";
 import { checkBox, choices, dropDown, legend } from "explorer/controls.js";
@@ -9,8 +9,8 @@ import { Segments } from "explorer/tree.js";
 
 const SCANS = { tree: "Tree", raster: "Raster", cross: "Cross" };
 const METRICS = { cosine: "cosine", euclidean: "Euclidean", manhattan: "Manhattan" };
-const DRAG = 8; // pixels from which on a press is no tap
-const HASH_DELAY = 250; // milliseconds; browsers forbid to change the address many times a second
+const DRAG = 8; // pixels; a longer movement is a drag, not a tap
+const HASH_DELAY = 250; // milliseconds; browsers limit how often a page may change its address
 const byId = (id) => document.getElementById(id);
 const count = (number) => number.toLocaleString("en");
 const counted = (number, noun) => `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
@@ -64,12 +64,12 @@ export class Explorer {
     byId("play").addEventListener("click", () => this.play(!this.playing));
   }
 
-  /** Show what the address asks for. */
+  /** Show the state in the address. */
   async start() {
     await this.change(readHash(location.hash));
   }
 
-  /** Take over some fields of the state, make the others fit them, and draw. */
+  /** Change some fields of the state, adapt the others to them, and redraw. */
   async change(patch) {
     const next = { ...this.state, ...patch };
     next.image = Math.min(next.image, this.meta.images.length - 1);
@@ -92,7 +92,7 @@ export class Explorer {
 
     const request = (this.request = {});
     const image = await this.open(next.image);
-    if (request !== this.request) return; // something else has been asked for in the meantime
+    if (request !== this.request) return; // superseded by a later request
     this.state = next;
     this.image = image;
     this.block = image.blocks.get(blockInfo) ?? new Block(blockInfo, image.bytes);
@@ -109,7 +109,7 @@ export class Explorer {
     this.keepInAddress();
   }
 
-  /** The picture, overlays and bytes of an image. */
+  /** Load the picture, overlays and bytes of an image. */
   open(index) {
     if (!this.images.has(index)) {
       const info = this.meta.images[index];
@@ -145,7 +145,7 @@ export class Explorer {
     const isPath = ["raster", "cross"].includes(blockInfo.scan);
     const own = isPath ? null : blockInfo.trees[0].metric;
     controls.metric.offer(
-      blockInfo.trees.map(({ metric }) => [metric, METRICS[metric] ?? metric, metric === own ? "the layer's own" : "of the same features"]),
+      blockInfo.trees.map(({ metric }) => [metric, METRICS[metric] ?? metric, metric === own ? "used by the layer" : "from the same features"]),
     );
     controls.channel.offer(blockInfo.channels.map(({ title }, index) => [index, title]));
     controls.overlay.offer([["none", "nothing"], ...info.overlays.map(({ name }) => [name, name])]);
@@ -156,11 +156,11 @@ export class Explorer {
     this.legends.affinity.element.hidden = state.show === "image";
     this.legends.lines.element.hidden = state.lines === "off";
     this.legends.affinity.show(affinityGradient(), state.scale === "log" ? `1e-${DECADES}` : "0", "1");
-    this.legends.lines.show(edgeGradient(), "alike", "unlike");
+    this.legends.lines.show(edgeGradient(), "similar", "dissimilar");
     byId("caption").textContent = info.overlays.find(({ name }) => name === state.overlay)?.caption ?? "";
     const scanned = isPath
-      ? `a ${blockInfo.scan} scan: the trees are those that its features would make`
-      : `its tree: ${METRICS[own] ?? own}`;
+      ? `${blockInfo.scan} scan; trees of its features`
+      : `tree: ${METRICS[own] ?? own}`;
     const passes = { all: "", up: ", from the leaves to the root only", down: ", from the root to the leaves only" };
     byId("model").textContent = `${meta.title} · ${grid(blockInfo)} · ${scanned}${passes[blockInfo.propagation]}`;
     this.showEdges();
@@ -184,7 +184,7 @@ export class Explorer {
     byId("edges").setAttribute("aria-valuetext", `${counted(edges, "edge")}, ${counted(parts, "segment")}`);
   }
 
-  /** Join the first `edges` edges. Who moves the slider wants to see something grow. */
+  /** Add the first `edges` edges; switch to segments if neither segments nor lines are shown. */
   grow(edges) {
     if (!Number.isFinite(edges)) return;
     const next = Math.max(0, Math.min(this.block.size - 1, Math.round(edges)));
@@ -198,7 +198,7 @@ export class Explorer {
     this.keepInAddress();
   }
 
-  /** Let the tree grow: fast at first and slowly at the end, where the large segments meet. */
+  /** Animate the growing tree: fast at first, and slowly at the end, when large segments merge. */
   play(on) {
     this.playing = on;
     byId("play").setAttribute("aria-pressed", String(on));
@@ -229,7 +229,7 @@ export class Explorer {
       pressed = event.isPrimary && event.button === 0 ? [event.clientX, event.clientY] : null;
     });
     canvas.addEventListener("pointercancel", () => (pressed = null));
-    // No "click": browsers swallow the one of a tap that comes soon after a drag.
+    // Not "click": browsers suppress it for a tap soon after a drag.
     canvas.addEventListener("pointerup", (event) => {
       if (pressed && Math.hypot(event.clientX - pressed[0], event.clientY - pressed[1]) < DRAG) this.hold();
       pressed = null;
@@ -241,7 +241,7 @@ export class Explorer {
     });
   }
 
-  /** What a key does; false if it does nothing. */
+  /** Handle a key; return false if it has no function. */
   onKey(key, far) {
     const steps = { ArrowLeft: [-far, 0], ArrowRight: [far, 0], ArrowUp: [0, -far], ArrowDown: [0, far] };
     const actions = {
@@ -275,7 +275,7 @@ export class Explorer {
     return { stage, block };
   }
 
-  /** Share of the image to position of the map, and back (to its middle). */
+  /** Convert relative image coordinates to a position of the map, and back (to its centre). */
   positionOf({ x, y }) {
     const { rows, columns, stride } = this.block;
     const cell = (share, pixels, size) => Math.max(0, Math.min(size - 1, Math.floor((share * pixels) / stride)));
@@ -293,7 +293,7 @@ export class Explorer {
     this.redraw(this.state.a === null ? ["affinity"] : []);
   }
 
-  /** Hold the position as A, then as B; the third begins anew. */
+  /** Hold the position as A, then as B; the third call starts again with A. */
   hold() {
     const { a, b } = this.state;
     const here = { ...this.here };
@@ -309,7 +309,7 @@ export class Explorer {
     this.keepInAddress();
   }
 
-  /** Draw at the next frame, and before it anew what is named: under, over, affinity. */
+  /** Draw at the next frame, after updating the given parts: under, over, affinity. */
   redraw(parts) {
     for (const part of parts) this.stale.add(part);
     if (this.frame === 0 && this.block) this.frame = requestAnimationFrame(() => this.draw());
@@ -327,7 +327,7 @@ export class Explorer {
     const overlay = this.image.overlays.find(({ name }) => name === state.overlay);
     for (const panel of this.panels) {
       const isTree = panel.scan === "tree";
-      const segments = isTree && state.show === "segments" ? this.segments : null; // the others have none
+      const segments = isTree && state.show === "segments" ? this.segments : null; // only the tree has segments
       const showAffinity = state.show !== "image" && !segments;
       const tree = isTree && state.lines === "on" ? block.tree(state.metric) : null;
       if (stale.has("under")) panel.drawUnder(state, segments);
@@ -354,7 +354,7 @@ export class Explorer {
     panel.note.textContent = `affinity · ${[...others.map(count), counted(last, "edge")].join(" and ")}`;
   }
 
-  /** Tell a screen reader what a key has done. */
+  /** Announce the effect of a key to screen readers. */
   speak(source, target) {
     if (!this.spoken) return;
     this.spoken = false;

@@ -1,14 +1,14 @@
-/** How many frames a second the page draws while somebody points, measured with this screen and this computer. */
+/** Measures the frame rate of the page while the pointer moves. */
 
 const median = (values) => values.sort((a, b) => a - b)[values.length >> 1];
 
 /**
- * Point at another position in every frame.
+ * Point at a different position in every frame.
  *
  * @param {import("explorer/explorer.js").Explorer} explorer
- * @param {number} seconds how long
+ * @param {number} seconds duration
  * @returns {Promise<{fps: number, interval: number, work: number, rows: number, columns: number}>} frames per second,
- *   and medians in milliseconds: from frame to frame, and of it the computing and drawing
+ *   and medians in milliseconds: the interval between frames, and the time for computing and drawing
  */
 export async function measure(explorer, seconds = 3) {
   explorer.letGo();
@@ -19,7 +19,7 @@ export async function measure(explorer, seconds = 3) {
   const first = await frame();
   let last = first;
   for (let i = 1; last - first < 1000 * seconds; i++) {
-    explorer.pointAt((i * 7919) % size); // a prime, so that the positions are all over the map
+    explorer.pointAt((i * 7919) % size); // a prime, so that the positions spread over the map
     cancelAnimationFrame(explorer.frame);
     const start = performance.now();
     explorer.draw();

@@ -1,4 +1,4 @@
-"""Ground truth and predictions, as the explorer lays them over an image."""
+"""Ground truth and predictions as overlays of the explorer."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,13 +7,13 @@ import cv2
 import numpy as np
 from mmengine.structures import BaseDataElement
 
-GOLDEN_ANGLE = 137.508  # degrees: hues that differ, however many there are
+GOLDEN_ANGLE = 137.508  # degrees between successive hues, which keeps any number of them distinct
 FILL, OUTLINE = 70, 255  # opacities
-LEAST_SHARE = 1 / 400  # of the image that a segment needs to be named
+LEAST_SHARE = 1 / 400  # minimum share of the image for a segment to be labelled
 
 
 class Box(NamedTuple):
-    """A rectangle in pixels with a text; without width and height, a text alone."""
+    """A rectangle in pixels with a text, or only a text if width and height are 0."""
 
     x: float
     y: float
@@ -24,13 +24,13 @@ class Box(NamedTuple):
 
 
 class Overlay(NamedTuple):
-    """What can be laid over an image.
+    """An overlay of an image.
 
     Attributes:
         name: ``ground truth`` or ``prediction``.
-        boxes: boxes and texts.
-        picture: (h, w, 4) uint8, RGBA, of the size of the image without padding; None if there is none.
-        caption: a text that belongs to the whole image.
+        boxes: Boxes and texts.
+        picture: (h, w, 4) uint8, RGBA, with the size of the image without padding; None if there is none.
+        caption: A text for the whole image.
     """
 
     name: str
@@ -42,17 +42,16 @@ class Overlay(NamedTuple):
 def make_overlays(
     sample: BaseDataElement, meta: dict[str, Any], size: tuple[int, int], score_thr: float = 0.5
 ) -> list[Overlay]:
-    """The overlays of a data sample of mmdet, mmseg or mmpretrain: as much as is in it.
+    """Create the overlays of a data sample of mmdet, mmseg or mmpretrain.
 
     Args:
-        sample: with what the host's ``predict`` puts in, and the ground truth if it is known, both in the coordinates
-            of the image file (``ori_shape``).
-        meta: ``classes`` and ``palette`` of the data set, where they are known.
-        size: height and width of the image as the model sees it, without padding.
-        score_thr: lowest score of a detection.
+        sample: A data sample with predictions or ground truth, both in coordinates of the image file (``ori_shape``).
+        meta: ``classes`` and ``palette`` of the dataset, if known.
+        size: Height and width of the preprocessed image, without padding.
+        score_thr: Minimum score of a detection.
 
     Returns:
-        Ground truth and prediction, those that are not empty.
+        Ground truth and prediction, if they are not empty.
     """
     found = []
     for name, prefix in (("ground truth", "gt"), ("prediction", "pred")):
@@ -115,7 +114,7 @@ def _label(name: str, sample: BaseDataElement, prefix: str, meta: dict[str, Any]
 
 
 def _paint(picture: np.ndarray, region: np.ndarray, color: Sequence[int]) -> None:
-    """Fill a region lightly and draw around it."""
+    """Fill a region with low opacity and draw its outline."""
     picture[region] = (*color, FILL)
     contours, _ = cv2.findContours(region.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(picture, contours, -1, (*map(int, color), OUTLINE), 1)

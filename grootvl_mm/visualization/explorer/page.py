@@ -1,4 +1,4 @@
-"""Puts the explorer's page together: markup, style, modules and data in one file."""
+"""Assembles the explorer's page: markup, style, modules and data in one file."""
 
 import base64
 import html
@@ -23,11 +23,11 @@ class ExplorerImage(NamedTuple):
     """One image of the page.
 
     Attributes:
-        name: that of the file.
-        picture: (H, W, 3) uint8, RGB, as the model sees it, with its padding.
-        content: height and width without padding.
-        blocks: what the blocks of the backbone scan along.
-        overlays: ground truth and predictions.
+        name: Name of the image file.
+        picture: (H, W, 3) uint8, RGB, the preprocessed image with its padding.
+        content: Height and width without padding.
+        blocks: The blocks of the backbone.
+        overlays: Ground truth and predictions.
     """
 
     name: str
@@ -38,14 +38,14 @@ class ExplorerImage(NamedTuple):
 
 
 def explorer_page(title: str, images: list[ExplorerImage]) -> str:
-    """The page as HTML, which needs nothing but a browser.
+    """Create the page as self-contained HTML.
 
     Args:
-        title: name of the model.
-        images: at least one.
+        title: Name of the model.
+        images: At least one image.
 
     Raises:
-        ValueError: there is no image.
+        ValueError: There is no image.
     """
     if not images:
         raise ValueError("an explorer needs at least one image")
@@ -64,7 +64,7 @@ def explorer_page(title: str, images: list[ExplorerImage]) -> str:
 
 
 def _modules() -> dict[str, str]:
-    """The modules by the names by which they import each other: a file on the disk cannot import its neighbours."""
+    """Import map with the modules as data URLs, because a page opened from disk cannot import other files."""
     names = sorted(path.name for path in SOURCES.iterdir() if path.name.endswith(".js"))
     code = {name: f"{_source(name)}\n//# sourceURL=explorer/{name}\n" for name in names}
     return {f"explorer/{name}": _data_url("text/javascript", text.encode()) for name, text in code.items()}
@@ -122,5 +122,5 @@ def _base64(content: bytes) -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON that can stand in a script element: nothing in it ends the element."""
+    """JSON escaped for a script element, so that nothing in it can close the element."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")

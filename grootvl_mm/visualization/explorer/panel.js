@@ -1,4 +1,4 @@
-/** One picture: the image, the affinities or segments on it, lines, and what is held or pointed at. */
+/** One panel: the image with affinities or segments, lines, and marked positions. */
 
 import { paintAffinity, edgeColor, segmentColor } from "explorer/colors.js";
 
@@ -13,12 +13,12 @@ export class Panel {
     this.element = document.createElement("figure");
     this.element.className = `panel ${scan}`;
     this.element.innerHTML = `
-      <canvas id="${scan}" tabindex="0" role="application" aria-roledescription="picture to explore"
+      <canvas id="${scan}" tabindex="0" role="application" aria-roledescription="interactive image"
         aria-describedby="${scan}-value ${scan}-note"></canvas>
       <figcaption><span class="name"></span><output id="${scan}-value" aria-live="off"></output><span class="note"
         id="${scan}-note"></span></figcaption>`;
     this.canvas = this.element.querySelector("canvas");
-    this.canvas.setAttribute("aria-label", `${title}: arrow keys move the position, Enter holds it, Escape lets go`);
+    this.canvas.setAttribute("aria-label", `${title}: arrow keys move the position, Enter holds it, Escape releases it`);
     this.element.querySelector(".name").textContent = title;
     this.value = this.element.querySelector("output");
     this.note = this.element.querySelector(".note");
@@ -29,7 +29,7 @@ export class Panel {
     listen(this);
   }
 
-  /** Another image or block. */
+  /** Set the image and block. */
   setGrid(image, block) {
     this.image = image;
     this.block = block;
@@ -42,7 +42,7 @@ export class Panel {
     this.fit();
   }
 
-  /** Give the canvas as many pixels as it has on the screen; true if that has changed. */
+  /** Match the canvas to its size on the screen; return whether it has changed. */
   fit() {
     const density = Math.min(window.devicePixelRatio || 1, 2);
     const width = Math.max(1, Math.round(this.canvas.clientWidth * density));
@@ -55,12 +55,12 @@ export class Panel {
     return true;
   }
 
-  /** Pixels of the canvas to a pixel of the image. */
+  /** Pixels of the canvas per pixel of the image. */
   get zoom() {
     return this.canvas.width / this.image.width;
   }
 
-  /** Pixels of the canvas to a position. */
+  /** Pixels of the canvas per position. */
   get cell() {
     return this.zoom * this.block.stride;
   }
@@ -70,7 +70,7 @@ export class Panel {
     return [((v % columns) + 0.5) * this.cell, (Math.floor(v / columns) + 0.5) * this.cell];
   }
 
-  /** The position at a point of the page. */
+  /** The position at client coordinates. */
   positionAt(clientX, clientY) {
     const box = this.canvas.getBoundingClientRect();
     const scale = this.image.width / box.width / this.block.stride;
@@ -78,7 +78,7 @@ export class Panel {
     return clamp(clientY - box.top, this.block.rows) * this.block.columns + clamp(clientX - box.left, this.block.columns);
   }
 
-  /** What lies below the affinities: the image, in grey where colours come on it, and the segments. */
+  /** Draw the layer below the affinities: the image, almost grey below other colours, and the segments. */
   drawUnder(state, segments) {
     const context = this.under.getContext("2d");
     const { width, height } = this.under;
@@ -100,7 +100,7 @@ export class Panel {
       const leader = (leaders[v] = segments.find(v));
       if (!known.has(leader)) known.set(leader, segmentColor(leader));
       data.set(known.get(leader), 4 * v);
-      // A single position is no segment yet, and one that holds most of the image leaves it in sight.
+      // Single positions are not filled, and the opacity decreases with the size of the segment.
       const members = segments.members[leader];
       data[4 * v + 3] = members === 1 ? 0 : 150 - (90 * members) / leaders.length;
     }
@@ -117,7 +117,7 @@ export class Panel {
     context.fill();
   }
 
-  /** What lies above the affinities: the lines of a tree, and ground truth or predictions. */
+  /** Draw the layer above the affinities: the edges of a tree, and ground truth or predictions. */
   drawOver(tree, sequence, overlay) {
     const context = this.over.getContext("2d");
     context.clearRect(0, 0, this.over.width, this.over.height);
@@ -125,7 +125,7 @@ export class Panel {
     if (overlay) this.drawOverlay(context, overlay);
   }
 
-  /** The edges of a tree in their sequence, or without one, all of them alike. */
+  /** Draw the edges of a tree, coloured by their order in `sequence`, or all alike without one. */
   drawTree(context, tree, sequence) {
     const paths = new Map();
     const edges = sequence ?? tree.order.subarray(1);
@@ -176,7 +176,7 @@ export class Panel {
     context.drawImage(canvas, 0, 0, canvas.width * this.cell, canvas.height * this.cell);
   }
 
-  /** Put all together. `paths` and `marks` ({a, b, here}) are positions or null. */
+  /** Draw all layers. `paths` are lists of positions, `marks` ({a, b, here}) positions or null. */
   draw({ showAffinity, scale, paths, marks }) {
     const { context } = this;
     context.drawImage(this.under, 0, 0);
@@ -199,7 +199,7 @@ export class Panel {
     context.beginPath();
     for (const v of path) context.lineTo(...this.center(v));
     context.lineJoin = context.lineCap = "round";
-    // The paths of raster and cross fill the picture: thin lines, the fainter the denser, leave it in sight.
+    // The paths of raster and cross scans fill the picture, so draw them thin, and fainter the denser they are.
     const faint = Math.min(0.45, this.cell / density / 30);
     const lines = isTree ? [["rgb(0 0 0 / 0.65)", 4.5], ["#ffffff", 2]] : [[`rgb(255 255 255 / ${faint})`, 1]];
     for (const [style, width] of lines) {

@@ -1,6 +1,6 @@
-/** What is shown, as text in the address of the page. */
+/** Reads and writes the state of the page in its address. */
 
-/** Positions are shares of the image, so that they stay where they are when another stage is chosen. */
+/** Positions are relative to the image, so that they do not depend on the stage. */
 const point = {
   read(text) {
     const [x, y, ...rest] = text.split(",").map(Number);
@@ -33,7 +33,7 @@ const FIELDS = {
   b: point,
 };
 
-/** The fields of a hash such as `#stage=1&a=0.5,0.25`; what makes no sense is left out. */
+/** The fields of a hash such as `#stage=1&a=0.5,0.25`; invalid ones are ignored. */
 export function readHash(hash) {
   const found = {};
   for (const [key, text] of new URLSearchParams(hash.replace(/^#/, ""))) {
@@ -43,7 +43,7 @@ export function readHash(hash) {
   return found;
 }
 
-/** The hash of a state, without what has no value. */
+/** The hash of a state, without fields that have no value. */
 export function writeHash(state) {
   const parts = Object.entries(FIELDS)
     .filter(([key]) => state[key] !== null && state[key] !== undefined)

@@ -1,11 +1,11 @@
 /**
- * Trees over the positions of a feature map: affinities, paths and segments. Nothing here knows of the page.
+ * Trees over the positions of a feature map: affinities, paths and segments. Independent of the page.
  *
- * A position is its index in reading order, `row * columns + column`. The cost of a position is -ln of its decay, which
- * lies on the edge to its parent: the affinity of two positions is exp(-(sum of the costs on the path between them)).
+ * A position is its index in row-major order, `row * columns + column`. The cost of a position is -ln of its decay, and
+ * belongs to the edge to its parent: the affinity of two positions is exp(-(sum of the costs on the path between them)).
  */
 
-/** The parents of a tree whose edges are stored as two bits a position: 0 up, 1 down, 2 left, 3 right. */
+/** Decode the parents of a tree, stored as two bits per position: 0 up, 1 down, 2 left, 3 right. */
 export function parentsFromDirections(packed, rows, columns, root) {
   const steps = [-columns, columns, -1, 1];
   const parent = new Int32Array(rows * columns);
@@ -16,7 +16,7 @@ export function parentsFromDirections(packed, rows, columns, root) {
 
 /**
  * The path through all positions, row by row or column by column, as a tree whose root is its first position, or its
- * last one if `fromLast`. Padding that is ignored, outside of the `valid` rows and columns, comes at the other end.
+ * last one if `fromLast`. Ignored padding, outside the `valid` rows and columns, is at the other end.
  */
 export function pathTree(rows, columns, valid, fromLast, byColumns) {
   const inside = [];
@@ -36,32 +36,32 @@ export function pathTree(rows, columns, valid, fromLast, byColumns) {
 }
 
 export class ScanTree {
-  /** @param {Int32Array} parent the neighbour of each position on the way to the root, which is its own parent */
+  /** @param {Int32Array} parent parent of each position; the root is its own parent */
   constructor(parent, root) {
     this.parent = parent;
     this.root = root;
     this.size = parent.length;
     this.order = topologicalOrder(parent, root);
     this.depth = new Int32Array(this.size);
-    this.below = new Int32Array(this.size).fill(1); // positions in the subtree, itself included
+    this.below = new Int32Array(this.size).fill(1); // size of the subtree, including the position itself
     for (const v of this.order) if (v !== root) this.depth[v] = this.depth[parent[v]] + 1;
     for (let i = this.size - 1; i > 0; i--) this.below[parent[this.order[i]]] += this.below[this.order[i]];
     this.isAbove = new Uint8Array(this.size);
   }
 
   /**
-   * How much every position contributes to what the scan yields at `source`.
+   * How much every position contributes to the scan's result at `source`.
    *
-   * @param {Float32Array} cost of each position
-   * @param {"all" | "up" | "down"} propagation what reaches the source: everything, the subtree below it, or the
-   *   positions between it and the root
-   * @param {Float32Array} out the affinities
+   * @param {Float32Array} cost cost of each position
+   * @param {"all" | "up" | "down"} propagation which positions contribute: all, those in the subtree of the source, or
+   *   those on its path to the root
+   * @param {Float32Array} out output: the affinities
    */
   affinity(cost, source, propagation, out) {
     const { parent, root, order, isAbove } = this;
     const fromAbove = propagation === "up" ? Infinity : 0;
     const fromBelow = propagation === "down" ? Infinity : 0;
-    // The sums go into `out` and become affinities in place. Float32 sums of a few hundred costs are good to 1e-5.
+    // `out` first holds the sums. The error of float32 sums of a few hundred costs is about 1e-5.
     let sum = 0;
     for (let v = source; ; v = parent[v]) {
       isAbove[v] = 1;
@@ -80,7 +80,7 @@ export class ScanTree {
     for (let v = 0; v < out.length; v++) out[v] = Math.exp(-out[v]);
   }
 
-  /** The positions between two, both included. */
+  /** The positions on the path between two, inclusive. */
   path(from, to) {
     const { parent, depth } = this;
     const ahead = [from];
@@ -94,7 +94,7 @@ export class ScanTree {
   }
 }
 
-/** All positions, every parent before its children, the children of one parent next to each other. */
+/** All positions in breadth-first order. */
 function topologicalOrder(parent, root) {
   const start = new Int32Array(parent.length + 1);
   for (let v = 0; v < parent.length; v++) if (v !== root) start[parent[v] + 1]++;
@@ -111,9 +111,9 @@ function topologicalOrder(parent, root) {
   return order;
 }
 
-/** The segments that the first edges of a tree join: union-find, forwards from where it stands. */
+/** The segments formed by the first edges of a tree: incremental union-find. */
 export class Segments {
-  /** @param {Int32Array} sequence the positions but the root, in the order of the edges to their parents */
+  /** @param {Int32Array} sequence the positions, except for the root, in the order of the edges to their parents */
   constructor(parent, sequence) {
     this.parent = parent;
     this.sequence = sequence;
@@ -133,7 +133,7 @@ export class Segments {
     return this.parent.length - this.joined;
   }
 
-  /** Have exactly the first `edges` edges joined. */
+  /** Join exactly the first `edges` edges. */
   moveTo(edges) {
     if (edges < this.joined) this.restart();
     for (; this.joined < edges; this.joined++) {
@@ -145,7 +145,7 @@ export class Segments {
     }
   }
 
-  /** The position by which the segment of `v` is known: that of the larger part whenever two are joined. */
+  /** The representative of the segment of `v`; when two segments merge, that of the larger one. */
   find(v) {
     const { leader } = this;
     while (leader[v] !== v) {
@@ -153,10 +153,5 @@ export class Segments {
       v = leader[v];
     }
     return v;
-  }
-
-  /** The number of positions in the segment of `v`. */
-  sizeAt(v) {
-    return this.members[this.find(v)];
   }
 }
