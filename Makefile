@@ -1,26 +1,29 @@
-# make demo [TASK=det|seg|cls]   train and evaluate a small model, and draw what it finds
-# make test                      style, then all tests but the slow ones
-# make test-all                  style, all tests, the documentation, the CPU operators under sanitizers
-# make test-ops                  tests of operators, layers and models: no OpenMMLab host, minutes from a clone
-# make lint / make format        check / repair the style
-# make docs                      the documentation site, in docs/_build/html
-# make wheel                     source distribution and wheel, in dist
-# STACK=openmmlab or STACK=onedl picks the host packages; by default those that this Python can install. STACK=language
-# sets up, tests and demonstrates the language models instead, beside the packages of Hugging Face and without hosts.
-# Each target sets its environment up by itself; see .dev_scripts/setup_env.sh.
+# make setup / make setup-ops    create the environment of all other targets / of test-ops, docs and wheel
+# make demo [TASK=det|seg|cls]   train and evaluate a small model, and draw its predictions
+# make test                      lint, then all tests except slow ones
+# make test-all                  lint, all tests, the documentation, the CPU operators under sanitizers
+# make test-ops                  tests of operators, layers and models; no OpenMMLab host, takes minutes from a clone
+# make lint / make format        check / fix the code style
+# make docs                      build the documentation site in docs/_build/html
+# make wheel                     build source distribution and wheel in dist
+# make clean                     delete environments and build outputs
+#
+# STACK=openmmlab or STACK=onedl selects the host packages (default: those that this Python can install). STACK=language
+# sets up, tests and runs the language models instead, with Hugging Face's packages and without hosts. Each target
+# creates its environment if necessary, see .dev_scripts/setup_env.sh.
 SHELL := /bin/bash
 TASK ?= det
 STACK ?=
 VENV := .venv$(if $(filter-out openmmlab,$(STACK)),-$(STACK))
 BIN := $(VENV)/bin
 OPS_BIN := .venv-ops/bin
-# What a stack tests and demonstrates, where it is not everything.
+# Tests and demo of a stack, if they differ from the default.
 TESTS_language := tests/language tests/test_language_extra.py
 DEMO := demo/train_on_digits.py --task $(TASK)
 DEMO_language := demo/language_study.py --quick
 NATIVE = $(shell find ops tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-# Neighbouring tests stay together, as they share data; who has run out of tests takes some of another worker.
+# Worksteal keeps neighbouring tests, which share data, on one worker until another worker is idle.
 WORKERS := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: setup setup-ops demo test test-all test-ops lint format docs wheel clean

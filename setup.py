@@ -1,8 +1,8 @@
-"""Builds the compiled operators and the ``.mim`` folder that openmim looks for; see docs of each command class.
+"""Builds the compiled operators and the ``.mim`` folder that openmim searches; see the docstrings of the commands.
 
-Environment variables: ``FORCE_CUDA=1`` builds the CUDA operators without a GPU at hand, ``TORCH_CUDA_ARCH_LIST`` says
-for which architectures (default: those from 8.0 on that torch is built for, whatever GPU is here),
-``GROOTVL_CXXFLAGS`` adds flags of the C++ compiler, ``GROOTVL_NO_EXTENSION=1`` leaves the compiled operators out.
+Environment variables: ``FORCE_CUDA=1`` builds the CUDA operators even without a GPU; ``TORCH_CUDA_ARCH_LIST`` sets the
+architectures (default: those from 8.0 on that torch supports, regardless of the GPU); ``GROOTVL_CXXFLAGS`` adds C++
+compiler flags; ``GROOTVL_NO_EXTENSION=1`` skips the compiled operators.
 """
 
 import importlib.util
@@ -35,10 +35,10 @@ except ImportError:
 
 
 class BuildPyWithMim(build_py):
-    """Adds ``grootvl_mm/.mim`` with configs, tools and model index: copies in a wheel, links in an editable install."""
+    """Adds ``grootvl_mm/.mim`` with configs, tools and model index: copies in wheels, links in editable installs."""
 
     def run(self) -> None:
-        """Build, then fill ``.mim``."""
+        """Build, then create ``.mim``."""
         super().run()
         if getattr(self, "editable_mode", False):
             target = ROOT / PACKAGE / ".mim"
@@ -58,33 +58,33 @@ class BuildPyWithMim(build_py):
 
 
 class BdistWheelWithMim(bdist_wheel):
-    """Makes one wheel for every Python, with ``.mim`` in the metadata folder too.
+    """Builds one wheel for all Python versions, with ``.mim`` also in the metadata folder.
 
-    onedl-mim 0.5.1 searches the first folder that an installation lists. Where distribution and module have the same
-    name, that is the metadata.
+    onedl-mim 0.5.1 searches the first folder listed by an installation, which is the metadata folder if distribution
+    and module have the same name.
     """
 
     def initialize_options(self) -> None:
-        """Declare the stable ABI: the extension holds dispatcher operators and uses no Python symbol."""
+        """Declare the stable ABI: the extension registers dispatcher operators and uses no Python symbols."""
         super().initialize_options()
         self.py_limited_api = "cp310"
 
     def write_wheelfile(self, wheelfile_base: str, *args, **kwargs) -> None:
-        """Write the file ``WHEEL``, then copy ``.mim`` beside it."""
+        """Write the file ``WHEEL`` and copy ``.mim`` beside it."""
         super().write_wheelfile(wheelfile_base, *args, **kwargs)
         built = Path(self.get_finalized_command("build_py").build_lib, PACKAGE, ".mim")
-        if built.is_dir():  # not for an editable install, where onedl-mim searches the checkout
+        if built.is_dir():  # does not exist in editable installs, where onedl-mim searches the checkout
             shutil.copytree(built, Path(wheelfile_base, ".mim"))
 
 
 def compiler() -> str | None:
-    """The C++ compiler that will be used, or None."""
+    """Path of the C++ compiler, or None."""
     command = os.environ.get("CXX", "cl" if os.name == "nt" else "c++").split()[0]
     return shutil.which(command)
 
 
 def cuda_reason() -> str | None:
-    """Why the CUDA operators are not built, or None when they are."""
+    """Why the CUDA operators are not built, or None if they are."""
     if not list((ROOT / SOURCES / "cuda").glob("*.cu")):
         return "this version has no CUDA sources; CUDA tensors use the PyTorch operators"
     if torch.version.cuda is None:
@@ -93,21 +93,21 @@ def cuda_reason() -> str | None:
         return "no CUDA toolkit found (CUDA_HOME)"
     wanted = os.environ.get("FORCE_CUDA") == "1" or os.environ.get("TORCH_CUDA_ARCH_LIST")
     if not (wanted or torch.cuda.is_available()):
-        return "no GPU here and neither FORCE_CUDA=1 nor TORCH_CUDA_ARCH_LIST set"
+        return "no GPU found, and neither FORCE_CUDA=1 nor TORCH_CUDA_ARCH_LIST is set"
     return None
 
 
 def cuda_architectures() -> str:
-    """Those from 8.0 on that torch is built for, in the words of TORCH_CUDA_ARCH_LIST, and PTX for newer ones."""
+    """Torch's CUDA architectures from 8.0 on, in the format of TORCH_CUDA_ARCH_LIST, and PTX for newer ones."""
     numbers = {int(number) for number in re.findall(r"sm_(\d+)", torch._C._cuda_getArchFlags() or "")}
     names = [f"{number // 10}.{number % 10}" for number in sorted(numbers) if number >= 80]
     if not names:
-        sys.exit(f"error: torch {torch.__version__} names no CUDA architecture from 8.0 on; set TORCH_CUDA_ARCH_LIST.")
+        sys.exit(f"error: torch {torch.__version__} has no CUDA architecture from 8.0 on; set TORCH_CUDA_ARCH_LIST")
     return ";".join(names) + "+PTX"
 
 
 def link_cuda_runtime(extension) -> None:
-    """Where the linker would not find libcudart, link the one that torch itself loads, from its packages."""
+    """If the linker would not find libcudart, link the one in torch's dependencies."""
     folders = [*extension.library_dirs, *os.environ.get("LIBRARY_PATH", "").split(os.pathsep)]
     if os.name == "nt" or any(Path(folder, "libcudart.so").exists() for folder in folders if folder):
         return
@@ -120,7 +120,7 @@ def link_cuda_runtime(extension) -> None:
 
 
 def supports_openmp(command: str) -> bool:
-    """Whether the compiler takes ``-fopenmp``."""
+    """Whether the compiler supports ``-fopenmp``."""
     check = subprocess.run(
         [command, "-fopenmp", "-x", "c++", "-fsyntax-only", "-"], input="int main() {}", text=True, capture_output=True
     )
@@ -128,19 +128,18 @@ def supports_openmp(command: str) -> bool:
 
 
 def extensions() -> list:
-    """The extension ``grootvl_mm._C``: a library of dispatcher operators without Python symbols."""
+    """The extension ``grootvl_mm._C``, a library of dispatcher operators without Python symbols."""
     if os.environ.get("GROOTVL_NO_EXTENSION") == "1":
-        log.info("grootvl_mm: GROOTVL_NO_EXTENSION=1, leaving the compiled operators out.")
+        log.info("grootvl_mm: skipping the compiled operators (GROOTVL_NO_EXTENSION=1).")
         return []
     command = compiler()
     if command is None:
-        log.warning("grootvl_mm: no C++ compiler found; installing the slow PyTorch operators only.")
+        log.warning("grootvl_mm: no C++ compiler found; installing only the slow PyTorch operators.")
         return []
-    # Nobody asks which operations raised floating-point exceptions; if somebody could, GCC would not vectorise loops
-    # that choose between two values, such as a sigmoid's, for AVX2.
+    # With -ftrapping-math, the default, GCC does not vectorize loops with conditionals, such as a sigmoid, for AVX2.
     flags = [] if os.name == "nt" else ["-O3", "-fvisibility=hidden", "-fno-trapping-math", "-g0"]
-    # Compiled for OpenMP but not linked to it: the symbols come from the runtime that torch itself brings, so that
-    # torch.set_num_threads counts here too and one thread pool serves both.
+    # Compiled with OpenMP but not linked to it: the symbols come from torch's own runtime, so that both share one
+    # thread pool and torch.set_num_threads applies to both.
     if supports_openmp(command):
         flags.append("-fopenmp")
     flags += shlex.split(os.environ.get("GROOTVL_CXXFLAGS", ""))
@@ -152,7 +151,7 @@ def extensions() -> list:
     if reason is None:
         extension = cpp_extension.CUDAExtension
         sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / SOURCES / "cuda").glob("*.cu"))
-        # Line numbers for profilers and compute-sanitizer cost nothing at run time.
+        # Line numbers for profilers and compute-sanitizer have no run-time cost.
         flags = {"cxx": flags, "nvcc": ["-O3", "-lineinfo"]}
         os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or cuda_architectures()
         log.info("grootvl_mm: CUDA architectures %s.", os.environ["TORCH_CUDA_ARCH_LIST"])
@@ -169,7 +168,7 @@ def extensions() -> list:
 
 
 def build_ext_command() -> type:
-    """The build command of torch, without the export of a Python module that does not exist."""
+    """Torch's build command without exporting a Python module's init function, which does not exist."""
 
     class BuildOperators(cpp_extension.BuildExtension):
         def __init__(self, *args, **kwargs) -> None:
@@ -190,7 +189,7 @@ def main() -> None:
         command_classes["build_ext"] = build_ext_command()
     elif not {"sdist", "egg_info", "dist_info"} & set(sys.argv):
         sys.exit(
-            "error: grootvl_mm needs torch to build its operators, and cannot see it. Install torch first, then run "
+            "error: building grootvl_mm's operators needs torch, which is not installed here; install it, then run: "
             "pip install --no-build-isolation ."
         )
     setup(ext_modules=modules, cmdclass=command_classes)

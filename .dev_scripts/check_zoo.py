@@ -1,17 +1,16 @@
-"""Check configs, metafiles, model-index.yml and the tables of the READMEs against each other and the built models.
+"""Check the consistency of configs, metafiles, model-index.yml, the tables in READMEs, and the built models.
 
-- Every configs/FOLDER/metafile.yml is imported by model-index.yml, and its entries are the configs of its folder: one
-  entry each, with the config's name and path.
-- An entry agrees with its config: epochs or iterations, batch size (devices as in the name, "8xb128"; 8 where it says
-  nothing, 1 in demos), training data, input size, tasks.
-- Parameters are those of the built model. FLOPs are what tools/analysis_tools/get_flops.py counts for one image of the
+- model-index.yml imports every configs/FOLDER/metafile.yml, which has one entry for each config of its folder, with the
+  config's name and path.
+- Each entry agrees with its config: epochs or iterations, batch size (devices as in the name, "8xb128"; otherwise 8, or
+  1 in demos), training data, input size, tasks.
+- Parameters are those of the built model. FLOPs are those of tools/analysis_tools/get_flops.py for one image of the
   entry's input size (height x width), rounded to four significant digits.
-- Results are the paper's and say so, until there are weights of our own.
-- Between "<!-- models: begin -->" and "<!-- models: end -->", each folder's README has the table that its metafile
-  gives, and the configs that the README names exist.
+- Results are the paper's, and are marked as such, until we have our own weights.
+- Each folder's README has the table of its metafile between "<!-- models: begin -->" and "<!-- models: end -->", and
+  all configs that it names exist.
 
-Prints what differs and exits with status 1, else with 0. --fix first writes the READMEs' tables and the numbers of the
-metafiles, except for results.
+Prints the differences and exits with status 1 if there are any.
 """
 
 import argparse
@@ -33,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- models: begin -->\n", "<!-- models: end -->\n"
 RESULTS_SOURCE = "paper (arXiv 2406.02395)"
 REQUIRED = ("Parameters", "FLOPs", "Input Size", "Batch Size", "Training Data")
-# Data root of a config -> name of the data, and the size for which its benchmark states FLOPs, where that is fixed.
+# Data root of a config -> name of the data, and the fixed size, if any, for which its benchmark reports FLOPs.
 DATA = {
     "data/imagenet": ("ImageNet-1k", None),
     "data/imagenet21k": ("ImageNet-21k", None),
@@ -54,10 +53,10 @@ COLUMNS = {"Top 1 Accuracy": "top-1", "mIoU(ms+flip)": "mIoU, multi-scale and fl
 
 
 def find_problems(root: Path = ROOT) -> list[str]:
-    """Everything that is not as the module's docstring says, one line each.
+    """All violations of the rules in the module's docstring, one line each.
 
     Args:
-        root: folder with ``configs`` and ``model-index.yml``.
+        root: Folder with ``configs`` and ``model-index.yml``.
     """
     problems = list(_index_problems(root))
     for metafile in _metafiles(root):
@@ -72,7 +71,7 @@ def find_problems(root: Path = ROOT) -> list[str]:
 
 
 def fix(root: Path = ROOT) -> None:
-    """Write the numbers of the metafiles, except for results, and the tables of the READMEs."""
+    """Update the numbers in the metafiles, except for results, and the tables in the READMEs."""
     for metafile in _metafiles(root):
         text = metafile.read_text(encoding="utf-8")
         for entry in _entries(metafile):
@@ -127,7 +126,7 @@ def _index_problems(root: Path) -> Iterator[str]:
     yield from (f"model-index.yml does not import {path}" for path in sorted(set(found) - set(imported)))
     yield from (f"model-index.yml imports {path}, which does not exist" for path in sorted(set(imported) - set(found)))
     for folder in sorted({path.parent for path in (root / "configs").glob("[!_]*/*.py")}):
-        # mim knows no metadata for language models.
+        # mim has no metadata for language models.
         if folder.name != "language" and not (folder / "metafile.yml").is_file():
             yield f"{folder.relative_to(root)} has no metafile.yml"
 
@@ -137,11 +136,11 @@ def _pairing_problems(root: Path, metafile: Path, entries: list[dict[str, Any]])
     shipped = {path.relative_to(root).as_posix() for path in metafile.parent.glob("*.py")}
     listed = Counter(entry["Config"] for entry in entries)
     yield from (f"{where} has no entry for {config}" for config in sorted(shipped - set(listed)))
-    yield from (f"{where} has an entry for {config}, which is not there" for config in sorted(set(listed) - shipped))
+    yield from (f"{where} has an entry for {config}, which does not exist" for config in sorted(set(listed) - shipped))
     yield from (f"{where} has {times} entries for {config}" for config, times in listed.items() if times > 1)
     for entry in entries:
         if Path(entry["Config"]).stem != entry["Name"]:
-            yield f"{where}: {entry['Name']} must be named as its config {entry['Config']}"
+            yield f"{where}: {entry['Name']} must have the name of its config {entry['Config']}"
 
 
 def _entry_problems(root: Path, entry: dict[str, Any]) -> Iterator[str]:
@@ -168,12 +167,12 @@ def _missing(entry: dict[str, Any]) -> list[str]:
 
 
 def _expected(root: Path, entry: dict[str, Any]) -> dict[str, Any]:
-    """What the metadata must be by the config and its model."""
+    """The metadata that follow from the config and its model."""
     cfg = _load_config(root / entry["Config"])
     folder = cfg.train_dataloader.dataset.data_root.rstrip("/") + "/"
     data, size = next((value for start, value in DATA.items() if folder.startswith(f"{start}/")), (None, None))
     if cfg.default_scope == "mmpretrain":
-        # The training images are scaled to it.
+        # The size to which training images are resized.
         (scale,) = [step.scale for step in cfg.train_dataloader.dataset.pipeline if "scale" in step]
         size = f"{scale}x{scale}"
     size = size or entry["Metadata"]["Input Size"]
@@ -225,14 +224,14 @@ def _readme_problems(root: Path, metafile: Path, entries: list[dict[str, Any]]) 
     elif any(map(_missing, entries)):
         yield f"{where}: no table without complete entries"
     elif parts[1] != models_table(entries):
-        yield f"{where} has another table than its metafile gives; --fix writes it"
+        yield f"{where} has an outdated table; --fix updates it"
     for config in sorted(set(re.findall(r"configs/[\w./-]+\.py", text))):
         if not (root / config).is_file():
             yield f"{where} names {config}, which does not exist"
 
 
 def _split_readme(text: str) -> tuple[str, str, str] | None:
-    """What stands before the table, the table, and what stands behind it."""
+    """The text before the table, the table, and the text after it."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         return None
     before, rest = text.split(BEGIN)
@@ -246,9 +245,13 @@ def _set_number(text: str, name: str, key: str, value: int) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line's arguments."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fix", action="store_true", help="write the READMEs' tables and the metafiles' numbers first")
+    parser.add_argument(
+        "--fix",
+        action="store_true",
+        help="first update the READMEs' tables and the metafiles' numbers, except for results (default: only check)",
+    )
     return parser.parse_args()
 
 

@@ -1,5 +1,5 @@
-// Tells ThreadSanitizer what GCC's OpenMP runtime, which is compiled without it, orders: what comes before a parallel
-// region, its threads, and what comes after it. Linked into the operators by --wrap=GOMP_parallel, see sanitize_ops.sh.
+// Makes ThreadSanitizer aware of the synchronization at the start and end of parallel regions in GCC's OpenMP runtime,
+// which is not instrumented. Linked into the operators with --wrap=GOMP_parallel, see sanitize_ops.sh.
 extern "C" {
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);

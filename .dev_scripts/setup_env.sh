@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Creates the tested environment and builds grootvl_mm into it. Every step leaves a stamp named after its inputs, so a
-# second call does only what has changed. The system provides Python with venv and headers, a C++ compiler, make and git.
+# Creates the tested environment and builds grootvl_mm in it. Every step leaves a stamp that depends on its inputs, so
+# that later calls only repeat steps whose inputs have changed. The system must provide Python with venv and headers, a
+# C++ compiler, make and git.
 #
 # STACK   openmmlab, in .venv; onedl, the maintained packages with the same import names, in .venv-onedl; ops, torch and
-#         mmengine without any host, in .venv-ops; or language, ops and the packages of Hugging Face (Python 3.11 to
-#         3.13), in .venv-language: transformers 5 breaks mmpretrain, so the two stand apart. Default: openmmlab where
-#         its packages can be installed (Python 3.10 and 3.11), otherwise onedl (3.12 and 3.13), with .venv as a link
-#         to .venv-onedl. 3.14 has ops only.
-# PYTHON  the interpreter to use (default: the first usable one of 3.11, 3.10, 3.12, 3.13, 3.14, python3)
-# MAX_JOBS       compiler processes that run at once (default: one per core)
-# GROOTVL_CACHE  where compiled mmcv wheels are kept (default: ~/.cache/grootvl_mm)
+#         mmengine without any host, in .venv-ops; or language, ops and Hugging Face's packages (Python 3.11 to 3.13),
+#         in .venv-language, because transformers 5 breaks mmpretrain. Default: openmmlab if its packages can be
+#         installed (Python 3.10 and 3.11), otherwise onedl (3.12 and 3.13), with .venv as a link to .venv-onedl.
+#         Python 3.14 supports ops only.
+# PYTHON  interpreter (default: the first usable one of 3.11, 3.10, 3.12, 3.13, 3.14, python3)
+# MAX_JOBS       number of parallel compiler processes (default: one per core)
+# GROOTVL_CACHE  folder for compiled mmcv wheels (default: ~/.cache/grootvl_mm)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -22,7 +23,7 @@ say() { echo "[setup] $*"; }
 fail() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
 version() { "$1" -c 'import sys; print(".".join(map(str, sys.version_info[:2])))' 2>/dev/null; }
 
-# What keeps interpreter $1 from being used for stack $2; nothing if it can be.
+# Prints why interpreter $1 cannot be used for stack $2, or nothing if it can.
 unusable() {
   local found
   found=$(version "$1") || { echo "not found"; return; }
@@ -30,8 +31,8 @@ unusable() {
     3.10) [[ $2 != language ]] || { echo "$found, and transformers 5 is tested with 3.11 to 3.13"; return; } ;;
     3.11) ;;
     3.12 | 3.13) [[ $2 != openmmlab ]] || { echo "$found, and OpenMMLab's packages need 3.10 or 3.11"; return; } ;;
-    3.14) [[ $2 == ops ]] || { echo "$found, for which onedl-mim's requirement pandas 2.2.3 has no wheel"; return; } ;;
-    *) echo "$found, not 3.10 to 3.14"; return ;;
+    3.14) [[ $2 == ops ]] || { echo "$found, for which pandas 2.2.3, required by onedl-mim, has no wheel"; return; } ;;
+    *) echo "$found, expected 3.10 to 3.14"; return ;;
   esac
   "$1" -c 'import ensurepip, venv' 2>/dev/null || { echo "$found without venv (Debian, Ubuntu: python3-venv)"; return; }
   "$1" -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_config_var("INCLUDEPY") + "/Python.h"))' ||
@@ -54,7 +55,7 @@ find_python() {
 
 default_stack() { case $(version "$1") in 3.10 | 3.11) echo openmmlab ;; *) echo onedl ;; esac }
 
-# Lets only those lines of a log through that say how far it is.
+# Filters a log to lines that show progress.
 show_progress() {
   local line shown=
   while IFS= read -r line; do
@@ -74,7 +75,7 @@ show_progress() {
   if [[ -n $shown && -t 1 ]]; then echo; fi
 }
 
-# step NAME TEXT COMMAND: runs COMMAND unless it has been run with the same inputs (standard input), and keeps its output.
+# step NAME TEXT COMMAND: runs COMMAND unless it has already run with the same inputs (on stdin), and logs its output.
 step() {
   local key
   key=$STAMPS/$1-$(sha256sum | cut -c1-16)
@@ -93,7 +94,7 @@ explain_failure() {
   if [[ $status != 0 && -n $doing ]]; then
     tail -n "+$first_line" "$LOG" | grep -E '(^|[^a-zA-Z])(error|ERROR|FAILED):' | cut -c1-200 | head -n 10 >&2 || true
     { echo ...; tail -n "+$first_line" "$LOG" | tail -n 15 | cut -c1-400; } >&2
-    printf '[setup] error: failed while %s; the whole output is in %s\n' "$doing" "$LOG" >&2
+    printf '[setup] error: failed while %s; the complete output is in %s\n' "$doing" "$LOG" >&2
   fi
 }
 trap explain_failure EXIT
@@ -107,27 +108,27 @@ make_venv() {
 
 install_torch() { install -r requirements/torch.txt -c requirements/constraints.txt; }
 
-# A wheel is built for one torch, one Python and with or without CUDA; those name its folder.
+# A wheel depends on the versions of torch and Python and on CUDA, which are in the name of its folder.
 install_mmcv() {
   local tag wheels has_cuda
   has_cuda=$("$VENV/bin/python" -c 'import torch; print(int(torch.cuda.is_available()))')
   if [[ $has_cuda == 1 ]] && ! command -v nvcc >/dev/null; then
-    say "  a GPU but no CUDA toolkit (nvcc): mmcv gets its CPU operators only, so Mask R-CNN runs on the CPU"
+    say "  there is a GPU but no CUDA toolkit (nvcc): mmcv gets CPU operators only, so Mask R-CNN runs on the CPU"
     has_cuda=0
   fi
   tag=$("$VENV/bin/python" -c "import sys, torch
 print(f'${MMCV/==/-}-torch{torch.__version__}-cp{sys.version_info[0]}{sys.version_info[1]}-' + ('cuda' if $has_cuda else 'cpu'))")
   wheels=$CACHE/wheels/$tag
   if ! compgen -G "$wheels/*.whl" >/dev/null; then
-    say "  $MMCV has no wheel for this torch: compiling it, about 10 minutes on 2 cores, once (kept in $CACHE)"
+    say "  $MMCV has no wheel for this torch: compiling it once, about 10 minutes on 2 cores (cached in $CACHE)"
     build_mmcv "$wheels" "$has_cuda"
   fi
   install --no-deps --force-reinstall "$wheels"/*.whl
 }
 
-# build_mmcv FOLDER WITH_CUDA: mmcv's setup.py asks for C++17 by itself, after all flags from the environment; recent
-# torch headers need C++20. The compiler is therefore called through a script that has the last word. It also leaves out
-# the debug information that Python's own flags ask for, which takes more than half of the time.
+# build_mmcv FOLDER WITH_CUDA: recent torch headers need C++20, but mmcv's setup.py adds -std=c++17 after all flags from
+# the environment. So the compiler is a wrapper script that appends the right standard. It also turns off the debug
+# information in Python's default flags, which takes more than half of the time.
 build_mmcv() (
   building=$CACHE/wheels/building.$$
   trap 'rm -rf "$building"' EXIT
@@ -137,7 +138,7 @@ build_mmcv() (
   printf '#!/bin/sh\nexec %s "$@" -g0 %s\n' "${CXX:-c++}" "$standard" >"$building/c++"
   chmod +x "$building/c++"
   export CXX=$building/c++
-  # Headers that torch's own include, and that the CUDA toolkit may lack, come with torch's dependencies.
+  # Some headers included by torch's may be missing in the CUDA toolkit; they come with torch's dependencies.
   if [[ $2 == 1 ]]; then
     export FORCE_CUDA=1 CPATH=$site/nvidia/cu13/include LIBRARY_PATH=$site/nvidia/cu13/lib
     export NVCC_APPEND_FLAGS="${NVCC_APPEND_FLAGS:-} $standard"
@@ -153,13 +154,12 @@ build_mmcv() (
 
 install_packages() {
   install -r "$HOSTS" "${TOOLS[@]}" -c requirements/constraints.txt
-  # opencv-python, which mmengine requires, loads X11 libraries of the system; the headless build has the same files and
-  # loads none.
+  # opencv-python, which mmengine requires, needs the system's X11 libraries; the headless build does not.
   if ! "$VENV/bin/python" -c 'import cv2'; then
-    say "  no X11 libraries here: replacing OpenCV by its headless build"
+    say "  no X11 libraries found: replacing OpenCV by its headless build"
     install --no-deps --force-reinstall opencv-python-headless -c requirements/constraints.txt
   fi
-  # openmim pulls in openxlab, which pins setuptools to a version that cannot install a pyproject.
+  # openmim pulls in openxlab, which pins setuptools to a version without support for pyproject.toml.
   install -r requirements/build.txt
 }
 
@@ -191,7 +191,7 @@ if [[ -n $(unusable "$VENV/bin/python" "$STACK") ]]; then
   [[ -n $python ]] || find_python
   rm -rf "$VENV"
 elif [[ -n ${PYTHON:-} && $(version "$PYTHON") != $(version "$VENV/bin/python") ]]; then
-  fail "$VENV has Python $(version "$VENV/bin/python"), not $(version "$PYTHON") as PYTHON asks; delete it first"
+  fail "$VENV has Python $(version "$VENV/bin/python"), but PYTHON is $(version "$PYTHON"); delete $VENV first"
 fi
 mkdir -p "$STAMPS"
 LOG=$VENV/setup.log
@@ -209,7 +209,7 @@ step packages "installing the packages of $HOSTS and the development tools" inst
 step project "compiling the operators and installing grootvl_mm (about a minute)" install_project \
   < <(cat setup.py pyproject.toml requirements/{runtime,torch}.txt; find ops/csrc -type f | sort | xargs cat)
 if [[ $STACK != ops && $STACK != language && -z $(type -P chromium chromium-browser google-chrome google-chrome-stable) ]]; then
-  say "no Chromium or Chrome: the tests of the tree explorer will be skipped, unless you get one (Debian: apt install" \
-    "chromium; elsewhere: ${VENV##*/}/bin/python -m playwright install chromium)"
+  say "no Chromium or Chrome found: the tests of the tree explorer will be skipped; to run them, install one (Debian:" \
+    "apt install chromium; elsewhere: ${VENV##*/}/bin/python -m playwright install chromium)"
 fi
 say "$VENV is ready"

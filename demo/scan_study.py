@@ -1,12 +1,12 @@
-"""Compare what a backbone scans along, with the same budget for all: trees, paths, and backbones without a scan.
+"""Compare trees, paths and backbones without a scan, with the same training budget.
 
 Every arm is trained on every task with every seed and evaluated at the end. An arm is GrootV with one option changed,
 or a ConvNeXt or Swin Transformer of the same depths and widths. Tasks: instance segmentation (det) and semantic
-segmentation (seg) of the demo scenes, and curves, which take long connections: the pixels of the marked curve (curves,
-curves-long, curves-dashed), and whether two marks are joined (curves-cls).
+segmentation (seg) of the demo scenes; and curves, which need long-range connections: segmenting the marked curve
+(curves, curves-long, curves-dashed), and classifying whether two marks are joined (curves-cls).
 
-A run that was interrupted goes on where it stopped when the same command is given again; what is finished is not
-repeated. The tables are written to WORK_DIR/README.md, all numbers to WORK_DIR/results.json.
+To resume an interrupted study, repeat the command: finished parts are not run again. The tables are written to
+WORK_DIR/README.md, all numbers to WORK_DIR/results.json.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from scipy.stats import t as student
-from studies import read_results, resized, scheduled, summary, write_results
+from studies import markdown_table, read_results, resized, scheduled, summary, write_results
 from train_on_digits import CONFIG_DATA, ROOT, moved_paths, run
 
 from grootvl_mm.apis.resume import find_resumable_checkpoint
@@ -31,7 +31,7 @@ CONFIDENCE = 0.95
 
 
 class Arm(NamedTuple):
-    """One backbone of the study: options of GrootV, or the name of another one."""
+    """One backbone of the study: options of GrootV, or the name of another backbone."""
 
     title: str
     options: dict[str, Any] = {}
@@ -44,9 +44,9 @@ class Task(NamedTuple):
     title: str
     config: str
     iters: int
-    metrics: dict[str, tuple[str, float]]  # title to key in the log, and scale of the value there
-    data: tuple[object, ...]  # arguments of the tool that makes them
-    scale: int | None = None  # side to which pictures of curves are scaled
+    metrics: dict[str, tuple[str, float]]  # title to key in the log, and the maximum of the value there
+    data: tuple[object, ...]  # arguments of the tool that generates the data
+    scale: int | None = None  # side to which images of curves are resized
 
 
 ARMS = {
@@ -84,7 +84,7 @@ TASKS = {
         "grootv-flat_demo-curves-cls.py", 1500, {"accuracy": ("accuracy/top1", 100)}, (), 64,
     ),
 }  # fmt: skip
-# What gives most for a given time, on one core.
+# The most informative settings for a given time on one core.
 PRESETS = {
     "minutes": {"tasks": ["curves"], "arms": ["tree", "raster"], "seeds": [0], "iters": 100, "train": 1000, "val": 200},
     "short": {
@@ -102,15 +102,16 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--work-dir", type=Path, default=Path("work_dirs/scan-study"), help="default: %(default)s")
-    add("--preset", choices=PRESETS, help="values for all that is not given: "
-        "minutes, to see it work; short, for about half an hour of one quiet core")  # fmt: skip
-    add("--arms", nargs="+", choices=ARMS, metavar="NAME", help=f"some of {', '.join(ARMS)} (default: all)")
-    add("--tasks", nargs="+", choices=TASKS, metavar="NAME", help=f"some of {', '.join(TASKS)} (default: all)")
-    add("--seeds", nargs="+", type=int, metavar="N", help="default: 0 1 2")
-    add("--iters", type=int, metavar="N", help="length of each training (default: that of the task)")
-    add("--train", type=int, metavar="N", help="training scenes (default: 1500 digits, 4000 curves)")
-    add("--val", type=int, metavar="N", help="validation scenes (default: 400 digits, 1000 curves)")
+    add("--work-dir", type=Path, default=Path("work_dirs/scan-study"),
+        help="folder for checkpoints and results (default: %(default)s)")  # fmt: skip
+    add("--preset", choices=PRESETS, help="defaults for the other options by duration on one idle core; minutes: a few "
+        "minutes, as a trial; short: about half an hour (default: none, the defaults below)")  # fmt: skip
+    add("--arms", nargs="+", choices=ARMS, metavar="NAME", help=f"arms to compare, of {', '.join(ARMS)} (default: all)")
+    add("--tasks", nargs="+", choices=TASKS, metavar="NAME", help=f"tasks, of {', '.join(TASKS)} (default: all)")
+    add("--seeds", nargs="+", type=int, metavar="N", help="seeds (default: 0 1 2)")
+    add("--iters", type=int, metavar="N", help="iterations of each training (default: depends on the task)")
+    add("--train", type=int, metavar="N", help="number of training scenes (default: 1500 digits, 4000 curves)")
+    add("--val", type=int, metavar="N", help="number of validation scenes (default: 400 digits, 1000 curves)")
     args = parser.parse_args()
     preset = PRESETS.get(args.preset, {"arms": list(ARMS), "tasks": list(TASKS), "seeds": [0, 1, 2]})
     for name, value in preset.items():
@@ -122,12 +123,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def is_curves(task: str) -> bool:
-    """Whether a task has the pictures of curves."""
+    """Whether a task uses the curve dataset."""
     return task.startswith("curves")
 
 
 def make_data(task: str, args: argparse.Namespace) -> Path:
-    """Make the data of a task, if they are not there; the classifier of curves shares those of the segmenter."""
+    """Generate the data of a task if they do not exist; curves-cls shares those of curves."""
     train, val = (4000, 1000) if is_curves(task) else (1500, 400)
     counts = ("--train", args.train or train, "--val", args.val or val)
     if is_curves(task):
@@ -140,7 +141,7 @@ def make_data(task: str, args: argparse.Namespace) -> Path:
 
 
 def peer_backbone(peer: str, channels: int, depths: Sequence[int], out_indices: Sequence[int]) -> dict[str, Any]:
-    """The config of a backbone of the hosts with the depths and widths of a GrootV."""
+    """The config of another backbone with the depths and widths of GrootV."""
     widths = [channels * 2**stage for stage in range(len(depths))]
     if peer == "convnext":
         return {
@@ -148,7 +149,7 @@ def peer_backbone(peer: str, channels: int, depths: Sequence[int], out_indices: 
             "arch": {"depths": list(depths), "channels": widths},
             "out_indices": list(out_indices),
             "gap_before_final_norm": False,
-            # As GrootV, whose residual branches start at full strength.
+            # As in GrootV, whose residual branches start at full strength.
             "layer_scale_init_value": 1.0,
         }
     return {
@@ -164,7 +165,7 @@ def peer_backbone(peer: str, channels: int, depths: Sequence[int], out_indices: 
 
 
 def write_config(arm: str, task: str, folder: Path) -> Path:
-    """Write the config of an arm: that of the task with another backbone."""
+    """Write the config of an arm: the task's config with another backbone."""
     base = ROOT / "configs" / "demo" / TASKS[task].config
     cfg = Config.fromfile(base)
     backbone = dict(ARMS[arm].options)
@@ -195,7 +196,7 @@ def overrides(cfg: Config, task: str, data: Path) -> Iterator[str]:
 
 
 def train(arm: str, task: str, seed: int, data: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Train and evaluate one arm; what is returned are its metrics, from 0 to 1, and the seconds that it took."""
+    """Train and evaluate one arm; return its metrics, 0 to 1, and the duration in seconds."""
     iters = args.iters or TASKS[task].iters
     config = write_config(arm, task, args.work_dir / "configs")
     folder = args.work_dir / f"{task}-{arm}-{iters}-{seed}"
@@ -209,7 +210,7 @@ def train(arm: str, task: str, seed: int, data: Path, args: argparse.Namespace) 
 
 
 def read_metrics(task: str, folder: Path) -> dict[str, float] | None:
-    """The evaluation at the end of a training, or None without one."""
+    """The metrics at the end of a training, or None if it was not evaluated."""
     for path in sorted(folder.glob("*/vis_data/scalars.json"), reverse=True):
         for line in reversed(path.read_text().splitlines()):
             values = json.loads(line)
@@ -220,7 +221,7 @@ def read_metrics(task: str, folder: Path) -> dict[str, float] | None:
 
 
 def difference(values: dict[int, float], reference: dict[int, float]) -> tuple[float, float] | None:
-    """The mean difference to another arm with the same seeds, and half the width of its interval (Student's t)."""
+    """The mean difference to another arm over common seeds, and half of its confidence interval (Student's t)."""
     seeds = sorted(set(values) & set(reference))
     if len(seeds) < 2:
         return None
@@ -230,16 +231,16 @@ def difference(values: dict[int, float], reference: dict[int, float]) -> tuple[f
 
 
 def make_table(task: str, results: dict[str, dict[int, dict[str, float]]]) -> str:
-    """The arms of one task as Markdown: means, standard deviations, and whether they can be told apart from the tree.
+    """The arms of one task as Markdown: means, standard deviations, and significant differences to the tree.
 
     Args:
-        task: name of the task.
-        results: metrics by arm and seed.
+        task: Name of the task.
+        results: Metrics by arm and seed.
     """
     header = ["backbone", "seeds"]
     for title in TASKS[task].metrics:
-        header += [title, "minus the tree's", "told apart"]
-    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+        header += [title, "difference to tree", "significant"]
+    rows = []
     for arm in (name for name in ARMS if results.get(name)):
         cells = [ARMS[arm].title, str(len(results[arm]))]
         for title in TASKS[task].metrics:
@@ -247,10 +248,10 @@ def make_table(task: str, results: dict[str, dict[int, dict[str, float]]]) -> st
                 {seed: found[title] for seed, found in results.get(name, {}).items()} for name in (arm, "tree")
             )
             gap = None if arm == "tree" else difference(values, trees)
-            told = "-" if gap is None else "yes" if abs(gap[0]) > gap[1] else "no"
-            cells += [summary(list(values.values())), f"{gap[0]:+.3f} ± {gap[1]:.3f}" if gap else "-", told]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            significant = "-" if gap is None else "yes" if abs(gap[0]) > gap[1] else "no"
+            cells += [summary(list(values.values())), f"{gap[0]:+.3f} ± {gap[1]:.3f}" if gap else "-", significant]
+        rows.append(cells)
+    return markdown_table(header, rows)
 
 
 def make_page(results: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
@@ -265,7 +266,7 @@ def make_page(results: dict[str, dict[str, float]], args: argparse.Namespace) ->
                 chosen.setdefault(arm, {})[int(seed)] = values
         if chosen:
             page.append(f"## {task}: {TASKS[task].title}, {iters} iterations\n\n{make_table(task, chosen)}")
-    note = "Mean ± standard deviation over the seeds; differences with the same seed, ± half of their 95 % interval.\n"
+    note = "Mean ± standard deviation over the seeds; differences are paired by seed, ± half of their 95 % interval.\n"
     return "\n".join([*page, note])
 
 

@@ -1,6 +1,6 @@
-"""Make the demo data, train a GrootV-pico model on them, evaluate it, draw what it found and let its trees be explored.
+"""Generate the demo data, train a GrootV-pico model on it, evaluate it, and draw its predictions and trees.
 
-A run that was interrupted goes on from its last checkpoint when the same command is given again.
+To resume an interrupted run from its last checkpoint, repeat the command.
 """
 
 import argparse
@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,15 +22,15 @@ from grootvl_mm.apis.resume import find_resumable_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools"
 CONFIG_DATA = "data/demo/"  # data_root of the demo configs
-EXPLORED = 4  # images in the explorer
+EXPLORED = 4  # number of images in the explorer
 
 
 class Metric(NamedTuple):
-    """A result that a full run must reach."""
+    """A metric and the minimum that a full run must reach."""
 
     name: str
     key: str  # in the JSON file of the evaluation
-    scale: float  # of the value there, 1 or 100
+    scale: float  # maximum of the value there, 1 or 100
     floor: float  # 0 to 1
 
 
@@ -63,13 +63,24 @@ TASKS = {
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", choices=TASKS, default="det", help="default: %(default)s")
-    parser.add_argument("--work-dir", type=Path, help="folder of the run (default: work_dirs/demo-TASK)")
     parser.add_argument(
-        "--data", type=Path, default=Path(CONFIG_DATA), help="demo data, made if missing (default: %(default)s)"
+        "--task",
+        choices=TASKS,
+        default="det",
+        help="detection and instance segmentation, semantic segmentation, or classification (default: %(default)s)",
+    )
+    parser.add_argument("--work-dir", type=Path, help="folder for all results (default: work_dirs/demo-TASK)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path(CONFIG_DATA),
+        help="folder of the demo data, generated if missing (default: %(default)s)",
     )
     parser.add_argument(
-        "--iters", type=int, help="shorten the training, for a quick look; the floors are not checked then"
+        "--iters",
+        type=int,
+        metavar="N",
+        help="number of iterations, for a short trial whose metrics are not checked (default: as in the config)",
     )
     args = parser.parse_args()
     if args.iters is not None and args.iters < 1:
@@ -79,15 +90,15 @@ def parse_args() -> argparse.Namespace:
 
 
 def run(script: str, *arguments: object) -> None:
-    """Run a script of ``tools/`` and stop if it fails."""
+    """Run a script in ``tools/`` and exit with an error if it fails."""
     command = [sys.executable, str(TOOLS / script), *map(str, arguments)]
     status = subprocess.run(command, check=False).returncode
     if status:
-        cli.fail(f"{script} ended with status {status} (command: {' '.join(command)})")
+        cli.fail(f"{script} exited with status {status} (command: {' '.join(command)})")
 
 
 def moved_paths(node: object, data: Path, key: str = "", root: str = CONFIG_DATA) -> Iterator[str]:
-    """Yield the overrides that turn the config's paths below ``root`` into paths below ``data``."""
+    """Yield the overrides that move the config's paths from ``root`` to ``data``."""
     if isinstance(node, dict):
         for name, child in node.items():
             yield from moved_paths(child, data, f"{key}.{name}" if key else name, root)
@@ -95,11 +106,16 @@ def moved_paths(node: object, data: Path, key: str = "", root: str = CONFIG_DATA
         yield f"{key}={data}/{node.removeprefix(root)}"
 
 
-def read_metrics(folder: Path, metrics: tuple[Metric, ...]) -> dict[str, float]:
-    """Read the newest evaluation in the work dir of ``tools/test.py``, as name to value of 0 to 1."""
+def without_validation(overrides: Iterable[str]) -> list[str]:
+    """The overrides of a config for training without validation."""
+    kept = [override for override in overrides if not override.startswith("val_")]
+    return ["val_cfg=None", "val_dataloader=None", "val_evaluator=None", *kept]
+
+
+def newest_evaluation(folder: Path) -> dict[str, float]:
+    """The newest metrics in the work dir of ``tools/test.py``."""
     newest = max(folder.glob("*/*.json"), key=lambda path: path.stat().st_mtime)
-    values = json.loads(newest.read_text())
-    return {metric.name: values[metric.key] / metric.scale for metric in metrics}
+    return json.loads(newest.read_text())
 
 
 def main() -> None:
@@ -110,9 +126,9 @@ def main() -> None:
     start = time.monotonic()
 
     if (args.data / "meta.json").is_file():
-        logger.info("1/5 Data: %s is there.", args.data)
+        logger.info("1/5 Data: %s already exists.", args.data)
     else:
-        logger.info("1/5 Data: composing scenes in %s.", args.data)
+        logger.info("1/5 Data: generating scenes in %s.", args.data)
         run("dataset_converters/make_demo_data.py", "--out", args.data)
 
     config = ROOT / "configs" / "demo" / task.config
@@ -124,43 +140,42 @@ def main() -> None:
     final = args.work_dir / f"iter_{iters}.pth"
     found = find_resumable_checkpoint(args.work_dir)
     if found == final:
-        logger.info("2/5 Training: %s is there.", final)
+        logger.info("2/5 Training: %s already exists.", final)
     else:
-        progress = f"going on from {found}" if found else "from the start"
-        logger.info("2/5 Training: %s, %d iterations on the %s, %s.", task.title, iters, get_device(), progress)
-        # Step 3 evaluates; doing so at the end of the training too would only cost time.
-        unevaluated = ["val_cfg=None", "val_dataloader=None", "val_evaluator=None"]
-        kept = [override for override in overrides if not override.startswith("val_")]
-        shortened = [f"train_cfg.max_iters={iters}", *unevaluated, *kept]
+        progress = f"resuming from {found}" if found else "from scratch"
+        logger.info("2/5 Training: %s, %d iterations on %s, %s.", task.title, iters, get_device(), progress)
+        # Without validation, because step 3 evaluates.
+        shortened = [f"train_cfg.max_iters={iters}", *without_validation(overrides)]
         run("train.py", config, "--work-dir", args.work_dir, "--resume", "auto", "--cfg-options", *shortened)
     trained = time.monotonic()
 
     logger.info("3/5 Evaluation on the held-out scenes.")
     run("test.py", config, final, "--work-dir", args.work_dir / "test", *options)
-    values = read_metrics(args.work_dir / "test", task.metrics)
+    evaluation = newest_evaluation(args.work_dir / "test")
+    values = {metric.name: evaluation[metric.key] / metric.scale for metric in task.metrics}
 
     scenes = sorted((args.data / task.scenes).rglob("*.png"))[:EXPLORED]
     picture, trees = args.work_dir / "predictions.png", args.work_dir / "trees.png"
-    logger.info("4/5 Pictures: ground truth and prediction side by side, and the trees of a held-out scene.")
+    logger.info("4/5 Pictures: ground truth and predictions side by side, and the trees of a held-out scene.")
     run("visualization/draw_predictions.py", config, final, picture, *options)
     run("visualization/draw_trees.py", config, final, scenes[0], "-o", trees, *options)
 
     explorer = args.work_dir / "explorer.html"
-    logger.info("5/5 Explorer: the trees of some held-out scenes, to look at in a browser.")
+    logger.info("5/5 Explorer: an interactive page of the trees of held-out scenes.")
     run("visualization/explore_trees.py", config, final, *scenes, "--out", explorer, *options)
 
     for metric in task.metrics:
-        floor = "" if args.iters else f" (floor {metric.floor:.2f})"
+        floor = "" if args.iters else f" (minimum {metric.floor:.2f})"
         logger.info("%s: %.3f%s", metric.name, values[metric.name], floor)
     minutes = (time.monotonic() - start) / 60
-    logger.info("Time: %.1f minutes, %.1f until trained", minutes, (trained - start) / 60)
+    logger.info("Time: %.1f minutes, %.1f of them up to the end of training", minutes, (trained - start) / 60)
     logger.info("Picture: %s", picture)
     logger.info("Trees: %s", trees)
     logger.info("Explorer: %s", explorer)
-    # Written so that a NaN misses its floor too.
+    # Not "<", so that NaN is reported, too.
     missed = [metric.name for metric in task.metrics if not values[metric.name] >= metric.floor]
     if missed and not args.iters:
-        cli.fail(f"the demo missed its floor: {', '.join(missed)}")
+        cli.fail(f"the demo did not reach the minimum: {', '.join(missed)}")
 
 
 if __name__ == "__main__":

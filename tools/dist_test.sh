@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Evaluate with several processes on this machine, one for each GPU, or on the CPU if there is none.
-# Several machines: run it on each with NNODES, NODE_RANK, MASTER_ADDR and PORT set.
-# PYTHON is the interpreter to use; by default one that has grootvl_mm is looked for.
+# Distributed evaluation on this machine, one process per GPU, or on the CPU if there is no GPU.
+# For several machines, run it on each with NNODES, NODE_RANK, MASTER_ADDR and PORT set.
+# PYTHON is the interpreter (default: see find_python.sh).
 set -euo pipefail
 # shellcheck source=tools/find_python.sh
 source "$(dirname "${BASH_SOURCE[0]}")/find_python.sh"

@@ -1,8 +1,8 @@
-# Sourced by the scripts beside it, which then run in an environment that nobody has activated, too.
+# Sourced by the scripts in this folder, so that they also work without an activated environment.
 
-# Print the interpreter that has grootvl_mm and torch: PYTHON, taken as it is, or else the first that has them of
-# `python` and `python3` (an activated environment), the environments of this checkout (make setup), and the environment
-# where this folder is installed.
+# Print the interpreter to use: PYTHON if set, otherwise the first one with grootvl_mm and torch among `python` and
+# `python3` (an activated environment), the environments of this checkout (make setup), and the environment where this
+# folder is installed.
 find_python() {
     local folder candidate tried=()
     if [[ -n ${PYTHON:-} ]]; then
@@ -10,7 +10,7 @@ find_python() {
         return
     fi
     folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-    # The current folder counts with `python -c`, but not with `python tools/train.py`.
+    # `python -c` searches the current folder for modules, but `python tools/train.py` does not.
     local has_package='
 import sys
 from importlib.util import find_spec
@@ -25,7 +25,7 @@ sys.exit(not (find_spec("grootvl_mm") and find_spec("torch")))'
             return
         fi
     done
-    echo "error: no Python found that has grootvl_mm and torch (tried: ${tried[*]:-none});" \
+    echo "error: no Python with grootvl_mm and torch found (tried: ${tried[*]:-none});" \
         "activate its environment or set PYTHON=/path/to/python" >&2
     return 1
 }

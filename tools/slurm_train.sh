@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train on a slurm cluster, one task for each GPU.
-# PYTHON is the interpreter to use on the nodes; by default one here that has grootvl_mm is looked for.
+# Training on a Slurm cluster, one task per GPU.
+# PYTHON is the interpreter on the nodes (default: see find_python.sh, which searches on this machine).
 set -euo pipefail
 # shellcheck source=tools/find_python.sh
 source "$(dirname "${BASH_SOURCE[0]}")/find_python.sh"

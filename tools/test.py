@@ -1,4 +1,4 @@
-"""Evaluate a detector, segmenter or classifier: the config's ``default_scope`` says which."""
+"""Evaluate a detector, segmenter or classifier, depending on the config's default_scope."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from mmengine.runner import Runner
 
 from grootvl_mm.apis import cli
 
-# Per default_scope: what draws the predictions, and what gathers them for --out.
+# For each default_scope: visualizer, visualization hook, and the metric that dumps predictions for --out.
 VISUALIZERS = {
     "mmdet": "DetLocalVisualizer",
     "mmseg": "SegLocalVisualizer",
@@ -26,26 +26,33 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     cli.add_config_arguments(parser)
-    parser.add_argument("checkpoint", help="path or address of the checkpoint")
+    parser.add_argument("checkpoint", help="path or URL of the checkpoint")
     cli.add_runner_arguments(parser)
-    parser.add_argument("--out", metavar="FILE.pkl", help="write the predictions to a pickle file")
-    parser.add_argument("--show", action="store_true", help="show the predictions in a window")
-    parser.add_argument("--show-dir", help="draw the predictions into this folder")
-    parser.add_argument("--wait-time", type=float, default=2, help="seconds that --show shows each picture")
+    parser.add_argument(
+        "--out", metavar="FILE.pkl", help="also dump the predictions to this pickle file (default: none)"
+    )
+    parser.add_argument("--show", action="store_true", help="show the predictions in a window (default: off)")
+    parser.add_argument("--show-dir", help="folder to which images with predictions are written (default: none)")
+    parser.add_argument(
+        "--wait-time", type=float, default=2, help="seconds for which --show shows each image (default: %(default)s)"
+    )
     parser.add_argument(
         "--allow-mismatch",
         action="store_true",
-        help="evaluate even if weights of the model are missing in the checkpoint, or have another shape or precision",
+        help="only warn if weights of the model are missing in the checkpoint, or have another shape or precision "
+        "(default: error)",
     )
-    parser.add_argument("--tta", action="store_true", help="test-time augmentation, as the config describes it")
+    parser.add_argument(
+        "--tta", action="store_true", help="use test-time augmentation as defined in the config (default: off)"
+    )
     args = parser.parse_args()
     if args.out and not args.out.endswith((".pkl", ".pickle")):
-        parser.error(f"--out writes a pickle file, but {args.out!r} ends neither in .pkl nor .pickle")
+        parser.error(f"--out must end in .pkl or .pickle, got {args.out!r}")
     return args
 
 
 def set_visualization(cfg: Config, args: argparse.Namespace) -> None:
-    """Make the task's visualization hook draw every prediction."""
+    """Let the visualization hook draw every prediction."""
     scope = cfg.default_scope
     visualizer = cfg.get("visualizer") or {"type": VISUALIZERS[scope], "name": "visualizer"}
     hook = {**cfg.get("default_hooks", {}).get("visualization", {}), **HOOKS[scope]}
@@ -57,19 +64,19 @@ def set_visualization(cfg: Config, args: argparse.Namespace) -> None:
         elif scope == "mmpretrain":
             hook["out_dir"] = show_dir
         else:
-            # mmseg's hook knows no folder: pictures go where the visualizer stores them.
+            # mmseg's hook has no output folder; the visualizer's is used.
             visualizer = {**visualizer, "save_dir": show_dir, "vis_backends": [{"type": "LocalVisBackend"}]}
     cfg.visualizer = visualizer
     cfg.default_hooks = {**cfg.get("default_hooks", {}), "visualization": hook}
 
 
 def set_tta(cfg: Config) -> None:
-    """Wrap the model and exchange the test pipeline for test-time augmentation."""
+    """Wrap the model and replace the test pipeline for test-time augmentation."""
     missing = [name for name in ("tta_model", "tta_pipeline") if name not in cfg]
     if missing:
         cli.fail(
             f"--tta needs tta_model and tta_pipeline, but {cfg.filename} has no "
-            f"{' and no '.join(missing)}; leave --tta out or add them to the config"
+            f"{' and no '.join(missing)}; drop --tta or add them to the config"
         )
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     dataset = cfg.test_dataloader.dataset

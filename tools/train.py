@@ -1,4 +1,4 @@
-"""Train a detector, segmenter or classifier: the config's ``default_scope`` says which."""
+"""Train a detector, segmenter or classifier, depending on the config's default_scope."""
 
 import argparse
 
@@ -21,38 +21,38 @@ def parse_args() -> argparse.Namespace:
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
-        help="continue from this checkpoint; without a value (or with 'auto') from the newest one "
-        "in the work dir, or from the start if there is none",
+        help="resume from this checkpoint; without a value (or with 'auto') from the newest complete checkpoint "
+        "in the work dir, or start from scratch if there is none (default: do not resume)",
     )
     parser.add_argument(
         "--exact-resume",
         action="store_true",
-        help="seed every step, so that a resumed training repeats an uninterrupted one exactly; give it to both. Data "
-        "workers of epoch-based training start anew with each epoch",
+        help="seed every iteration, so that a resumed run equals an uninterrupted one exactly; both runs need this "
+        "option. Turns persistent workers off in epoch-based training (default: off)",
     )
     parser.add_argument(
         "--amp",
         action="store_true",
-        help="automatic mixed precision (float16 on GPUs, bfloat16 on the CPU)",
+        help="train with automatic mixed precision: float16 on GPUs, bfloat16 on the CPU (default: as in the config)",
     )
     parser.add_argument(
         "--auto-scale-lr",
         action="store_true",
-        help="scale the learning rate by (actual batch size / auto_scale_lr.base_batch_size)",
+        help="multiply the learning rate by (actual batch size / auto_scale_lr.base_batch_size) (default: off)",
     )
     return parser.parse_args()
 
 
 def set_resume(cfg: Config, resume: str) -> None:
-    """Set the checkpoint to continue from."""
+    """Set the checkpoint to resume from."""
     if resume == "auto":
         checkpoint = find_resumable_checkpoint(cfg.work_dir)
         if checkpoint is None:
-            print_log(f"No checkpoint to resume in {cfg.work_dir}: training from the start.")
+            print_log(f"No checkpoint to resume from in {cfg.work_dir}: starting from scratch.")
             return
         resume = str(checkpoint)
     else:
-        cli.check_file(resume, "checkpoint", "give its path, or --resume alone for the newest one")
+        cli.check_file(resume, "checkpoint", "give its path, or --resume without a value for the newest one")
     cfg.resume = True
     cfg.load_from = resume
     if "://" in resume:
@@ -60,25 +60,25 @@ def set_resume(cfg: Config, resume: str) -> None:
     with cli.checkpoint_errors():
         check_resumable(resume)
         if cfg.get("randomness", {}).get("seed") is None:
-            # mmengine takes the seed over too, but only after it has shuffled the data.
+            # mmengine also restores the seed, but only after it has shuffled the data.
             cfg.merge_from_dict({"randomness.seed": read_seed(resume)})
 
 
 def set_amp(cfg: Config) -> None:
-    """Turn mixed precision on."""
+    """Turn on automatic mixed precision."""
     wrapper = cfg.optim_wrapper.get("type", "OptimWrapper")
     if wrapper not in ("OptimWrapper", "AmpOptimWrapper"):
-        cli.fail(f"--amp works with OptimWrapper, but the config's optim_wrapper is a {wrapper}")
+        cli.fail(f"--amp needs an optim_wrapper of type OptimWrapper or AmpOptimWrapper, got {wrapper}; drop --amp")
     cfg.optim_wrapper.type = "AmpOptimWrapper"
     cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
 
 
 def set_auto_scale_lr(cfg: Config) -> None:
-    """Turn the scaling of the learning rate on."""
+    """Turn on automatic scaling of the learning rate."""
     if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
         cli.fail(
-            "--auto-scale-lr needs the batch size that the config's learning rate is meant for; "
-            "add auto_scale_lr=dict(base_batch_size=...) to the config"
+            "--auto-scale-lr needs the batch size for which the config's learning rate is set; add "
+            "auto_scale_lr=dict(base_batch_size=...) to the config"
         )
     cfg.auto_scale_lr.enable = True
 

@@ -1,1 +1,1 @@
-"""Breaks things on purpose; see ``__main__.py``."""
+"""Fault injection campaign; see ``__main__.py``."""

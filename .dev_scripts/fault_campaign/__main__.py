@@ -1,12 +1,12 @@
-"""Break things on purpose, and check that nothing is lost, executed, deleted or left behind.
+"""Inject faults and check that nothing is lost, executed, deleted or left behind.
 
-    python .dev_scripts/fault_campaign pickles checkpoints operators datasets   # in this process, minutes
-    python .dev_scripts/fault_campaign kills stops converters                   # forks; some at once with --jobs
-    python .dev_scripts/fault_campaign ranks links disks                        # trainings; a quiet machine
+    python .dev_scripts/fault_campaign pickles checkpoints operators datasets   # in this process, takes minutes
+    python .dev_scripts/fault_campaign kills stops converters                   # in forks, in parallel with --jobs
+    python .dev_scripts/fault_campaign ranks links disks                        # trainings; needs an idle machine
 
-Each part ends with one line of figures, and the command with status 1 if anything was wrong. docs/reliability.md has
-the figures that were seen. Everything is random; --seed repeats it. With --state FOLDER, the parts in forks keep what
-they have found, and go on there when they are started again.
+Each part prints one line of results; the exit status is 1 if there was a fault. docs/reliability.md lists the results
+so far. Faults are random and reproducible by --seed. With --state FOLDER, the parts in forks can be resumed after an
+interruption.
 """
 
 import argparse
@@ -59,12 +59,17 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=".dev_scripts/fault_campaign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="+", choices=PARTS, help="what to break")
-    parser.add_argument("--count", type=int, help="how often (default: that of docs/reliability.md)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1, help="cases at once, of kills, stops and converters")
-    parser.add_argument("--state", type=Path, help="folder of a run that may go on later")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON, too")
+    parser.add_argument("parts", nargs="+", choices=PARTS, help="parts to run")
+    counts = ", ".join(f"{name} {count}" for name, (_, count) in PARTS.items())
+    parser.add_argument("--count", type=int, help=f"number of cases (default: {counts})")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="parallel cases of kills, stops and converters (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--state", type=Path, help="folder to resume kills, stops and converters (default: no resuming)"
+    )
+    parser.add_argument("--out", type=Path, help="also write the results to this JSON file (default: none)")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""Broken pictures and annotations, and the command that is to find them before a training."""
+"""Damaged images and annotations, which tools/misc/check_dataset.py must find."""
 
 import collections
 import contextlib
@@ -19,7 +19,7 @@ from tests.helpers.faults import damage_bytes
 from tests.helpers.tool_runs import load_script
 
 SIZE = (30, 40)
-# Wrong wherever they stand in an annotation.
+# Invalid values by key of an annotation.
 WRONG: dict[str, list[Any]] = {
     "bbox": [[1, 1, math.nan, 4], [1, 1, 0, 4], [1, 1, 3, -4], [-9, 1, 3, 3], [90, 90, 3, 3], [1, 1], "1 1 3 4", None],
     "segmentation": [[[1, 1, 2, 2]], [[]], [[1, 1, 2, 2, math.inf, 3]], [[1, 1, 2, 2, 99, 3]], [], "abc", {"size": 3}],
@@ -31,7 +31,7 @@ ENTRIES = [None, 5, "a.png", [], {}, {"id": {}}]
 
 
 def make_dataset(folder: Path) -> dict[str, Any]:
-    """Pictures, and COCO annotations that are right."""
+    """Write images and return valid COCO annotations."""
     images, annotations = [], []
     for number in range(1, 4):
         values = np.random.default_rng(number).integers(0, 255, (*SIZE, 3), dtype=np.uint8)
@@ -44,14 +44,14 @@ def make_dataset(folder: Path) -> dict[str, Any]:
 
 
 def config(folder: Path) -> Config:
-    """That of a detector with these data."""
+    """The config of a detector with this dataset."""
     dataset = {"type": "CocoDataset", "ann_file": "a.json", "data_prefix": {"img": ""}, "data_root": str(folder)}
     dataset["metainfo"] = {"classes": ("cat",)}
     return Config({"default_scope": "mmdet", "train_dataloader": {"dataset": dataset}})
 
 
 def datasets(count: int, rng: random.Random) -> Result:
-    """Damage annotations, their file or a picture: what is wrong is found, and nothing but problems is said."""
+    """Damage annotations, their file or an image: the tool must find it, and must not fail in any other way."""
     tool = load_script("tools/misc/check_dataset.py")
     faults, outcomes = [], collections.Counter()
     with tempfile.TemporaryDirectory() as temporary:
@@ -80,11 +80,11 @@ def datasets(count: int, rng: random.Random) -> Result:
             outcomes["found" if problems else "harmless"] += 1
             if must_be_found and not problems:
                 faults.append(f"{number}: {kind}: not found")
-    return Result(f"{count} damaged data sets: {dict(outcomes)}", faults)
+    return Result(f"{count} damaged datasets: {dict(outcomes)}", faults)
 
 
 def _damage(folder: Path, content: dict, whole: dict[str, bytes], rng: random.Random) -> tuple[str, bool]:
-    """Damage something; what it was, and whether it must be found, as no flipped bit must that changes nothing."""
+    """Damage something; return what, and whether it must be found (a flipped bit may be harmless)."""
     if rng.random() < 0.5:
         changed = json.loads(json.dumps(content))
         name = rng.choice([*WRONG, *content])

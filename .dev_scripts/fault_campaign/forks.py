@@ -1,4 +1,4 @@
-"""Runs scripts of this repository in forks of this process, which imports what takes seconds once for all of them."""
+"""Runs scripts of this repository in forks of this process, so that slow packages are imported only once."""
 
 import contextlib
 import os
@@ -9,9 +9,9 @@ import time
 import traceback
 from pathlib import Path
 
-from fault_campaign.results import ROOT
+from fault_campaign.results import ROOT, TO_END, TO_START
 
-# What tools/train.py needs for a classifier, and the converters; a fork has it from the start.
+# Packages used by tools/train.py for a classifier, and by the converters.
 PRELOADED = (
     *("mmengine.runner", "mmengine.visualization", "mmpretrain.datasets", "mmpretrain.engine", "mmpretrain.evaluation"),
     *("mmpretrain.models", "mmpretrain.visualization", "grootvl_mm.apis.cli", "skimage.data"),
@@ -19,24 +19,24 @@ PRELOADED = (
 
 
 def preload() -> None:
-    """Import what the scripts import."""
+    """Import the packages of the scripts."""
     import importlib
 
     import torch
 
-    torch.set_num_threads(1)  # a fork does not inherit the threads that a pool counts on
+    torch.set_num_threads(1)  # forks do not inherit the threads of a pool
     for name in PRELOADED:
         importlib.import_module(name)
 
 
 class Fork:
-    """A script that runs in a fork, in a session of its own.
+    """A script that runs in a forked process, in a new session.
 
     Args:
-        script: path from the root of the repository.
-        arguments: those of its command line.
-        folder: where it runs, and its output goes into a file.
-        name: of that file.
+        script: Path relative to the root of the repository.
+        arguments: Command line arguments.
+        folder: Working directory, where the output is written to a file.
+        name: Name of that file.
     """
 
     def __init__(self, script: str, *arguments: object, folder: Path, name: str = "output") -> None:
@@ -74,18 +74,18 @@ class Fork:
             os._exit(status)
 
     def poll(self) -> int | None:
-        """The exit status, that of a shell after a signal, or None."""
+        """The exit status, negative after a signal, or None while running."""
         if self.status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.status = os.waitstatus_to_exitcode(status)
         return self.status
 
-    def wait(self, seconds: float = 3600) -> int:
+    def wait(self, seconds: float = TO_START) -> int:
         """Wait for the end.
 
         Raises:
-            TimeoutError: it takes longer.
+            TimeoutError: The script takes longer.
         """
         end = time.monotonic() + seconds
         while self.poll() is None:
@@ -96,7 +96,7 @@ class Fork:
         return self.status
 
     def stop_after(self, seconds: float, stop: signal.Signals) -> bool:
-        """Send a signal after some time; False if the script ended before."""
+        """Send a signal after some time; return False if the script has ended before then."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.poll() is not None:
@@ -105,11 +105,11 @@ class Fork:
         if self.poll() is not None:
             return False
         os.kill(self.pid, stop)
-        self.wait(120)
+        self.wait(TO_END)
         return True
 
-    def wait_for_descendants(self, seconds: float = 60) -> float | None:
-        """Seconds until none was left, or None if some were; these are ended."""
+    def wait_for_descendants(self, seconds: float = TO_END) -> float | None:
+        """Wait for all processes of the session; return the seconds, or kill them and return None on timeout."""
         start = time.monotonic()
         while time.monotonic() - start < seconds:
             if not in_session(self.pid):
@@ -119,18 +119,18 @@ class Fork:
         return None
 
     def end_all(self) -> None:
-        """Kill what is left of the session."""
+        """Kill the remaining processes of the session."""
         for pid in in_session(self.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def said(self) -> str:
-        """The end of the output, on one line."""
+        """The last characters of the output, on one line."""
         return " ".join(self.output.read_text(errors="replace").split())[-300:]
 
 
 def in_session(leader: int) -> list[int]:
-    """The processes of a session, zombies left out."""
+    """The processes of a session, without zombies."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError, IndexError):

@@ -1,4 +1,4 @@
-"""Trainings and converters that are stopped at random moments."""
+"""Trainings and converters interrupted at random moments."""
 
 import collections
 import hashlib
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fault_campaign.forks import Fork, preload
-from fault_campaign.results import Result
+from fault_campaign.results import TO_END, Result
 from fault_campaign.trainings import make_config
 from grootvl_mm.apis.resume import find_resumable_checkpoint
 from grootvl_mm.utils.safe_checkpoints import read_checkpoint
@@ -35,11 +35,11 @@ COMPARED = ("state_dict", "optimizer", "param_schedulers")
 
 
 class Recorded:
-    """Cases whose outcomes are kept, so that a campaign that is cut off goes on where it was.
+    """Runs cases in parallel and records their outcomes, so that an interrupted campaign can be resumed.
 
     Args:
-        folder: where outcomes and data lie; a temporary one, without memory, if None.
-        jobs: how many cases run at once.
+        folder: Folder for outcomes and data; None for a temporary one, without resuming.
+        jobs: Number of parallel cases.
     """
 
     def __init__(self, folder: Path | None, jobs: int) -> None:
@@ -48,7 +48,7 @@ class Recorded:
 
     @contextmanager
     def place(self) -> Iterator[Path]:
-        """The folder."""
+        """Yield the folder."""
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             yield self.folder.resolve()
@@ -57,7 +57,7 @@ class Recorded:
             yield Path(folder)
 
     def run(self, name: str, folder: Path, case: Callable[[int], dict], count: int) -> list[dict]:
-        """The outcomes of ``case(0)`` to ``case(count - 1)``; those that are known are not computed again."""
+        """The outcomes of ``case(0)`` to ``case(count - 1)``; recorded cases are not run again."""
         record = folder / f"{name}.jsonl"
         known = {}
         if record.exists():
@@ -72,7 +72,7 @@ class Recorded:
 
 
 def numbered_faults(outcomes: list[dict]) -> list[str]:
-    """What was wrong, with the number of the case."""
+    """All faults, prefixed by the numbers of their cases."""
     return [f"{outcome['number']}: {fault}" for outcome in outcomes for fault in outcome["faults"]]
 
 
@@ -84,7 +84,7 @@ def train(config: Path, work_dir: Path, kind: str) -> Fork:
 
 
 def make_whole(folder: Path) -> dict[str, float]:
-    """Trainings that nobody stops; seconds that each takes."""
+    """Run one uninterrupted training of each kind; return their durations in seconds."""
     record = folder / "whole.json"
     if record.exists():
         return json.loads(record.read_text())
@@ -101,7 +101,7 @@ def make_whole(folder: Path) -> dict[str, float]:
 
 
 def kill_one(folder: Path, seconds: dict[str, float], seed: int, number: int) -> dict[str, Any]:
-    """Kill a training with SIGKILL, once or twice, resume it, and compare it with one that was not."""
+    """Kill a training with SIGKILL once or twice, resume it, and compare it with the uninterrupted one."""
     rng = random.Random(f"kill {seed} {number}")
     kind = list(KINDS)[number % len(KINDS)]
     config, work_dir = folder / "config.py", folder / f"killed-{number}"
@@ -112,7 +112,7 @@ def kill_one(folder: Path, seconds: dict[str, float], seed: int, number: int) ->
         training = train(config, work_dir, kind)
         done += training.stop_after(rng.uniform(0, seconds[kind]), signal.SIGKILL)
         gone.append(training.wait_for_descendants())
-        if training.status >= 0:  # it ended before
+        if training.status >= 0:  # it ended before the signal
             if training.status:
                 faults.append(f"{kind}: resuming failed: {training.said()}")
                 break
@@ -125,11 +125,11 @@ def kill_one(folder: Path, seconds: dict[str, float], seed: int, number: int) ->
     if not faults:
         faults += [f"{kind}: {problem}" for problem in differences(folder / kind, work_dir)]
         shutil.rmtree(work_dir)
-    return {"faults": faults, "kills": done, "seconds": max((value or 60 for value in gone), default=0)}
+    return {"faults": faults, "kills": done, "seconds": max((value or TO_END for value in gone), default=0)}
 
 
 def differences(whole: Path, other: Path) -> Iterator[str]:
-    """What the last checkpoint of a training does not have bitwise as that of another, and what it left behind."""
+    """Yield bitwise differences between the last checkpoints of two trainings, and leftovers of the other one."""
     last = find_resumable_checkpoint(whole)
     if not (other / last.name).exists():
         yield f"there is no {last.name}"
@@ -137,28 +137,26 @@ def differences(whole: Path, other: Path) -> Iterator[str]:
     expected, got = read_checkpoint(last), read_checkpoint(other / last.name)
     for part in COMPARED:
         if not same(expected.get(part), got.get(part)):
-            yield f"{part} differs from that of the training that was not stopped"
+            yield f"{part} differs from that of the uninterrupted training"
     best = [sorted(path.name for path in folder.glob("best_*.pth")) for folder in (whole, other)]
     if best[0] != best[1]:
-        yield f"the best checkpoints are {best[1]}, not {best[0]}"
+        yield f"the best checkpoints are {best[1]}, expected {best[0]}"
     yield from (f"left {path.name}" for path in other.rglob("*.part"))
 
 
 def kills(count: int, rng: random.Random, recorded: Recorded) -> Result:
-    """Kill trainings at random moments; resumed, they equal one that was not, bitwise."""
+    """Kill trainings at random moments; after resuming, they are bitwise equal to an uninterrupted one."""
     seed = rng.randrange(2**31)
     with recorded.place() as folder:
         preload()
         outcomes = recorded.run("kills", folder, partial(kill_one, folder, make_whole(folder), seed), count)
     faults = numbered_faults(outcomes)
     number, longest = sum(o["kills"] for o in outcomes), max(o["seconds"] for o in outcomes)
-    return Result(
-        f"{count} trainings, {number} times SIGKILL; all processes gone after {longest:.1f} s at most", faults
-    )
+    return Result(f"{count} trainings, {number} times SIGKILL; all processes gone within {longest:.1f} s", faults)
 
 
 def stop_one(folder: Path, seconds: dict[str, float], seed: int, number: int) -> dict[str, Any]:
-    """Ask a training to end."""
+    """Stop a training with SIGTERM or SIGINT."""
     rng = random.Random(f"stop {seed} {number}")
     kind = rng.choice(list(KINDS))
     stop = (signal.SIGTERM, signal.SIGINT)[number % 2]
@@ -175,25 +173,25 @@ def stop_one(folder: Path, seconds: dict[str, float], seed: int, number: int) ->
         faults.append(f"{kind}, {stop.name}: ended with status 0")
     faults += [f"{kind}, {stop.name}: left {path.name}" for path in work_dir.rglob("*.part")]
     shutil.rmtree(work_dir)
-    return {"faults": faults, "stop": stop.name, "seconds": gone or 60}
+    return {"faults": faults, "stop": stop.name, "seconds": gone or TO_END}
 
 
 def stops(count: int, rng: random.Random, recorded: Recorded) -> Result:
-    """End trainings by SIGTERM and SIGINT at random moments: no process is left."""
+    """Stop trainings with SIGTERM and SIGINT at random moments: no process is left."""
     seed = rng.randrange(2**31)
     with recorded.place() as folder:
         preload()
         outcomes = recorded.run("stops", folder, partial(stop_one, folder, make_whole(folder), seed), count)
     faults = numbered_faults(outcomes)
     signals, longest = collections.Counter(o["stop"] for o in outcomes), max(o["seconds"] for o in outcomes)
-    return Result(f"{dict(signals)}; all processes gone after {longest:.1f} s at most", faults)
+    return Result(f"{dict(signals)}; all processes gone within {longest:.1f} s", faults)
 
 
 # ---- converters ----
 
 
 def make_sources(folder: Path) -> None:
-    """What the converters read: a checkpoint of a training, and a published file."""
+    """Write the inputs of the converters: a training checkpoint and a published file."""
     from grootvl_mm.models import GrootV, GrootVNeck
     from tests.models.test_published import publish
 
@@ -213,7 +211,7 @@ CONVERTERS: dict[str, Callable[[Path, Path], tuple]] = {
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """The visible files below a folder, each with a digest; a checkpoint with that in its name."""
+    """The visible files below a folder, with their digests."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -228,7 +226,7 @@ def convert(script: str, folder: Path, out: Path) -> Fork:
 
 
 def interrupt_one(folder: Path, whole: dict[str, tuple[dict, float]], seed: int, number: int) -> dict[str, Any]:
-    """Stop a converter: what has its name is whole, and after SIGTERM and SIGINT nothing else is there."""
+    """Interrupt a converter: its output is complete or missing, and after SIGTERM and SIGINT nothing else is left."""
     rng = random.Random(f"converter {seed} {number}")
     script = list(CONVERTERS)[number % len(CONVERTERS)]
     stop = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -244,7 +242,7 @@ def interrupt_one(folder: Path, whole: dict[str, tuple[dict, float]], seed: int,
     if gone is None:
         faults.append(f"{label}: processes were left")
     if contents(out) not in ({}, expected):
-        faults.append(f"{label}: only a part is there: {list(contents(out))[:5]}")
+        faults.append(f"{label}: the output is incomplete: {list(contents(out))[:5]}")
     hidden = [path.name for path in out.iterdir() if path.name.startswith(".")]
     if hidden and stop != signal.SIGKILL:
         faults.append(f"{label}: left {hidden}")
@@ -253,7 +251,7 @@ def interrupt_one(folder: Path, whole: dict[str, tuple[dict, float]], seed: int,
 
 
 def converters(count: int, rng: random.Random, recorded: Recorded) -> Result:
-    """Stop the converters at random moments."""
+    """Interrupt the converters at random moments."""
     seed, whole = rng.randrange(2**31), {}
     with recorded.place() as folder:
         preload()

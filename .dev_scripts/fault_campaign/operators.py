@@ -1,4 +1,4 @@
-"""The operators, called directly with what nobody should call them with."""
+"""Direct calls of the operators with invalid arguments."""
 
 import os
 import random
@@ -11,7 +11,7 @@ from grootvl_mm.ops import grid_edge_weight, grid_tree, reference
 
 
 def random_case(rng: random.Random) -> None:
-    """Call the operators directly, with a tree that may be none, and any sizes and strides; errors are fine."""
+    """Call the operators directly with random sizes and strides; only invalid trees may cause errors."""
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     height, width, batch, channels = (rng.choice([1, 1, 2, 3, 5, 8]) for _ in range(4))
     vertices = height * width
@@ -45,7 +45,7 @@ def random_case(rng: random.Random) -> None:
 
 
 def strided(value: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """The same values in other memory."""
+    """The same values with other strides or another storage offset."""
     choice = rng.randrange(4)
     if choice == 1:
         return value.transpose(0, -1).contiguous().transpose(0, -1)
@@ -59,7 +59,7 @@ def strided(value: torch.Tensor, rng: random.Random) -> torch.Tensor:
 
 
 def operators(count: int, rng: random.Random) -> Result:
-    """Random and hostile calls of the operators: right, or an error; memory does not grow."""
+    """Random and hostile calls of the operators: a correct result or an error, and memory does not grow."""
     faults = []
     seeds = [rng.randrange(2**62) for _ in range(count)]
     half = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -74,4 +74,6 @@ def operators(count: int, rng: random.Random) -> Result:
     if grown > 16:
         faults.append(f"the process grew by {grown:.0f} MiB in the second half")
     kernels = os.environ.get("GROOTVL_CPU_ISA", "best of this machine")
-    return Result(f"{count} calls on {kernels}; grown by {grown:.1f} MiB in the second half", faults)
+    return Result(
+        f"{count} calls, instruction set: {kernels}; memory grew by {grown:.1f} MiB in the second half", faults
+    )

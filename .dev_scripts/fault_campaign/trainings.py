@@ -1,4 +1,4 @@
-"""Trainings of several processes, and trainings whose disk is full or read-only."""
+"""Distributed trainings, and trainings with a full or read-only disk."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from fault_campaign.results import ROOT, Result
+from fault_campaign.results import ROOT, TO_END, TO_START, Result
 from grootvl_mm.apis.resume import find_resumable_checkpoint
 
 MARK = "GROOTVL_FAULT_CAMPAIGN"
@@ -33,7 +33,7 @@ randomness = dict(seed=0)
 
 
 def make_config(folder: Path) -> Path:
-    """The config of a small training, on generated data that is made once."""
+    """Write the config of a small training; its data are generated on the first call."""
     data = folder / "data"
     if not data.exists():
         script = ROOT / "tools" / "dataset_converters" / "make_demo_data.py"
@@ -46,7 +46,7 @@ def make_config(folder: Path) -> Path:
 
 
 class Trainings:
-    """Starts the tools on generated data, and knows all processes that come of it."""
+    """Starts the tools on generated data, and keeps track of all their processes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,7 +54,7 @@ class Trainings:
         self.config = make_config(folder)
 
     def start(self, script: str, *arguments: object, prefix: tuple[str, ...] = (), **options: Any) -> subprocess.Popen:
-        """Start a script of ``tools/``, or a command that becomes it, in a session of its own."""
+        """Start a script in ``tools/``, optionally through a prefix command, in its own session."""
         env = {
             **os.environ,
             MARK: self.mark,
@@ -74,13 +74,13 @@ class Trainings:
         )
 
     def run(self, script: str, *arguments: object, **options: Any) -> tuple[int, str]:
-        """Run a script; its status and what it wrote to stderr."""
+        """Run a script; return its exit status and stderr."""
         process = self.start(script, *arguments, **options)
-        errors = process.communicate(timeout=3600)[1]
+        errors = process.communicate(timeout=TO_START)[1]
         return process.returncode, errors
 
     def alive(self) -> list[int]:
-        """Processes that came of this campaign."""
+        """All processes of this campaign."""
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
@@ -89,7 +89,7 @@ class Trainings:
         return found
 
     def wait_for_end(self, seconds: float) -> float | None:
-        """Seconds until no process was left, or None if some were; these are ended."""
+        """Wait until all processes have ended; return the seconds, or kill them and return None on timeout."""
         start = time.monotonic()
         while time.monotonic() - start < seconds:
             if not self.alive():
@@ -102,7 +102,7 @@ class Trainings:
 
 
 def ranks(count: int, rng: random.Random) -> Result:
-    """Two processes, of which one is killed, or whose port is taken: an error in time, and no process is left."""
+    """Kill one of two ranks, or start them on a port in use: a timely error, and no process is left."""
     faults, seconds = [], []
     with tempfile.TemporaryDirectory() as temporary, socket.socket() as taken:
         trainings = Trainings(Path(temporary))
@@ -124,7 +124,7 @@ def ranks(count: int, rng: random.Random) -> Result:
             )
 
         process = start(taken.getsockname()[1], trainings.folder / "taken")
-        if process.wait(timeout=300) == 0:
+        if process.wait(timeout=TO_START) == 0:
             faults.append("a taken port is no error")
         for number in range(count):
             with socket.socket() as free:
@@ -132,7 +132,7 @@ def ranks(count: int, rng: random.Random) -> Result:
                 port = free.getsockname()[1]
             work_dir = trainings.folder / f"run-{number}"
             process = start(port, work_dir)
-            deadline = time.monotonic() + 300
+            deadline = time.monotonic() + TO_START
             while not list(work_dir.glob("iter_*.pth")) and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.2)
             main = [pid for pid in trainings.alive() if "train.py" in _command(pid) and _parent(pid) == process.pid]
@@ -141,19 +141,19 @@ def ranks(count: int, rng: random.Random) -> Result:
                 continue
             victim = rng.choice([*main, process.pid])
             os.kill(victim, signal.SIGKILL)
-            gone = trainings.wait_for_end(120)
+            gone = trainings.wait_for_end(TO_END)
             process.communicate()
             if gone is None:
                 faults.append(f"{number}: processes were left")
-            seconds.append(gone or 120)
+            seconds.append(gone or TO_END)
     return Result(f"{count} ranks or launchers killed; all gone after {max(seconds, default=0):.1f} s at most", faults)
 
 
 def links(count: int, rng: random.Random) -> Result:
-    """Two processes in two network namespaces, whose link is cut: both end with an error soon after the timeout."""
+    """Cut the link between two ranks in network namespaces: both end with an error soon after the timeout."""
     if os.geteuid() or not shutil.which("ip"):
         return Result("not run: needs root and the command ip", [])
-    faults, seconds, timeout = [], [], 20
+    faults, seconds, timeout = [], [], 60
 
     def configure(*arguments: str) -> None:
         subprocess.run(["ip", *arguments], check=True)
@@ -174,27 +174,29 @@ def links(count: int, rng: random.Random) -> Result:
                     configure("-n", space, "link", "set", "lo", "up")
                 work_dir = trainings.folder / f"run-{number}"
                 processes = [_rank(trainings, work_dir, side, spaces[side], ends[side], timeout) for side in (0, 1)]
-                deadline = time.monotonic() + 300
+                deadline = time.monotonic() + TO_START
                 while not list(work_dir.glob("iter_*.pth")) and time.monotonic() < deadline:
+                    if any(process.poll() is not None for process in processes):
+                        break
                     time.sleep(0.2)
                 configure("-n", spaces[0], "link", "set", ends[0], "down")
-                gone = trainings.wait_for_end(timeout + 60)
-                seconds.append(gone or timeout + 60)
+                gone = trainings.wait_for_end(timeout + TO_END)
+                seconds.append(gone or timeout + TO_END)
                 outputs = [process.communicate()[1] for process in processes]
                 if gone is None or not list(work_dir.glob("iter_*.pth")):
                     faults.append(f"{number}: did not end, or did not start: {outputs[0][-300:]}")
                 if any(process.returncode == 0 for process in processes):
-                    faults.append(f"{number}: ended as if nothing was: {[p.returncode for p in processes]}")
-                if not all("error: lost another process" in output for output in outputs):
+                    faults.append(f"{number}: ended with status 0: {[p.returncode for p in processes]}")
+                if not all("error: lost another rank" in output for output in outputs):
                     faults.append(f"{number}: no clear error: {[output[-300:] for output in outputs]}")
             finally:
                 for space in spaces:
                     subprocess.run(["ip", "netns", "del", space], stderr=subprocess.DEVNULL, check=False)
-    return Result(f"{count} links cut, timeout {timeout} s; ended after {max(seconds):.1f} s at most", faults)
+    return Result(f"{count} links cut, timeout {timeout} s; ended within {max(seconds):.1f} s", faults)
 
 
 def _rank(trainings: Trainings, work_dir: Path, rank: int, space: str, end: str, timeout: int) -> subprocess.Popen:
-    """One process of a training of two, in a network namespace."""
+    """Start one of two ranks in a network namespace."""
     command = ["ip", "netns", "exec", space, sys.executable, str(ROOT / "tools/train.py"), str(trainings.config)]
     options = ["train_cfg.max_iters=100000", f"env_cfg.dist_cfg.timeout={timeout}"]
     env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "10.213.0.1", "MASTER_PORT": 29511}
@@ -222,7 +224,7 @@ def _parent(pid: int) -> int:
 
 
 def disks(count: int, rng: random.Random) -> Result:
-    """Files that may not grow any more, as on a full disk: one line, status 1, and the last checkpoint stays whole."""
+    """Limit the size of files, as on a full disk: a one-line error, status 1, and the last checkpoint stays intact."""
     faults = []
     with tempfile.TemporaryDirectory() as temporary:
         trainings = Trainings(Path(temporary))
@@ -245,20 +247,20 @@ def disks(count: int, rng: random.Random) -> Result:
             for script, arguments in commands.items():
                 status, errors = trainings.run(script, *arguments, preexec_fn=limited)
                 lines = [line for line in errors.splitlines() if line.startswith("error: ")]
-                full = script == "train.py" or limit < size // 4  # what is published is smaller
+                full = script == "train.py" or limit < size // 4  # published checkpoints are smaller
                 if full and (status == 0 or len(lines) != 1 or "Traceback" in errors):
-                    faults.append(f"{number}: {script} ends with status {status}: {errors[-300:]}")
+                    faults.append(f"{number}: {script} exited with status {status}: {errors[-300:]}")
                 left = [path.name for path in trainings.folder.iterdir() if path.name.startswith(".")]
                 if left:
                     faults.append(f"{number}: {script} left {left}")
             if find_resumable_checkpoint(work_dir) is None:
-                faults.append(f"{number}: no whole checkpoint is left")
+                faults.append(f"{number}: no complete checkpoint is left")
         mounted, more = _mounted_disks(trainings, source)
     return Result(f"{count} full disks; {mounted}", faults + more)
 
 
 def _mounted_disks(trainings: Trainings, source: Path) -> tuple[str, list[str]]:
-    """Disks of their own for a training and a converter: one that is read-only, and one for a part of a checkpoint."""
+    """Run a training and a converter on mounted disks: a read-only one, and one that is too small for a checkpoint."""
     if os.geteuid() or not shutil.which("unshare"):
         return "none mounted: needs root and the command unshare", []
     faults, disk = [], trainings.folder / "disk"
@@ -274,5 +276,5 @@ def _mounted_disks(trainings: Trainings, source: Path) -> tuple[str, list[str]]:
             status, errors = trainings.run(script, *arguments, prefix=mount)
             lines = [line for line in errors.splitlines() if line.startswith("error: ")]
             if status == 0 or len(lines) != 1 or "Traceback" in errors:
-                faults.append(f"{kind} disk: {script} ends with status {status}: {errors[-300:]}")
+                faults.append(f"{kind} disk: {script} exited with status {status}: {errors[-300:]}")
     return f"{len(disks)} mounted ones, read-only and too small", faults

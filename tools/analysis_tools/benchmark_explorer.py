@@ -1,7 +1,7 @@
-"""Measure how many frames a second the explorer draws while somebody points, in the browser of this machine.
+"""Measure the frame rate of the tree explorer while the pointer moves, in a headless browser without a GPU.
 
-The page holds random trees on maps of the given sizes. Each is measured in the page itself, by a browser
-without a window and without a GPU; a browser with a window tells the same by the page's own button.
+The page holds random trees on maps of the given sizes and measures itself. To measure your own browser, use the button
+on the page.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def size(text: str) -> tuple[int, int]:
     """Parse rows and columns, such as ``56x56``."""
     match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"a size is ROWSxCOLUMNS, such as 56x56, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected ROWSxCOLUMNS, such as 56x56, got {text!r}")
     return int(match[1]), int(match[2])
 
 
@@ -32,9 +32,9 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", type=size, default=[(56, 56), (200, 334)], metavar="ROWSxCOLUMNS",
-                        help="maps to point at (default: 56x56 200x334)")  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=3.0, help="how long for each (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=1360, help="of the browser, in pixels (default: %(default)s)")
+                        help="sizes of the maps (default: 56x56 200x334)")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds per size (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=1360, help="browser width in pixels (default: %(default)s)")
     args = parser.parse_args()
     if args.seconds <= 0:
         parser.error(f"--seconds must be positive, got {args.seconds}")
@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def random_image(height: int, width: int) -> ExplorerImage:
-    """Noise with a random spanning tree, whose decays reach a few hundred positions."""
+    """A noise image with a random spanning tree whose decays reach a few hundred positions."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.rand(1, (height - 1) * width + height * (width - 1), generator=generator)
     tree = grid_tree(weight, height, width)
@@ -70,7 +70,7 @@ def random_image(height: int, width: int) -> ExplorerImage:
 
 
 def measure(sizes: list[tuple[int, int]], seconds: float, width: int) -> list[dict[str, float]]:
-    """What the page measures at each size: ``fps``, and medians of ``interval`` and ``work`` in milliseconds."""
+    """The page's measurements at each size: ``fps``, and medians of ``interval`` and ``work`` in milliseconds."""
     with tempfile.TemporaryDirectory() as folder, open_browser() as browser:
         path = Path(folder, "explorer.html")
         path.write_text(explorer_page("benchmark", [random_image(*size) for size in sizes]), encoding="utf-8")
@@ -80,7 +80,7 @@ def measure(sizes: list[tuple[int, int]], seconds: float, width: int) -> list[di
         results = []
         for index in range(len(sizes)):
             page.evaluate(f"explorer.change({{ image: {index} }})")
-            page.evaluate("explorer.measure(0.5)")  # until the browser has compiled what is used often
+            page.evaluate("explorer.measure(0.5)")  # warm-up: lets the browser compile hot code
             results.append(page.evaluate(f"explorer.measure({seconds})"))
         return results
 
@@ -91,10 +91,10 @@ def main() -> None:
     try:
         results = measure(args.sizes, args.seconds, args.width)
     except (ModuleNotFoundError, FileNotFoundError) as error:
-        cli.fail(f"this needs a browser and Playwright: {error}")
+        cli.fail(f"the benchmark needs Playwright and a browser: {error}")
     for (height, width), found in zip(args.sizes, results, strict=True):
         MMLogger.get_instance("benchmark_explorer").info(
-            "%dx%d: %.0f frames a second, of which each takes %.1f ms to compute and draw (median)",
+            "%dx%d: %.0f frames per second; computing and drawing take %.1f ms per frame (median)",
             *(height, width, found["fps"], found["work"]),
         )
 

@@ -1,9 +1,9 @@
-"""Measure the operators, each beside what one would use without them.
+"""Benchmark each operator against the alternative that one would use without it.
 
-Both sides of a row run in turn in one process, on distinct inputs, after their results have been compared. A ratio is
-that of the median times, its spread the 10th to 90th percentile over the rounds. Edge weights come from random maps
-with the spectrum of photographs. GB/s are counted: every input read once, every result written once. scipy gets the
-graphs of a batch one by one, on the CPU.
+Both run alternately in one process, on distinct inputs, after their results have been compared. Ratios are those of the
+median times, with the 10th to 90th percentiles over the rounds. Edge weights come from random maps with the spectrum of
+photographs. GB/s count every input read once and every result written once. SciPy processes the graphs of a batch one
+by one, on the CPU.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from measuring import (
     AUTOCAST,
+    add_autocast_argument,
     add_common_arguments,
     check_common_arguments,
     describe_machine,
@@ -42,17 +43,16 @@ from grootvl_mm.ops.reference import SelectiveScanInputs, grid_edges, plain_sele
 NAME = "benchmark_ops"
 DISTINCT_INPUTS = 8
 RANK = 5  # of the step sizes, as in the first stage of GrootV-T
-# Batch, height, width, channels inside: the first stage of a classifier and of a detector. A GPU is full only with the
-# batches that it is used for.
+# Batch, height, width, inner channels: the first stage of a classifier and of a detector. Larger batches fill a GPU.
 SHAPES = {"cpu": [(8, 56, 56, 160), (1, 200, 334, 160)], "cuda": [(128, 56, 56, 160), (2, 200, 334, 160)]}
 CURVE_SIDES, CURVE_CHANNELS = (14, 28, 56, 112, 224, 448), 32
 
 
 class Settings(NamedTuple):
-    """How it is measured."""
+    """Settings of a measurement."""
 
     device: str
-    dtype: torch.dtype  # in which the activations are stored
+    dtype: torch.dtype  # of the activations
     rounds: int
 
 
@@ -70,7 +70,7 @@ class Inputs(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One operator, what it is measured beside, and the bytes that ours moves at least."""
+    """One operator, its alternative, and the minimum number of bytes that the operator moves."""
 
     name: str
     ours: Callable[[Inputs], Any]
@@ -81,7 +81,7 @@ class Row(NamedTuple):
 
 
 def make_inputs(seed: int, shape: tuple[int, int, int, int], settings: Settings) -> Inputs:
-    """Distinct inputs for each seed, the same in every run."""
+    """Inputs that depend on the seed only."""
     batch, height, width, channels = shape
     generator = torch.Generator(settings.device).manual_seed(seed)
     options = {"generator": generator, "device": settings.device}
@@ -123,7 +123,7 @@ def fused(inputs: Inputs) -> Tensor:
 
 
 def composed(inputs: Inputs) -> Tensor:
-    """The selective scan in PyTorch's operators around the plain scan, in float32."""
+    """The selective scan as PyTorch operators around the plain scan, in float32."""
     values = SelectiveScanInputs(**inputs.activations, **inputs.parameters)
     values = SelectiveScanInputs(*(value.float() for value in values))
     return plain_selective_scan(lambda x, decay: tree_scan(x, decay, inputs.tree), values, 1e-5).to(inputs.x.dtype)
@@ -138,7 +138,7 @@ def gradients(forward: Callable[[Inputs], Tensor], inputs: Inputs) -> tuple[Tens
 
 
 def weights_in_pytorch(feature: Tensor) -> Tensor:
-    """``grid_edge_weight`` with the cosine, as one would write it: (B, C, H, W) to (B, E)."""
+    """``grid_edge_weight`` with the cosine metric in plain PyTorch: (B, C, H, W) to (B, E)."""
     feature = feature.float()
     vertical = torch.exp(-F.cosine_similarity(feature[:, :, :-1], feature[:, :, 1:], dim=1))
     horizontal = torch.exp(-F.cosine_similarity(feature[..., :-1], feature[..., 1:], dim=1))
@@ -146,7 +146,7 @@ def weights_in_pytorch(feature: Tensor) -> Tensor:
 
 
 def scipy_trees(inputs: Inputs, height: int, width: int) -> list[Tensor]:
-    """Parents of scipy's trees, with its breadth-first order. It drops edges of weight 0, and exp(-cos) is positive."""
+    """Parents of SciPy's trees. SciPy treats weight 0 as no edge; exp(-cos) is always positive."""
     ends = tuple(end.numpy() for end in grid_edges(height, width))
     parents = []
     for row in inputs.weight.double().cpu().numpy():
@@ -157,20 +157,20 @@ def scipy_trees(inputs: Inputs, height: int, width: int) -> list[Tensor]:
 
 
 def close(ours: Any, other: Any) -> bool:
-    """Equal up to rounding, in the mean: single positions may differ much where rounding turns an edge of the tree."""
+    """Whether results agree on average; single positions may differ a lot if rounding changes an edge of the tree."""
     ours, other = ((value,) if isinstance(value, Tensor) else value for value in (ours, other))
     pairs = zip(ours, other, strict=True)
     return all((a.float() - b.float()).abs().mean() <= 0.05 * b.float().abs().mean() + 1e-6 for a, b in pairs)
 
 
 def same_trees(ours: Tree, other: list[Tensor]) -> bool:
-    """The parents agree but for ties."""
+    """Whether the parents agree, except for ties."""
     parents = torch.stack(other).to(ours.parent)
     return bool((ours.parent[:, 1:] == parents[:, 1:]).float().mean() > 0.99)
 
 
 def make_rows(shape: tuple[int, int, int, int], settings: Settings) -> Iterator[Row]:
-    """What is measured on one shape."""
+    """The measurements for one shape."""
     batch, height, width, channels = shape
     size = batch * height * width * channels * settings.dtype.itemsize  # of one map
     trees = 8 * batch * height * width
@@ -213,7 +213,7 @@ def measure_shape(shape: tuple[int, int, int, int], settings: Settings) -> list[
     with torch.no_grad():
         for row in make_rows(shape, settings):
             if row.equal is not None and not row.equal(row.ours(inputs[0]), row.other(inputs[0])):
-                raise AssertionError(f"{row.name} and {row.other_name} do not compute the same")
+                raise AssertionError(f"the results of {row.name} and {row.other_name} differ")
             contenders = {"ours": row.ours, "other": row.other}
             times = time_in_turn(contenders, inputs, settings.rounds, settings.device, row.name)
             result = {"name": row.name, "ours": spread(times["ours"]), "other_name": row.other_name}
@@ -223,7 +223,7 @@ def measure_shape(shape: tuple[int, int, int, int], settings: Settings) -> list[
 
 
 def measure_curve(settings: Settings, sides: tuple[int, ...]) -> dict[str, list[float]]:
-    """Median seconds of each operator on one square image, over its side."""
+    """Median seconds of each operator on a square image, by its side."""
     curves: dict[str, list[float]] = {}
     operators = {
         "grid_edge_weight": lambda inputs: grid_edge_weight(inputs.feature),
@@ -251,7 +251,7 @@ def report(data: dict[str, Any]) -> str:
         for shape in data["shapes"]
         for row in shape["rows"]
     ]
-    columns = ["batch, size, channels", "operator", "time", "GB/s", "beside", "time", "ratio", "spread"]
+    columns = ["batch, size, channels", "operator", "time", "GB/s", "alternative", "time", "ratio", "spread"]
     lines = [f"Operators, {data['precision']}", *machine_lines(data["machine"]), "", format_table(columns, body)]
     names = list(data["curves"])
     body = [
@@ -263,7 +263,7 @@ def report(data: dict[str, Any]) -> str:
 
 
 def draw(data: dict[str, Any]) -> Figure:
-    """Time over the number of vertices."""
+    """Plot the time over the number of vertices."""
     figure = Figure(figsize=(6, 4.6), layout="constrained")
     axes = figure.subplots()
     vertices = [side**2 for side in data["sides"]]
@@ -280,13 +280,13 @@ def draw(data: dict[str, Any]) -> Figure:
 
 
 def image_maps(text: str) -> tuple[int, int, int, int]:
-    """A type for argparse: ``8x56x56x160`` is a batch of 8 maps with 160 channels."""
+    """Argparse type: ``8x56x56x160`` is a batch of 8 maps with 160 channels."""
     try:
         batch, height, width, channels = (int(number) for number in text.split("x"))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected BATCHxHEIGHTxWIDTHxCHANNELS, got {text!r}") from None
     if min(batch, height, width, channels) < 1:
-        raise argparse.ArgumentTypeError(f"expected numbers from 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected positive numbers, got {text!r}")
     return batch, height, width, channels
 
 
@@ -294,14 +294,22 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser, NAME)
+    add_autocast_argument(parser)
     parser.add_argument(
         "--maps",
         type=image_maps,
         nargs="+",
         metavar="BATCHxHEIGHTxWIDTHxCHANNELS",
-        help="default: 8x56x56x160 1x200x334x160, on CUDA 128x56x56x160 2x200x334x160",
+        help="shapes of the feature maps (default: 8x56x56x160 1x200x334x160, on CUDA 128x56x56x160 2x200x334x160)",
     )
-    parser.add_argument("--sides", type=int, nargs="+", default=CURVE_SIDES, help="sides of the curves' images")
+    parser.add_argument(
+        "--sides",
+        type=int,
+        nargs="+",
+        default=CURVE_SIDES,
+        metavar="N",
+        help=f"sides of the square maps for the curves, in vertices (default: {' '.join(map(str, CURVE_SIDES))})",
+    )
     args = parser.parse_args()
     check_common_arguments(parser, args)
     return args

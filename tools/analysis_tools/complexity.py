@@ -1,15 +1,22 @@
-"""Measure how time and memory of one layer grow with the image: tree, raster and cross scan, Swin, ConvNeXt, attention.
+"""Measure how time and memory of one block scale with the image size: GrootV, Swin, ConvNeXt and global attention.
 
 Each contender is one whole block (token mixer and MLP, residual branches and norms) of the same width on the map of
 stride 4 of one image: GrootV's block with its three scans, torchvision's Swin and ConvNeXt blocks, and a transformer
 block with global attention (PyTorch's fused kernel, whose memory is linear). The operators alone are measured up to
-larger images. All run in turn on distinct maps; peak memory is that of a new process for each. The slope is that of the
-logarithm of the time over the logarithm of the number of positions: 1 is linear, 2 quadratic; its interval (95 %) is by
-the bootstrap over the rounds. A contender whose next call would take longer than --limit ends there.
+larger images. All run in turn on distinct maps; peak memory is measured in a new process for each contender. The slope
+is that of the logarithm of the time over the logarithm of the number of positions: 1 is linear, 2 quadratic; its
+interval (95 %) is by the bootstrap over the rounds. A contender whose next call would take longer than --limit ends
+there.
+
+An interrupted run resumes when the same command is given again: each measurement goes to OUT/measured.json at once,
+with the load of the machine at its start. A run can thus be made in pieces, for example with one more size each time.
 """
 
 import argparse
 import functools
+import itertools
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,10 +24,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from measuring import (
     MEMORY_ENVIRONMENT,
+    add_common_arguments,
     at_least,
+    check_common_arguments,
     describe_machine,
     format_seconds,
     format_table,
@@ -37,12 +47,14 @@ from torch import Tensor, nn
 from torchvision.models.convnext import CNBlock
 from torchvision.models.swin_transformer import SwinTransformerBlock
 
+from grootvl_mm.apis import cli
+from grootvl_mm.apis.whole_files import whole_file
 from grootvl_mm.models.grootv import Block
 from grootvl_mm.ops import grid_edge_weight, grid_tree, tree_scan
 
 NAME = "complexity"
 STRIDE = 4
-HEAD = 32  # channels to a head of attention
+HEAD = 32  # channels per attention head
 WINDOW = 7
 DISTINCT_MAPS = 2
 RESAMPLES = 2000
@@ -61,7 +73,7 @@ class ScanBlock(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """torchvision's block with its channels last."""
+    """torchvision's ConvNeXt block for channels-last inputs."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -96,7 +108,7 @@ BLOCKS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def edge_weights(x: Tensor) -> Tensor:
-    """Of (1, H, W, D)."""
+    """Edge weights of features (1, H, W, D)."""
     return grid_edge_weight(x.permute(0, 3, 1, 2))
 
 
@@ -104,7 +116,7 @@ OPERATORS = ("grid_edge_weight", "grid_tree", "tree_scan")
 
 
 class Settings(NamedTuple):
-    """How it is measured."""
+    """Settings of a measurement."""
 
     width: int
     step: str
@@ -148,7 +160,7 @@ def time_blocks(side: int, names: Sequence[str], settings: Settings) -> dict[str
 
 
 def time_operators(side: int, names: Sequence[str], settings: Settings) -> dict[str, list[float]]:
-    """Seconds of some operators on one size, with the 2 C channels that they have in a block."""
+    """Seconds of some operators on one size, with 2 C channels as inside a block."""
     inputs = []
     for x in make_maps(side, 2 * settings.width, settings.device):
         weight = edge_weights(x)
@@ -164,17 +176,58 @@ def time_operators(side: int, names: Sequence[str], settings: Settings) -> dict[
         return time_in_turn(chosen, inputs, settings.rounds, settings.device, f"{side} operators")
 
 
-def memory_of_block(side: int, name: str, settings: Settings) -> int:
-    """Peak bytes of one call beyond the block and its input; the first call, which loads code, does not count."""
+def memory_of_block(sides: Sequence[int], name: str, settings: Settings) -> list[int]:
+    """Peak bytes of one call beyond the block and its input, for ascending sizes.
+
+    The first call, which loads code, does not count.
+    """
     block = build(name, settings)
     run_block(block, settings.step, make_maps(32, settings.width, settings.device)[0])
-    block.zero_grad(set_to_none=True)
-    x = make_maps(side, settings.width, settings.device)[0]
-    return peak_memory(lambda: run_block(block, settings.step, x), settings.device)
+    peaks = []
+    for side in sides:
+        block.zero_grad(set_to_none=True)
+        x = make_maps(side, settings.width, settings.device)[0]
+        peaks.append(peak_memory(lambda x=x: run_block(block, settings.step, x), settings.device))
+    return peaks
+
+
+class Measured:
+    """What has been measured, in a file that outlives a killed process.
+
+    Args:
+        path: the file.
+        conditions: what all measurements have in common; the command ends with an error if the file has others.
+    """
+
+    def __init__(self, path: Path, conditions: dict[str, Any]) -> None:
+        self.path = path
+        self.data = {"conditions": conditions, "seconds": {}, "bytes": {}, "load": {}}
+        if path.is_file():
+            found = json.loads(path.read_text())
+            if found["conditions"] != conditions:
+                cli.fail(
+                    f"{path} was measured with {found['conditions']}, not {conditions}; give another folder to --out, "
+                    "or delete the file to measure again"
+                )
+            self.data = found
+
+    def complete(
+        self, kind: str, group: str, names: Sequence[str], measure: Callable[[tuple[str, ...]], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """The values of ``names`` in a group, after those that are missing have been measured together."""
+        known = self.data[kind].setdefault(group, {})
+        missing = tuple(name for name in names if name not in known)
+        if missing:
+            self.data["load"][f"{kind}, {group}"] = round(os.getloadavg()[0], 1)
+            known.update(measure(missing))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(self.path) as partial:
+                partial.write_text(json.dumps(self.data, indent=2) + "\n")
+        return {name: known[name] for name in names}
 
 
 def next_seconds(points: Sequence[tuple[int, float]], positions: int) -> float:
-    """What a call will take, by the slope between the last two sizes, or quadratically after one."""
+    """Predict the time of a call from the slope between the last two sizes, or quadratic growth after the first."""
     if not points:
         return 0.0
     (*_, before, last) = [points[0], *points]
@@ -189,8 +242,10 @@ def sweep(
     settings: Settings,
     limit: float,
     threads: int,
+    measured: Measured,
 ) -> dict[str, list[dict[str, Any]]]:
     """Times of contenders at all sizes that they reach within the limit."""
+    logger = MMLogger.get_instance(NAME)
     points: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     running = list(names)
     for side in sides:
@@ -198,17 +253,39 @@ def sweep(
         for name in list(running):
             known = [(point["positions"], point["seconds"]["median"]) for point in points[name]]
             if next_seconds(known, positions) > limit:
+                logger.info("%s, %s: %d pixels would take longer than --limit.", settings.step, name, side)
                 running.remove(name)
         if not running:
             break
-        times = run_fresh(measure, side, tuple(running), settings, threads=threads)
+        times = measured.complete(
+            "seconds",
+            f"{settings.step}, {side}",
+            running,
+            lambda missing, side=side: run_fresh(measure, side, missing, settings, threads=threads),
+        )
+        medians = (f"{name} {format_seconds(float(np.median(seconds)))}" for name, seconds in times.items())
+        logger.info("%s, %d pixels: %s", settings.step, side, ", ".join(medians))
         for name, seconds in times.items():
             points[name].append({"side": side, "positions": positions, "seconds": spread(seconds), "rounds": seconds})
     return points
 
 
+def measure_memory(
+    name: str, sides: Sequence[int], settings: Settings, threads: int, measured: Measured
+) -> dict[str, int]:
+    """Peak bytes by size, for one contender."""
+
+    def measure(missing: Sequence[str]) -> dict[str, int]:
+        MMLogger.get_instance(NAME).info("%s, %s: peak memory", settings.step, name)
+        ascending = sorted(map(int, missing))
+        peaks = run_fresh(memory_of_block, ascending, name, settings, threads=threads, environment=MEMORY_ENVIRONMENT)
+        return dict(zip(map(str, ascending), peaks, strict=True))
+
+    return measured.complete("bytes", f"{settings.step}, {name}", list(map(str, sides)), measure)
+
+
 def slope_of(points: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    """The slope in log-log through the medians, with its interval by the bootstrap over the rounds."""
+    """The log-log slope through the medians, with its bootstrap interval over the rounds."""
     if len(points) < 2:
         return None
     logs = np.log([point["positions"] for point in points])
@@ -226,9 +303,16 @@ def slope_of(points: Sequence[dict[str, Any]]) -> dict[str, float] | None:
 
 def report(data: dict[str, Any]) -> str:
     """The results as text."""
-    lines = [f"One block of {data['width']} channels, {data['threads']} threads", *machine_lines(data["machine"])]
+    loads = data["load"].values()
+    lines = [
+        f"One block of {data['width']} channels; threads: {data['threads']}",
+        *machine_lines(data["machine"]),
+        f"load average at the measurements: {min(loads)} to {max(loads)}",
+    ]
     for step, found in data["steps"].items():
         sides = [point["side"] for point in max(found.values(), key=len)]
+        if not sides:
+            continue
         header = ["contender", *map(str, sides), "slope", "interval"]
         rows = []
         for name, points in found.items():
@@ -236,36 +320,55 @@ def report(data: dict[str, Any]) -> str:
             slope = data["slopes"][step][name]
             fitted = (f"{slope['value']:.2f}", f"{slope['low']:.2f}..{slope['high']:.2f}") if slope else ("-", "-")
             rows.append([name, *cells, *["-"] * (len(sides) - len(cells)), *fitted])
-        lines += ["", f"{step}: seconds by side of the image", format_table(header, rows)]
+        lines += ["", f"{step}: time by side of the image in pixels", format_table(header, rows)]
         if memory := data["memory"].get(step):
             rows = [
                 [name, *(f"{peaks[side] / 2**20:.0f} MiB" if side in peaks else "-" for side in map(str, sides))]
                 for name, peaks in memory.items()
             ]
-            lines += ["", f"{step}: peak memory", format_table(["contender", *map(str, sides)], rows)]
+            lines += ["", f"{step}: peak memory", format_table(["", *map(str, sides)], rows)]
     return "\n".join(lines) + "\n"
 
 
 def draw(data: dict[str, Any]) -> Figure:
-    """Time and memory over the size, both axes logarithmic."""
-    panels = [(step, "seconds") for step in data["steps"]] + [(step, "MiB") for step in data["memory"]]
-    figure = Figure(figsize=(4.6 * len(panels), 4.2), layout="constrained")
-    for axes, (step, unit) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        curves = data["steps"][step] if unit == "seconds" else data["memory"][step]
-        for name, values in curves.items():
-            if unit == "seconds":
-                points = [(point["side"], point["seconds"]["median"]) for point in values]
-                slope = data["slopes"][step][name]
-                label = f"{name} ({slope['value']:.2f})" if slope else name
-            else:
-                points, label = [(int(side), peak / 2**20) for side, peak in values.items() if peak > 0], name
-            axes.loglog(*zip(*points, strict=True), "o-", label=label, markersize=4) if points else None
-        sides = sorted({point["side"] for points in data["steps"][step].values() for point in points})
-        axes.set_xticks(sides, map(str, sides))
-        axes.minorticks_off()
-        axes.set(title=f"{step}, {data['width']} channels", xlabel="side of the image", ylabel=unit)
-        axes.legend(fontsize=8, title="slope in brackets" if unit == "seconds" else None)
+    """Time, and memory below it, over the size; all axes are logarithmic."""
+    rows = 2 if data["memory"] else 1
+    figure = Figure(figsize=(5.2 * len(data["steps"]), 4.4 * rows), layout="constrained")
+    grid = figure.subplots(rows, len(data["steps"]), squeeze=False)
+    figure.suptitle(f"One block of {data['width']} channels, threads: {data['threads']}, {data['machine']['cpu']}")
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for column, (step, found) in enumerate(data["steps"].items()):
+        sides = sorted({point["side"] for points in found.values() for point in points})
+        times = {}
+        for name, points in found.items():
+            slope = data["slopes"][step][name]
+            label = f"{name} ({slope['value']:.2f})" if slope else name
+            times[label] = [(point["side"], 1e3 * point["seconds"]["median"]) for point in points]
+        draw_curves(grid[0, column], times, sides, f"{step}: time", "milliseconds, median")
+        grid[0, column].legend(fontsize=8, title="slope in brackets")
+        if step in data["memory"]:
+            peaks = {
+                name: [(int(side), peak / 2**20) for side, peak in values.items() if peak > 0]
+                for name, values in data["memory"][step].items()
+            }
+            draw_curves(grid[1, column], peaks, sides, f"{step}: peak memory", "MiB")
+            grid[1, column].legend(fontsize=8)
     return figure
+
+
+def draw_curves(
+    axes: Axes, curves: dict[str, list[tuple[int, float]]], sides: Sequence[int], title: str, unit: str
+) -> None:
+    """One line per contender."""
+    axes.set_axis_on()
+    for (name, points), style in zip(
+        curves.items(), itertools.cycle(("o-", "s--", "^-", "v-", "D-", "P-")), strict=False
+    ):
+        axes.loglog(*zip(*points, strict=True), style, label=name, markersize=4) if points else None
+    axes.set_xticks(sides, map(str, sides))
+    axes.minorticks_off()
+    axes.set(title=title, xlabel="side of the image, pixels", ylabel=unit)
 
 
 def parse_args() -> argparse.Namespace:
@@ -273,25 +376,31 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     side = at_least(32)
     parser.add_argument("--sides", type=side, nargs="+", default=[224, 448, 896, 1344, 2048], metavar="N",
-                        help="default: 224 448 896 1344 2048")  # fmt: skip
+                        help="image sides for the blocks, in pixels (default: 224 448 896 1344 2048)")  # fmt: skip
     parser.add_argument("--operator-sides", type=side, nargs="*", default=[224, 448, 896, 2048, 4096], metavar="N",
-                        help="default: 224 448 896 2048 4096")  # fmt: skip
+                        help="image sides for the operators, in pixels; without values, operators are skipped "
+                        "(default: 224 448 896 2048 4096)")  # fmt: skip
     parser.add_argument(
-        "--width", type=at_least(HEAD), default=96, help=f"channels, a multiple of {HEAD} (default: %(default)s)"
+        "--width",
+        type=at_least(HEAD),
+        default=96,
+        metavar="N",
+        help=f"channels, a multiple of {HEAD} (default: %(default)s)",
     )
-    parser.add_argument("--steps", nargs="+", choices=("inference", "training"), default=["inference", "training"],
+    parser.add_argument("--contenders", nargs="+", choices=BLOCKS, default=list(BLOCKS), metavar="NAME",
+                        help=f"some of {', '.join(BLOCKS)} (default: all)")  # fmt: skip
+    parser.add_argument("--steps", nargs="*", choices=("inference", "training"), default=["inference", "training"],
                         help="default: both")  # fmt: skip
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="measure the time alone")
     parser.add_argument("--limit", type=float, default=20.0, metavar="SECONDS",
-                        help="longest call (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
-    parser.add_argument("--threads", type=at_least(1), default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument("--rounds", type=at_least(2), default=7, metavar="N", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("work_dirs", NAME), help="default: %(default)s")
+                        help="time limit of a call (default: %(default)s)")  # fmt: skip
+    add_common_arguments(parser, NAME, rounds=7)
     args = parser.parse_args()
+    check_common_arguments(parser, args)
     if args.width % HEAD:
         parser.error(f"--width must be a multiple of {HEAD}, got {args.width}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch can use, and torch.cuda.is_available() is False")
+    if args.rounds < 2:
+        parser.error(f"--rounds must be at least 2, got {args.rounds}")
     return args
 
 
@@ -300,31 +409,35 @@ def main() -> None:
     args = parse_args()
     logger = MMLogger.get_instance(NAME)
     machine = describe_machine(args.device)
+    conditions = {"cpu": machine["cpu"], "torch": machine["torch"], "grootvl_mm": machine["grootvl_mm"]}
+    conditions |= {name: getattr(args, name) for name in ("device", "threads", "width", "rounds")}
+    measured = Measured(args.out / "measured.json", conditions)
     steps, memory = {}, {}
     for step in args.steps:
-        logger.info("Measuring the time of %s.", step)
         settings = Settings(args.width, step, args.rounds, args.device)
-        steps[step] = sweep(time_blocks, tuple(BLOCKS), sorted(args.sides), settings, args.limit, args.threads)
-        memory[step] = {}
-        for name, points in steps[step].items():
-            logger.info("Measuring the memory of %s, %s.", step, name)
-            memory[step][name] = {
-                str(point["side"]): run_fresh(
-                    memory_of_block, point["side"], name, settings, threads=args.threads, environment=MEMORY_ENVIRONMENT
-                )
-                for point in points
+        steps[step] = sweep(
+            time_blocks, args.contenders, sorted(args.sides), settings, args.limit, args.threads, measured
+        )
+        if args.memory:
+            memory[step] = {
+                name: measure_memory(name, [point["side"] for point in points], settings, args.threads, measured)
+                for name, points in steps[step].items()
+                if points
             }
     if args.operator_sides:
         settings = Settings(args.width, "operators", args.rounds, args.device)
         steps["operators"] = sweep(
-            time_operators, OPERATORS, sorted(args.operator_sides), settings, args.limit, args.threads
+            time_operators, OPERATORS, sorted(args.operator_sides), settings, args.limit, args.threads, measured
         )
+    if not any(points for found in steps.values() for points in found.values()):
+        cli.fail("nothing was measured; give --operator-sides, or --sides and --steps")
     slopes = {step: {name: slope_of(points) for name, points in found.items()} for step, found in steps.items()}
     data = {"machine": machine, "width": args.width, "threads": args.threads, "steps": steps, "slopes": slopes,
-            "memory": memory}  # fmt: skip
+            "memory": memory, "load": measured.data["load"]}  # fmt: skip
     text = report(data)
     sys.stdout.write(text)
     write_results(args.out, NAME, data, text, draw(data))
+    logger.info("Results: %s", args.out)
 
 
 if __name__ == "__main__":

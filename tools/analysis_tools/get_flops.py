@@ -1,23 +1,22 @@
-"""Count the parameters and FLOPs of the model of a config, part by part.
+"""Count the parameters and FLOPs of a config's model and of its parts.
 
-Nothing is computed: the model and the image have shapes but no values (torch's meta device), so that the largest model
-is counted in seconds on any machine.
+Model and image are on torch's meta device, so nothing is computed, and the largest model takes seconds on any machine.
 
-What is counted. FLOPs are multiply-adds, as papers count them: half of the single operations below. PyTorch's counter
-finds them in one forward pass of the model in its "tensor" mode, in evaluation mode, for one image:
+FLOPs are multiply-adds, as in papers: half of the operations below. PyTorch's FlopCounterMode counts one forward pass
+in "tensor" mode, in evaluation mode, for one image:
 
-  convolution, linear layer   one multiply-add for each weight that meets a value
-  grid_edge_weight            6 operations for each element of the feature (manhattan: 4)
-  grid_tree                   none: it compares, it does not calculate
-  tree_scan                   6 operations for each element (up or down only: 2)
-  tree_selective_scan         33 + 2 R for each element (up or down only: 29 + 2 R), R the rank of dt: the scan,
+  convolution, linear layer   one multiply-add per product of weight and value
+  grid_edge_weight            6 operations per element of the feature (manhattan: 4)
+  grid_tree                   none (comparisons only)
+  tree_scan                   6 operations per element (up or down only: 2)
+  tree_selective_scan         33 + 2 R per element (up or down only: 29 + 2 R), R the rank of dt: the scan,
                               the projection of dt (2 R), softplus (2), decay (2), input (2), both layer norms (14),
                               skip connection (3) and gate (4)
 
-Not counted, as usual: activations, norms, additions and resizing outside of these, and what has no fixed size or no
-multiplications to speak of. For a two-stage detector that is the choice of the proposals (NMS) and RoIAlign: its heads
-get as many boxes as the config lets through (test_cfg.rpn.max_per_img), the mask head at most 100 of them, as mmdet's
-own tool counts. Heads that only training uses have parameters but no FLOPs.
+As usual, other activations, norms, additions and resizing are not counted, nor is anything of variable size or almost
+without multiplications. In two-stage detectors this is the selection of proposals (NMS) and RoIAlign: the heads get
+test_cfg.rpn.max_per_img boxes, the mask head at most 100 of them, as in mmdet's own tool. Heads used in training only
+have parameters but no FLOPs.
 """
 
 import argparse
@@ -38,11 +37,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grootvl_mm.apis import cli
 
-# Height and width for which the task's papers state FLOPs.
+# Height and width for which papers on each task report FLOPs.
 DEFAULT_SHAPES = {"mmpretrain": (224, 224), "mmdet": (800, 1280), "mmseg": (512, 2048)}
-# Parts whose children are counted one by one.
+# Parts whose children are listed separately.
 OPENED = ("roi_head",)
-MAX_MASKS = 100  # boxes of an image whose masks are made
+MAX_MASKS = 100  # boxes per image that get a mask
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,12 +50,16 @@ def parse_args() -> argparse.Namespace:
     cli.add_config_arguments(parser)
     shapes = ", ".join(f"{height} {width} for {scope}" for scope, (height, width) in DEFAULT_SHAPES.items())
     parser.add_argument(
-        "--shape", nargs=2, type=int, metavar=("H", "W"), help=f"height and width of the image (default: {shapes})"
+        "--shape",
+        nargs=2,
+        type=int,
+        metavar=("H", "W"),
+        help=f"height and width of the image in pixels (default: {shapes})",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the figures to a JSON file too")
+    parser.add_argument("--json", metavar="FILE", help="also write the results to this JSON file (default: none)")
     args = parser.parse_args()
     if args.shape and min(args.shape) < 1:
-        parser.error(f"--shape takes two positive numbers, got {args.shape[0]} {args.shape[1]}")
+        parser.error(f"--shape must be two positive numbers, got {args.shape[0]} {args.shape[1]}")
     return args
 
 
@@ -64,19 +67,19 @@ def count(cfg: Config, shape: Sequence[int] | None = None) -> dict[str, Any]:
     """Count one forward pass.
 
     Args:
-        cfg: A config of one of the three tasks.
-        shape: Height and width of the image, by default that of :data:`DEFAULT_SHAPES`.
+        cfg: A detection, segmentation or classification config.
+        shape: Height and width of the image; default: :data:`DEFAULT_SHAPES`.
 
     Returns:
         ``shape``; ``parts``, name to ``parameters`` and ``flops`` (multiply-adds); ``operators``, name to
-        multiply-adds; ``total``, as a part.
+        multiply-adds; ``total``, like a part.
 
     Raises:
-        NotImplementedError, RuntimeError: The model does not run without values, or not with this shape.
+        NotImplementedError, RuntimeError: The model does not run on the meta device, or not with this shape.
     """
     height, width = shape = tuple(shape or DEFAULT_SHAPES[cfg.default_scope])
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        # Not built on the meta device: some backbones read values, of their drop path, while they are built.
+        # Built on the CPU, because some backbones read values (drop path rates) in their constructor.
         model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval().to("meta")
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
             arguments = _detection_arguments(model, height, width) if cfg.default_scope == "mmdet" else ()
@@ -112,7 +115,7 @@ def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _part_flops(modules: dict[str, int], part: str) -> int:
-    """The FLOPs of a part: its own, or, where it is not called as a module itself, those of the modules in it."""
+    """The FLOPs of a part; if it is never called as a module, the sum over its submodules."""
     if part in modules:
         return modules[part]
     inside = [name for name in modules if name.startswith(f"{part}.")]
@@ -121,7 +124,7 @@ def _part_flops(modules: dict[str, int], part: str) -> int:
 
 
 def _detection_arguments(detector: nn.Module, height: int, width: int) -> tuple:
-    """The data samples of the image; what depends on values in a two-stage detector is taken out of it."""
+    """The data samples of the image. Replaces those methods of a two-stage detector that depend on values."""
     from mmdet.models.roi_heads.mask_heads import FCNMaskHead
     from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
     from mmdet.structures import DetDataSample
@@ -138,7 +141,7 @@ def _detection_arguments(detector: nn.Module, height: int, width: int) -> tuple:
         return extract
 
     def mask_head(module: FCNMaskHead) -> Any:
-        # A cascade gives all proposals to its mask heads in this mode, a plain RoI head the first 100.
+        # In this mode a cascade passes all proposals to its mask heads, a plain RoI head the first 100.
         forward = module.forward
 
         def predict(features: Tensor) -> Tensor:
@@ -159,7 +162,7 @@ def _detection_arguments(detector: nn.Module, height: int, width: int) -> tuple:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Write the tables to the standard output."""
+    """Print the tables."""
     console = Console(width=None if Console().is_terminal else 100, highlight=False)
     height, width = result["shape"]
     table = Table("part", title=f"one image of {height}x{width}", box=box.ASCII2)
@@ -177,7 +180,7 @@ def show(result: dict[str, Any]) -> None:
     for name, flops in sorted(result["operators"].items(), key=lambda item: -item[1]):
         table.add_row(name, _readable(flops))
     console.print(table)
-    console.print("FLOPs are multiply-adds; --help states what is counted.")
+    console.print("FLOPs are multiply-adds; see --help for what is counted.")
 
 
 def _readable(flops: int) -> str:
@@ -191,14 +194,11 @@ def main() -> None:
     try:
         result = count(cfg, args.shape)
     except (NotImplementedError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        cli.fail(f"{args.config} does not run on shapes alone, or not on images of this size: {reason}")
+        cli.fail(f"{args.config} does not run on the meta device, or not with this --shape: {cli.one_line(error)}")
     show(result)
     if args.json:
-        try:
-            Path(args.json).write_text(json.dumps({"config": Path(args.config).name, **result}, indent=2) + "\n")
-        except OSError as error:
-            cli.fail(f"cannot write {args.json}: {error.strerror}")
+        with cli.output_file(args.json) as partial:
+            partial.write_text(json.dumps({"config": Path(args.config).name, **result}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

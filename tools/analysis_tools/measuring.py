@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing in turn, spreads, fresh processes, peak memory, tables and files."""
+"""Shared code of the benchmarks: alternating timing, statistics, new processes, peak memory, tables, output files."""
 
 import argparse
 import gc
@@ -9,7 +9,6 @@ import platform
 import resource
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,16 +23,17 @@ from tqdm import tqdm
 
 from grootvl_mm.apis import cli
 from grootvl_mm.ops import extension_error
+from grootvl_mm.utils.processes import end_with_parent
 from grootvl_mm.version import __version__
 
 AUTOCAST = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WARM_UPS = 2  # of each contender: the first calls load code and fill the allocator
+WARM_UPS = 2  # calls that load code and fill the allocator
 ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "amx_bf16")
 PROC_SELF = Path("/proc/self")
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A type for argparse: integers from ``least``."""
+    """Argparse type: integers from ``least`` on."""
 
     def integer(text: str) -> int:
         if (value := int(text)) < least:
@@ -43,34 +43,47 @@ def at_least(least: int) -> Callable[[str], int]:
     return integer
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add what both benchmarks take."""
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
-    parser.add_argument(
-        "--autocast",
-        choices=list(AUTOCAST),
-        default="none",
-        help="16-bit inputs of the operators, autocast of the models (default: none, float32)",
-    )
-    parser.add_argument(
-        "--threads", type=at_least(1), default=1, metavar="N", help="CPU threads (default: %(default)s)"
-    )
-    parser.add_argument("--rounds", type=at_least(1), default=20, metavar="N", help="default: %(default)s")
+def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add ``--out``."""
     parser.add_argument(
         "--out", type=Path, default=Path("work_dirs", name), help="folder for the results (default: %(default)s)"
     )
 
 
+def add_common_arguments(parser: argparse.ArgumentParser, name: str, rounds: int = 20) -> None:
+    """Add device, threads, rounds and ``--out``."""
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="device to measure on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=at_least(1), default=1, metavar="N", help="number of CPU threads (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=at_least(1), default=rounds, metavar="N", help="measured calls of each (default: %(default)s)"
+    )
+    add_output_argument(parser, name)
+
+
+def add_autocast_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--autocast``."""
+    parser.add_argument(
+        "--autocast",
+        choices=list(AUTOCAST),
+        default="none",
+        help="dtype of the operators' inputs, or of autocast for models (default: none, i.e. float32)",
+    )
+
+
 def check_common_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what cannot be measured or written before anything is measured."""
+    """Fail before the measurement if the device or the output folder is unusable."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch can use, and torch.cuda.is_available() is False")
+        parser.error("--device cuda needs a GPU, but torch.cuda.is_available() is False")
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out must be a folder, but {str(args.out)!r} is a file")
 
 
 def natural_features(generator: torch.Generator, *shape: int) -> Tensor:
-    """Random maps (..., H, W) like those of photographs: amplitudes fall with 1 / frequency; a little white noise."""
+    """Random maps (..., H, W) with the spectrum of photographs: 1 / frequency amplitudes plus a little white noise."""
     height, width = shape[-2:]
     device = generator.device
     rows, columns = torch.fft.fftfreq(height, device=device), torch.fft.rfftfreq(width, device=device)
@@ -81,7 +94,7 @@ def natural_features(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def timed(call: Callable[[], object], device: str) -> float:
-    """Seconds that one call takes. What it returns is released after the clock has stopped."""
+    """Time one call, in seconds; its result is freed after the clock has stopped."""
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
@@ -101,16 +114,16 @@ def timed(call: Callable[[], object], device: str) -> float:
 def time_in_turn(
     contenders: Mapping[str, Callable[[Any], object]], inputs: Sequence[Any], rounds: int, device: str, label: str
 ) -> dict[str, list[float]]:
-    """Time every contender ``rounds`` times, the inputs in turn, and each contender first in its turn.
+    """Time all contenders alternately, ``rounds`` times each, cycling through the inputs and rotating who goes first.
 
-    A disturbance of the machine thus meets all of them, and no branch predictor learns one input by heart.
+    Disturbances of the machine thus affect all contenders, and branch predictors cannot learn a single input.
 
     Returns:
-        Seconds of each contender, all in the same order of inputs.
+        Seconds of each contender, in the same order of inputs for all.
     """
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for name in names * WARM_UPS:
+    for name in tqdm(names * WARM_UPS, desc=f"{label}, warming up", leave=False):
         contenders[name](inputs[0])
     with _without_garbage_collection():
         for done in tqdm(range(rounds), desc=label, leave=False):
@@ -132,7 +145,7 @@ def _without_garbage_collection() -> Iterator[None]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile."""
+    """The median and the 10th and 90th percentiles."""
     low, high = (
         torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist()
     )
@@ -140,19 +153,19 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratio_of(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
-    """The ratio of two medians, and percentiles of the ratios on the single inputs."""
+    """The ratio of two medians, and percentiles of the ratios of single calls."""
     pairs = [a / b for a, b in zip(numerator, denominator, strict=True)]
     ratio = statistics.median(numerator) / statistics.median(denominator)
     return {**spread(pairs), "median": ratio}
 
 
 def run_fresh(function: Callable, *args: Any, threads: int, environment: Mapping[str, str] | None = None) -> Any:
-    """Call a function of a module's top level in a new process with so many threads and return what it returns.
+    """Call a top-level function in a new process with a given number of threads and return its result.
 
-    ``torch.set_num_threads`` would not do: OpenMP, MKL and oneDNN size their pools once and keep what they have
-    prepared for that size, and workers of a larger pool go on spinning on the cores that are measured.
+    ``torch.set_num_threads`` is not enough: OpenMP, MKL and oneDNN size their thread pools and caches once, and idle
+    threads of a larger pool keep spinning on the measured cores.
 
-    The command ends with an error if the process does not end well.
+    Exits with an error if the process fails.
     """
     variables = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **(environment or {})}
     context = multiprocessing.get_context("spawn")
@@ -165,20 +178,14 @@ def run_fresh(function: Callable, *args: Any, threads: int, environment: Mapping
         result = receiver.recv()
     except EOFError:
         process.join()
-        cli.fail(f"the measuring process ended with status {process.exitcode}; its own message stands above, if any")
+        cli.fail(f"the measuring process exited with status {process.exitcode}; see its output above")
     process.join()
     return result
 
 
 def _answer(sender: Connection, function: Callable, args: tuple) -> None:
-    # Also after kill -9 of the parent, nobody waits for the answer.
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    end_with_parent(multiprocessing.parent_process().pid)
     sender.send(function(*args))
-
-
-def _follow_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 @contextmanager
@@ -195,16 +202,16 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-# glibc moves the limit from which on a block is mapped alone, and returned when it is freed, up to 32 MB. With a fixed
-# one the resident size follows the tensors that are alive, whatever was freed before.
+# glibc raises its mmap threshold dynamically, and then keeps freed blocks. With a fixed threshold, the resident set
+# size follows the live tensors.
 MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16)}
 
 
 def peak_memory(step: Callable[[], object], device: str) -> int:
-    """Bytes that one step takes at its peak beyond what was there before it.
+    """Peak memory of one step in bytes, beyond the memory in use before it.
 
-    On the CPU those of the resident size; run it in a process with :data:`MEMORY_ENVIRONMENT`, in ascending order of
-    sizes if there are several.
+    On the CPU it is measured by the resident set size: run it in a process with :data:`MEMORY_ENVIRONMENT`, and in
+    ascending order of sizes if there are several.
     """
     gc.collect()
     if device == "cuda":
@@ -224,11 +231,11 @@ def _reset_peak() -> None:
     try:
         (PROC_SELF / "clear_refs").write_text("5")
     except OSError:
-        return  # the peak then counts from the start of the process: right for ascending sizes
+        return  # the peak since the start of the process, which is correct for ascending sizes
 
 
 def _resident_bytes(field: str) -> int:
-    """A line of the process's status; where the system has none, the peak since the start."""
+    """A field of ``/proc/self/status``; on systems without it, the peak since the start of the process."""
     status = PROC_SELF / "status"
     if status.is_file():
         for line in status.read_text().splitlines():
@@ -239,7 +246,7 @@ def _resident_bytes(field: str) -> int:
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """What a reader needs to know to compare numbers with those of another machine."""
+    """Hardware and software, to compare results across machines."""
     model, flags = _cpu()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = {
@@ -271,10 +278,10 @@ def _cpu() -> tuple[str, set[str]]:
 
 
 def machine_lines(machine: Mapping[str, Any]) -> list[str]:
-    """The same for the head of a text."""
+    """:func:`describe_machine` as lines of text."""
     lines = [
         f"CPU: {machine['cpu']}, {machine['cores']} cores, {' '.join(machine['isa'])}; "
-        f"load average at the start {machine['load_average']}",
+        f"load average {machine['load_average']} at the start",
         f"{machine['system']}, Python {machine['python']}, torch {machine['torch']} ({machine['torch_isa']}), "
         f"grootvl_mm {machine['grootvl_mm']}, operators {machine['operators']}",
     ]
@@ -284,7 +291,7 @@ def machine_lines(machine: Mapping[str, Any]) -> list[str]:
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns of text, aligned: numbers to the right."""
+    """Align columns of text; numbers are right-aligned."""
     lines = [list(header), *(list(row) for row in rows)]
     columns = []
     for column in zip(*lines, strict=True):
@@ -296,7 +303,7 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """With three digits and a fitting unit."""
+    """Three digits with a suitable unit."""
     unit, scale = next(((u, f) for u, f in (("s", 1), ("ms", 1e3)) if seconds * f >= 1), ("us", 1e6))
     value = seconds * scale
     decimals = 2 if value < 10 else 1 if value < 100 else 0
@@ -304,19 +311,15 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_ratio(ratio: Mapping[str, float]) -> tuple[str, str]:
-    """The ratio of the medians, and its spread."""
+    """The ratio of the medians, and its percentiles."""
     return f"{ratio['median']:.2f}x", f"{ratio['p10']:.2f}..{ratio['p90']:.2f}"
 
 
 def write_results(out: Path, name: str, data: Mapping[str, Any], text: str, figure: Figure) -> None:
-    """Write NAME.json, NAME.txt and NAME.png into the folder, each whole or not at all."""
-    out.mkdir(parents=True, exist_ok=True)
-
-    def save(suffix: str, write: Callable[[Path], object]) -> None:
-        part = out / f"{name}{suffix}.part"
-        write(part)
-        os.replace(part, out / f"{name}{suffix}")
-
-    save(".json", lambda part: part.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n"))
-    save(".txt", lambda part: part.write_text(text))
-    save(".png", lambda part: figure.savefig(part, format="png", dpi=130))
+    """Write NAME.json, NAME.txt and NAME.png to a folder."""
+    with cli.output_file(out / f"{name}.json") as partial:
+        partial.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+    with cli.output_file(out / f"{name}.txt") as partial:
+        partial.write_text(text)
+    with cli.output_file(out / f"{name}.png") as partial:
+        figure.savefig(partial, format="png", dpi=130)

@@ -1,15 +1,15 @@
-"""Measure how much trees and features of a model change when a picture changes a little, and what extremes do to it.
+"""Measure how robust a model's trees and features are to small changes of an image, and how they behave at extremes.
 
-- Noise, JPEG, brightness and shifts by parts of a pixel: the share of tree edges that change, and how far the feature
-  maps move (norm of the difference over the norm), for each metric and root with the same weights. The features are
-  also computed with the trees of the unchanged picture: what is left then is not the trees' doing.
-- Adversarial pictures: gradient ascent on the edge weights raises those of the tree and lowers the others within a
-  few grey levels, beside random noise of the same size.
-- The same picture along other trees: of other metrics, from another root, maximum and random ones, the raster path.
-- Constant pictures and checkerboards, where neighbours are equally alike: whether the tree is the same each time.
-- Gradients through the depth, decays of almost 1 and 0, and 16 bits.
+- Noise, JPEG, brightness and sub-pixel shifts: the share of tree edges that change, and the relative change of the
+  feature maps (norm of the difference over the norm), for each metric and root with the same weights. The features are
+  also computed with the trees of the unchanged image, to separate the effect of the trees.
+- Adversarial images: within a few grey levels, gradient ascent raises the weights of tree edges and lowers the others;
+  compared with random noise of the same size.
+- Other trees for the same image: other metrics, another root, maximum and random spanning trees, the raster path.
+- Constant images and checkerboards, where all neighbours are equally similar: whether the tree is deterministic.
+- Gradients through the depth, decays close to 1 and 0, and 16-bit autocast.
 
-Everything is checked for values that are not finite; the command ends with status 1 if there are any.
+All results are checked for non-finite values; if there are any, the exit status is 1.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from measuring import at_least, format_table, write_results
+from measuring import add_output_argument, at_least, format_table, write_results
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -52,37 +52,37 @@ from grootvl_mm.visualization import find_backbone
 
 NAME = "robustness"
 ASCENT_STEPS = 12
-DECAYS = {"as they are": None, "almost 1": -20.0, "almost 0": 10.0}  # A_log of all blocks
+DECAYS = {"unchanged": None, "almost 1": -20.0, "almost 0": 10.0}  # A_log of all blocks
 Picture = np.ndarray
 
 
 class Seen(NamedTuple):
-    """What the backbone makes of an image."""
+    """The trees and feature maps of an image."""
 
     levels: list[Level]
     maps: tuple[Tensor, ...]
 
 
 def add_noise(picture: Picture, scale: float) -> Picture:
-    """Gaussian noise of a standard deviation in grey levels."""
+    """Add Gaussian noise; ``scale`` is its standard deviation in grey levels."""
     noise = np.random.default_rng(0).normal(0, scale, picture.shape)
     return np.clip(picture + noise, 0, 255)
 
 
 def compress(picture: Picture, quality: int) -> Picture:
-    """As read from a JPEG file."""
+    """Compress to JPEG and decompress."""
     buffer = io.BytesIO()
     Image.fromarray(picture[..., ::-1].astype(np.uint8)).save(buffer, "JPEG", quality=quality)
     return np.asarray(Image.open(buffer))[..., ::-1]
 
 
 def brighten(picture: Picture, factor: float) -> Picture:
-    """Grey levels times a factor, as a camera would clip them."""
+    """Multiply the grey levels by a factor and clip them."""
     return np.clip(picture.astype(float) * factor, 0, 255)
 
 
 def shift(picture: Picture, pixels: float) -> Picture:
-    """To the right, interpolated; the first column is repeated."""
+    """Shift to the right with linear interpolation; the first column is repeated."""
     columns = np.clip(np.arange(picture.shape[1]) - pixels, 0, None)
     left = columns.astype(int)
     share = (columns - left)[None, :, None]
@@ -106,7 +106,7 @@ CHANGES: dict[str, tuple[Callable[..., Picture], float]] = {
 
 
 def synthetic_pictures(size: int) -> dict[str, Picture]:
-    """Pictures with nothing but ties inside."""
+    """Images full of ties."""
     rows, columns = np.indices((size, size))
     pictures = {name: np.full((size, size, 3), value, np.uint8) for name, value in (("black", 0), ("grey", 128))}
     for period in (1, 4, 16):
@@ -116,14 +116,14 @@ def synthetic_pictures(size: int) -> dict[str, Picture]:
 
 
 class Finite:
-    """Counts values, and those that are not finite, by where they were."""
+    """Counts the values checked, and non-finite ones by place."""
 
     def __init__(self) -> None:
         self.checked = 0
         self.wrong: dict[str, int] = {}
 
     def check(self, where: str, *tensors: Tensor) -> None:
-        """Look at some tensors."""
+        """Check some tensors."""
         for tensor in tensors:
             self.checked += tensor.numel()
             count = int((~tensor.isfinite()).sum())
@@ -144,19 +144,19 @@ def look_with_trees(model: nn.Module, image: Tensor, levels: Sequence[Level]) ->
 
 
 def changed_edges(before: Seen, after: Seen) -> float:
-    """The share of tree edges that are not there any more, mean over the blocks."""
+    """The share of tree edges that are gone, averaged over the blocks."""
     shares = [1 - agreement(one.tree, other.tree) for one, other in zip(before.levels, after.levels, strict=True)]
     return float(np.mean(shares))
 
 
 def moved(before: Seen, after: Seen) -> float:
-    """The norm of the difference of the maps over their norm, mean over the stages."""
+    """The relative change of the feature maps (norm of the difference over the norm), averaged over the stages."""
     pairs = zip(before.maps, after.maps, strict=True)
     return float(np.mean([float((one.float() - other.float()).norm() / one.float().norm()) for one, other in pairs]))
 
 
 def compare(model: nn.Module, before: Seen, image: Tensor, finite: Finite, where: str) -> dict[str, float]:
-    """What changes with the image, and what of it with the old trees."""
+    """Changes of trees and features, and changes of the features along the old trees."""
     after, kept = look(model, image), look_with_trees(model, image, before.levels)
     finite.check(where, *after.maps, *kept.maps)
     return {"edges": changed_edges(before, after), "moved": moved(before, after), "with old trees": moved(before, kept)}
@@ -170,7 +170,7 @@ def set_option(model: nn.Module, name: str, value: str) -> None:
 
 
 def measure_changes(model: nn.Module, pictures: Sequence[Picture], finite: Finite) -> dict[str, Any]:
-    """Of each metric and root: what every change does, mean over the pictures."""
+    """Effects of each change for each metric and root, averaged over the images."""
     mixer = find_backbone(model).stages[0].blocks[0].mixer
     own = mixer.tree_metric, mixer.tree_root
     variants = [own, *((metric, own[1]) for metric in METRICS if metric != own[0])]
@@ -193,7 +193,7 @@ def measure_changes(model: nn.Module, pictures: Sequence[Picture], finite: Finit
 
 
 def measure_other_trees(model: nn.Module, pictures: Sequence[Picture], finite: Finite) -> dict[str, Any]:
-    """How far the features of the same pictures move along other trees, with the same weights."""
+    """Changes of the features of the same images along other trees, with the same weights."""
     mixer = find_backbone(model).stages[0].blocks[0].mixer
     own = {name: getattr(mixer, name) for name in ("tree_metric", "tree_root", "scan")}
     others = [("tree_metric", metric) for metric in METRICS] + [("tree_root", root) for root in ROOTS]
@@ -214,12 +214,12 @@ def measure_other_trees(model: nn.Module, pictures: Sequence[Picture], finite: F
 
 
 def means(found: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    """Of lists of lists."""
+    """Average the innermost lists."""
     return {name: {what: float(np.mean(values)) for what, values in row.items()} for name, row in found.items()}
 
 
 def soft_weight(feature: Tensor, metric: str) -> Tensor:
-    """The exponents of the weights (B, E), differentiable."""
+    """Differentiable exponents of the edge weights, (B, E)."""
     pairs = [(feature[:, :, :-1], feature[:, :, 1:]), (feature[..., :-1], feature[..., 1:])]
     distance = {
         "cosine": lambda a, b: -F.cosine_similarity(a, b, dim=1),
@@ -230,9 +230,9 @@ def soft_weight(feature: Tensor, metric: str) -> Tensor:
 
 
 def attack(model: nn.Module, picture: Picture, before: Seen, limit: float) -> Tensor:
-    """The image within ``limit`` grey levels whose edge weights speak most against the trees of the picture.
+    """Find the image within ``limit`` grey levels whose edge weights contradict the trees of ``picture`` most.
 
-    The sign of the gradient is followed, as Madry et al. do it; each block counts alike, whatever its weights.
+    Projected gradient ascent on the sign of the gradient (Madry et al.); all blocks have equal influence.
     """
     metric = find_backbone(model).stages[0].blocks[0].mixer.tree_metric
     mean, std = pixel_statistics(model)
@@ -259,7 +259,7 @@ def attack(model: nn.Module, picture: Picture, before: Seen, limit: float) -> Te
 
 
 def measure_attacks(model: nn.Module, pictures: Sequence[Picture], finite: Finite) -> dict[str, Any]:
-    """Adversarial pictures beside random ones, by the largest change in grey levels."""
+    """Effects of adversarial and random changes, by the maximum change in grey levels."""
     _, std = pixel_statistics(model)
     results: dict[str, dict[str, dict[str, list[float]]]] = {}
     for limit in tqdm((1, 2, 4, 8), desc="attacks", unit="size"):
@@ -277,7 +277,7 @@ def measure_attacks(model: nn.Module, pictures: Sequence[Picture], finite: Finit
 
 
 def measure_ties(model: nn.Module, size: int, finite: Finite) -> dict[str, Any]:
-    """Trees of pictures without content: ties, depth, and whether they are the same alone, in a batch and again."""
+    """Trees of synthetic images: ties, depth, and whether they are the same when repeated and in a batch."""
     metric = find_backbone(model).stages[0].blocks[0].mixer.tree_metric
     results = {}
     for name, picture in synthetic_pictures(size).items():
@@ -300,12 +300,12 @@ def measure_ties(model: nn.Module, size: int, finite: Finite) -> dict[str, Any]:
 
 
 def keep_output(outputs: list[Tensor], block: nn.Module, inputs: Any, output: Any) -> None:
-    """A forward hook of blocks."""
+    """Forward hook of a block."""
     outputs.append(output[0])
 
 
 def measure_gradients(model: nn.Module, image: Tensor, finite: Finite) -> dict[str, list[float]]:
-    """Norms of the gradient by what each block puts out, over that of the last, by scan with the same weights."""
+    """Gradient norms at each block's output, relative to the last block's, for each scan with the same weights."""
     backbone = find_backbone(model)
     blocks = [block for stage in backbone.stages for block in stage.blocks]
     results = {}
@@ -316,7 +316,7 @@ def measure_gradients(model: nn.Module, image: Tensor, finite: Finite) -> dict[s
         handles = [block.register_forward_hook(keep) for block in blocks]
         generator = torch.Generator().manual_seed(0)
         last = backbone(image)[-1]
-        # As if any direction might matter to a head: of the mean square, the last norm would leave next to nothing.
+        # A random projection: the gradient of the mean square would almost vanish in the last norm.
         loss = (last * torch.randn(last.shape, generator=generator)).mean()
         gradients = torch.autograd.grad(loss, [*outputs, *backbone.parameters()], allow_unused=True)
         finite.check(f"gradients, {scan}", *(gradient for gradient in gradients if gradient is not None))
@@ -329,7 +329,7 @@ def measure_gradients(model: nn.Module, image: Tensor, finite: Finite) -> dict[s
 
 
 def measure_decays(model: nn.Module, image: Tensor, finite: Finite) -> dict[str, dict[str, float]]:
-    """Largest feature and gradient with decays of almost 1 and 0 everywhere, and how far features move."""
+    """The largest feature and gradient with decays close to 1 and 0 everywhere, and the change of the features."""
     backbone = find_backbone(model)
     values = [module.A_log for module in backbone.modules() if isinstance(module, TreeSSM)]
     kept = [value.detach().clone() for value in values]
@@ -354,7 +354,7 @@ def measure_decays(model: nn.Module, image: Tensor, finite: Finite) -> dict[str,
 
 
 def measure_precisions(model: nn.Module, image: Tensor, finite: Finite) -> dict[str, dict[str, float]]:
-    """Trees and features under autocast beside those in float32."""
+    """Changes of trees and features under autocast, compared with float32."""
     before = look(model, image)
     results = {}
     for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
@@ -364,17 +364,17 @@ def measure_precisions(model: nn.Module, image: Tensor, finite: Finite) -> dict[
 
 
 def yes_no(value: bool) -> str:
-    """For tables."""
+    """Format a boolean for tables."""
     return "yes" if value else "no"
 
 
 def report(data: dict[str, Any]) -> str:
     """The results as text."""
     percent = "{:.1f} %".format
-    lines = [f"{data['config']}, {data['checkpoint']}, {data['count']} pictures"]
-    header = ["change", "edges changed", "features moved", "with the old trees"]
+    lines = [f"{data['config']}, {data['checkpoint']}, {data['count']} images"]
+    header = ["change", "edges changed", "features changed", "with the old trees"]
     tables = {f"metric and root: {variant}": rows for variant, rows in data["changes"].items()}
-    tables["adversarial and random pictures, by grey levels"] = {
+    tables["adversarial and random images, by grey levels"] = {
         f"{name} {limit}": row for limit, found in data["attacks"].items() for name, row in found.items()
     }
     tables["autocast"] = data["precisions"]
@@ -385,41 +385,34 @@ def report(data: dict[str, Any]) -> str:
     rows = [
         [name, percent(100 * row["edges"]), percent(100 * row["moved"])] for name, row in data["other trees"].items()
     ]
-    lines += ["", "the same pictures along other trees", format_table(["trees", *header[1:3]], rows)]
+    lines += ["", "the same images along other trees", format_table(["trees", *header[1:3]], rows)]
     rows = [
         [name, percent(100 * row["ties"]), yes_no(row["same again"]), yes_no(row["same in a batch"]),
          str(row["depth"]), percent(100 * row["edges changed by noise 1"])]
         for name, row in data["ties"].items()
     ]  # fmt: skip
-    header = [
-        "picture",
-        "weights that another edge has",
-        "same tree again",
-        "in a batch",
-        "depth",
-        "changed by noise 1",
-    ]
-    lines += ["", "pictures of ties", format_table(header, rows)]
+    header = ["image", "tied edge weights", "same tree again", "in a batch", "depth", "changed by noise 1"]
+    lines += ["", "images full of ties", format_table(header, rows)]
     blocks = [str(number) for number in range(len(next(iter(data["gradients"].values()))))]
     rows = [[scan, *(f"{norm:.2f}" for norm in norms)] for scan, norms in data["gradients"].items()]
     lines += [
         "",
-        "norm of the gradient by a block's output, last = 1",
+        "gradient norm at each block's output, last = 1",
         format_table(["scan", *blocks], rows),
     ]
     rows = [
         [name, percent(100 * row["moved"]), *(f"{row[f'largest {what}']:.3g}" for what in ("feature", "gradient"))]
         for name, row in data["decays"].items()
     ]
-    header = ["decays", "features moved", "largest feature", "largest gradient"]
+    header = ["decays", "features changed", "largest feature", "largest gradient"]
     lines += ["", "extreme decays", format_table(header, rows)]
     wrong = ", ".join(f"{count} at {where}" for where, count in data["not finite"].items()) or "none"
-    lines += ["", f"values that are not finite: {wrong}, of {data['checked']:,}"]
+    lines += ["", f"non-finite values: {wrong}, of {data['checked']:,}"]
     return "\n".join(lines) + "\n"
 
 
 def draw(data: dict[str, Any]) -> Figure:
-    """Edges and features by change, adversarial pictures, gradients by depth."""
+    """Plot changes of edges and features, adversarial images, and gradients by depth."""
     figure = Figure(figsize=(14, 8), layout="constrained")
     (edges, features), (attacks, gradients) = figure.subplots(2, 2)
     positions = np.arange(len(CHANGES))
@@ -427,23 +420,27 @@ def draw(data: dict[str, Any]) -> Figure:
     for number, (variant, rows) in enumerate(data["changes"].items()):
         edges.bar(positions + number * width, [100 * rows[name]["edges"] for name in CHANGES], width, label=variant)
     rows = next(iter(data["changes"].values()))
-    for number, (what, label) in enumerate((("moved", "features"), ("with old trees", "with the old trees"))):
-        features.bar(positions + 0.4 * number, [100 * rows[name][what] for name in CHANGES], 0.4, label=label)
-    for axes, title in ((edges, "tree edges that change, %"), (features, "features moved, %")):
+    for shift, what, label in ((0, "moved", "new trees"), (0.4, "with old trees", "trees of the original image")):
+        features.bar(positions + shift, [100 * rows[name][what] for name in CHANGES], 0.4, label=label)
+    for axes, title in ((edges, "Tree edges that change"), (features, "Change of the features")):
         axes.set_xticks(positions + 0.3, list(CHANGES), rotation=45, ha="right", fontsize=8)
-        axes.set(title=title)
-        axes.legend(fontsize=8)
+        axes.set(title=title, ylabel="%")
     sizes = [int(limit) for limit in data["attacks"]]
-    for name, style in (("ascent", "o-"), ("random", "s--")):
-        for what, colour in (("edges", "tab:blue"), ("moved", "tab:red"), ("with old trees", "tab:orange")):
+    for name, title, style in (("ascent", "adversarial", "o-"), ("random", "random signs", "s--")):
+        labels = ("edges", "features, new trees", "features, original trees")
+        keys, colours = ("edges", "moved", "with old trees"), ("tab:blue", "tab:red", "tab:orange")
+        for what, label, colour in zip(keys, labels, colours, strict=True):
             values = [100 * found[name][what] for found in data["attacks"].values()]
-            attacks.plot(sizes, values, style, color=colour, label=f"{name}: {what}")
-    attacks.set(title="adversarial and random pictures, %", xlabel="largest change in grey levels", ylim=(0, None))
-    attacks.legend(fontsize=8)
+            attacks.plot(sizes, values, style, color=colour, label=f"{title}: {label}")
+    attacks.set(title="Change by adversarial images and random signs", ylabel="%", ylim=(0, None))
+    attacks.set_xlabel("largest change of a pixel, grey levels")
     for scan, norms in data["gradients"].items():
         gradients.semilogy(norms, "o-", label=scan)
-    gradients.set(title="gradient by the output of each block, last = 1", xlabel="block")
-    gradients.legend(fontsize=8)
+        gradients.set_xticks(range(len(norms)))
+    gradients.set(title="Gradient with respect to the output of each block", ylabel="norm, relative to the last block")
+    gradients.set_xlabel("block, counted through all stages from 0")
+    for axes, title in zip(figure.axes, ("metric, root", "scanned along", None, "scan"), strict=True):
+        axes.legend(title=title, fontsize=8)
     return figure
 
 
@@ -451,12 +448,14 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
-    parser.add_argument("--pictures", nargs="+", required=True, metavar="FILE", help="pictures, or folders with some")
-    parser.add_argument("--number", type=at_least(1), default=8, metavar="N", help="pictures (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("work_dirs", NAME), help="default: %(default)s")
+    parser.add_argument("--images", nargs="+", required=True, metavar="IMAGE", help="image files, or folders of images")
+    parser.add_argument(
+        "--number", type=at_least(1), default=8, metavar="N", help="number of images to use (default: %(default)s)"
+    )
+    add_output_argument(parser, NAME)
     args = parser.parse_args()
     if len(args.checkpoints) > 1:
-        parser.error(f"--checkpoints takes one here, got {len(args.checkpoints)}")
+        parser.error(f"--checkpoints takes a single checkpoint here, got {len(args.checkpoints)}")
     return args
 
 
@@ -466,7 +465,7 @@ def main() -> None:
     model = build_model(cli.load_config(args.config, args.cfg_options), args.checkpoints[0])
     if find_backbone(model).stages[0].share_tree or find_backbone(model).stages[0].blocks[0].mixer.scan != "tree":
         cli.fail("the config's backbone must have scan='tree' and tree_sharing='block'")
-    files = find_images(args.pictures)[: args.number]
+    files = find_images(args.images)[: args.number]
     pictures = [read_picture(path, args.longest) for path in files]
     image = normalize(model, pictures[0])
     finite = Finite()
@@ -487,7 +486,7 @@ def main() -> None:
     sys.stdout.write(text)
     write_results(args.out, NAME, data, text, draw(data))
     if finite.wrong:
-        cli.fail("there are values that are not finite; the table names them")
+        cli.fail("there are non-finite values; see the end of the report")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the studies of trees share: models and pictures, the features and trees of all blocks, and measures of trees."""
+"""Shared code of the tree studies: models and images, features and trees of all blocks, and measures of trees."""
 
 import argparse
 import re
@@ -16,25 +16,25 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from grootvl_mm.apis import cli
-from grootvl_mm.apis.models import NO_CHECKPOINT, load_model
+from grootvl_mm.apis.models import NO_CHECKPOINT, load_grootv
 from grootvl_mm.models import TreeSSM
 from grootvl_mm.models.tree_ssm import raster_path
 from grootvl_mm.ops import Tree, graph_tree, grid_edge_weight, grid_tree
 from grootvl_mm.ops.reference import grid_edges
 from grootvl_mm.visualization import find_backbone
 
-OUTSIDE = -1  # label of positions outside of the picture
+OUTSIDE = -1  # label of positions outside the image
 RESAMPLES = 2000
 
 
 class Level(NamedTuple):
-    """What one block builds its trees from.
+    """The features and trees of one block.
 
     Attributes:
-        stage: index of the stage.
-        block: index of the block in its stage.
-        feature: (B, D, H, W), the input of the state space model.
-        tree: the trees that were scanned along.
+        stage: Index of the stage.
+        block: Index of the block in its stage.
+        feature: (B, D, H, W), from which the trees are built.
+        tree: The trees that the block scanned.
     """
 
     stage: int
@@ -44,44 +44,42 @@ class Level(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As in tables."""
+        """The name in tables."""
         return f"stage {self.stage}, block {self.block}"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the config and the checkpoints, of which ``random`` is one."""
+    """Add config, checkpoints and image size."""
     cli.add_config_arguments(parser)
     parser.add_argument(
         "--checkpoints", nargs="+", default=[NO_CHECKPOINT], metavar="FILE",
-        help=f"checkpoints of the config, in the order of their training; {NO_CHECKPOINT}, or {NO_CHECKPOINT}-SEED, "
-        "for weights as they are drawn (default: %(default)s)",
+        help=f"checkpoints of the config, in training order; {NO_CHECKPOINT} or {NO_CHECKPOINT}-SEED stands for "
+        f"initial weights (default: {NO_CHECKPOINT})",
     )  # fmt: skip
-    parser.add_argument("--longest", type=int, metavar="N", help="scale pictures to this longer side (default: keep)")
+    parser.add_argument(
+        "--longest", type=int, metavar="N", help="scale the longer side of images to N pixels (default: no scaling)"
+    )
 
 
 def build_model(config: Config, checkpoint: str) -> nn.Module:
-    """The model of a config on the CPU, ready for evaluation, with the weights of a checkpoint or of ``none-SEED``.
+    """The model of a config on the CPU in evaluation mode, with the weights of a checkpoint or of ``none-SEED``.
 
-    The command ends with an error if there is no such file or no GrootV in the model.
+    Exits with an error if the file does not exist, or the model has no GrootV backbone.
     """
     name, _, seed = checkpoint.partition("-")
     initial = is_initial(checkpoint)
-    model = load_model(config, name if initial else checkpoint, int(seed or 0) if initial else 0)
-    try:
-        find_backbone(model)
-    except ValueError as error:
-        cli.fail(str(error))
+    model, _ = load_grootv(config, name if initial else checkpoint, int(seed or 0) if initial else 0)
     model.cfg = config
     return model
 
 
 def is_initial(checkpoint: str) -> bool:
-    """Whether the name stands for weights as they are drawn."""
+    """Whether the name stands for initial weights."""
     return re.fullmatch(rf"{NO_CHECKPOINT}(-\d+)?", checkpoint) is not None
 
 
 def read_picture(path: Path, longest: int | None) -> np.ndarray:
-    """(H, W, 3) uint8, BGR, scaled to a longer side."""
+    """Read an image, (H, W, 3) uint8, BGR, and scale its longer side if ``longest`` is set."""
     picture = mmcv.imread(str(path))
     if longest:
         picture = mmcv.imrescale(picture, longest / max(picture.shape[:2]))
@@ -89,25 +87,25 @@ def read_picture(path: Path, longest: int | None) -> np.ndarray:
 
 
 def normalize(model: nn.Module, picture: np.ndarray) -> Tensor:
-    """(H, W, 3), BGR from 0 to 255, to the backbone's input (1, 3, H, W), as the model's preprocessor does it."""
+    """Normalize (H, W, 3), BGR, 0 to 255, to the backbone's input (1, 3, H, W) like the model's data preprocessor."""
     mean, std = pixel_statistics(model)
     rgb = torch.from_numpy(picture[..., ::-1].copy()).permute(2, 0, 1).float()
     return ((rgb - mean) / std)[None]
 
 
 def pixel_statistics(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the preprocessor, (3, 1, 1) each."""
+    """Mean and standard deviation of the data preprocessor, (3, 1, 1) each."""
     preprocessor = model.data_preprocessor
     return preprocessor.mean.cpu().view(3, 1, 1), preprocessor.std.cpu().view(3, 1, 1)
 
 
 @contextmanager
 def watch_levels(model: nn.Module, choose: Callable[[int, Tree], Tree] | None = None) -> Iterator[list[Level]]:
-    """Collect features and trees of all blocks while the backbone runs, in the order of the blocks.
+    """Collect the features and trees of all blocks, in order, while the backbone runs.
 
     Args:
-        model: a model with a GrootV, none of whose stages shares its trees.
-        choose: gets the number of the block and its tree, and returns the tree to scan along.
+        model: A model with a GrootV backbone with ``tree_sharing='block'``.
+        choose: Called with the number of the block and its tree; returns the tree to scan instead.
     """
     levels: list[Level] = []
     mixers: list[TreeSSM] = []
@@ -138,12 +136,12 @@ def find_levels(model: nn.Module, image: Tensor, choose: Callable[[int, Tree], T
 
 
 def metric_weight(feature: Tensor, metric: str) -> Tensor:
-    """Weights (B, E) that cannot overflow."""
+    """Edge weights (B, E) that cannot overflow."""
     return grid_edge_weight(feature, metric, log=metric != "cosine")
 
 
 def eight_neighbours(height: int, width: int) -> Tensor:
-    """The edges (2, E) of the grid whose positions have eight neighbours: those of the grid, then the diagonals."""
+    """The edges (2, E) of the 8-connected grid: the edges of the 4-connected grid, then the diagonals."""
     vertex = torch.arange(height * width).view(height, width)
     diagonals = [(vertex[:-1, :-1], vertex[1:, 1:]), (vertex[:-1, 1:], vertex[1:, :-1])]
     ends = [torch.cat([pair[end].flatten() for pair in diagonals]) for end in (0, 1)]
@@ -151,7 +149,7 @@ def eight_neighbours(height: int, width: int) -> Tensor:
 
 
 def eight_connected_tree(feature: Tensor) -> Tree:
-    """The minimum spanning trees of features (B, D, H, W) with eight neighbours to a position, by the cosine."""
+    """The minimum spanning trees of features (B, D, H, W) on the 8-connected grid, with the cosine metric."""
     height, width = feature.shape[2:]
     edges = eight_neighbours(height, width)
     values = F.normalize(feature.flatten(2), dim=1)
@@ -160,7 +158,7 @@ def eight_connected_tree(feature: Tensor) -> Tree:
 
 
 def other_trees(feature: Tensor, metric: str, generator: torch.Generator, count: int) -> dict[str, Tree]:
-    """What the tree of features (1, D, H, W) is compared with, by name; there are ``count`` random ones."""
+    """The trees to compare that of features (1, D, H, W) with, by name; ``count`` of them are random."""
     height, width = feature.shape[2:]
     weight = metric_weight(feature, metric)
     random = torch.rand(count, weight.shape[1], generator=generator)
@@ -173,7 +171,7 @@ def other_trees(feature: Tensor, metric: str, generator: torch.Generator, count:
 
 
 def edge_mask(tree: Tree, width: int) -> Tensor:
-    """Which edges of the grid are in trees (B, E) bool; for spanning trees of the 4-connected grid."""
+    """Which edges of the grid are in spanning trees of the 4-connected grid, (B, E) bool."""
     batch, vertices = tree.parent.shape
     height = vertices // width
     low, high = tree.edges().long().unbind(2)
@@ -184,18 +182,18 @@ def edge_mask(tree: Tree, width: int) -> Tensor:
 
 
 def edge_keys(edges: Tensor, vertices: int) -> Tensor:
-    """One number for each edge (..., 2), whichever end comes first."""
+    """A unique number for each undirected edge (..., 2)."""
     low, high = edges.long().sort(dim=-1).values.unbind(-1)
     return low * vertices + high
 
 
 def agreement(first: Tree, second: Tree) -> float:
-    """The share of edges that two spanning trees of one graph have in common, mean over the batch."""
+    """The share of edges common to two spanning trees of one graph, averaged over the batch."""
     return shared_edges(first.edges(), second.edges())
 
 
 def shared_edges(first: Tensor, second: Tensor) -> float:
-    """The share of edges (B, L - 1, 2) that are among others."""
+    """The share of edges (B, L - 1, 2) that are also in ``second``."""
     vertices = first.shape[1] + 1
     keys = (edge_keys(edges, vertices) for edges in (first, second))
     shares = [torch.isin(one, other).float().mean() for one, other in zip(*keys, strict=True)]
@@ -203,12 +201,12 @@ def shared_edges(first: Tensor, second: Tensor) -> float:
 
 
 def coarse_agreement(fine: Tree, coarse: Tree, sizes: tuple[tuple[int, int], tuple[int, int]]) -> float:
-    """The share of a tree's edges at which the tree of the map of twice the size crosses between the same positions.
+    """The share of the coarse tree's edges between whose positions the fine tree has an edge, too.
 
     Args:
-        fine: the tree of the larger map.
-        coarse: that of the smaller one, whose positions are the squares of four of the larger map.
-        sizes: height and width of both.
+        fine: Tree of the larger map.
+        coarse: Tree of the smaller map, each of whose positions covers 2x2 positions of the larger map.
+        sizes: Height and width of both maps.
     """
     (_, fine_width), (_, width) = sizes
     low, high = fine.edges()[0].long().unbind(1)
@@ -219,7 +217,7 @@ def coarse_agreement(fine: Tree, coarse: Tree, sizes: tuple[tuple[int, int], tup
 
 
 def flip_agreement(tree: Tree, mirrored: Tree, width: int, *, horizontal: bool) -> float:
-    """The share of edges that a tree has in common with that of the mirrored picture."""
+    """The share of edges common to a tree and the tree of the mirrored image."""
     height = tree.parent.shape[1] // width
     ends = tree.edges().long()
     row, column = ends // width, ends % width
@@ -228,7 +226,7 @@ def flip_agreement(tree: Tree, mirrored: Tree, width: int, *, horizontal: bool) 
 
 
 def crossing_share(tree: Tree, labels: Tensor) -> float:
-    """The share of edges that join different labels (L,), mean over the batch; edges to ``OUTSIDE`` do not count."""
+    """The share of edges between different labels (L,), averaged over the batch; edges to ``OUTSIDE`` are ignored."""
     ends = labels[tree.edges().long()]
     inside = (ends != OUTSIDE).all(2)
     crossing = inside & (ends[..., 0] != ends[..., 1])
@@ -236,18 +234,18 @@ def crossing_share(tree: Tree, labels: Tensor) -> float:
 
 
 def least_crossing_share(labels: np.ndarray) -> float:
-    """The share of the best spanning tree for labels (H, W): it crosses once less than there are connected regions."""
+    """The lowest possible crossing share for labels (H, W): n connected regions need n - 1 crossing edges."""
     inside = labels != OUTSIDE
     regions = sum(ndimage.label(labels == label)[1] for label in np.unique(labels[inside]))
     return (regions - 1) / max(int(inside.sum()) - 1, 1)
 
 
 def border_auc(weight: Tensor, labels: np.ndarray) -> float:
-    """The probability that an edge at a border of labels (H, W) weighs more than one that is not; ties count half.
+    """ROC AUC of the weights: the probability that a border edge weighs more than an interior one; ties count half.
 
     Args:
         weight: (E,), in the order of the grid's edges.
-        labels: at least two different ones next to each other.
+        labels: (H, W), with at least one border.
     """
     values = weight.double().numpy()
     border, inside = grid_borders(labels)
@@ -262,7 +260,7 @@ def border_auc(weight: Tensor, labels: np.ndarray) -> float:
 
 
 def grid_borders(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether the edges of the grid (E,) join different labels (H, W), and whether both ends are inside the picture."""
+    """Whether the edges of the grid (E,) join different labels (H, W), and whether both ends are inside the image."""
     pairs = [(labels[:-1], labels[1:]), (labels[:, :-1], labels[:, 1:])]
     different = np.concatenate([(low != high).ravel() for low, high in pairs])
     inside = np.concatenate([((low != OUTSIDE) & (high != OUTSIDE)).ravel() for low, high in pairs])
@@ -270,11 +268,11 @@ def grid_borders(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def interval(values: Sequence[float], statistic: Callable[[np.ndarray], np.ndarray] | None = None) -> dict[str, float]:
-    """A statistic, the mean by default, with its 95 % interval by the bootstrap over the values.
+    """A statistic with its 95 % bootstrap interval.
 
     Args:
         values: (N,) or, for statistics of pairs, (N, 2).
-        statistic: of samples (S, N) or (S, N, 2), gives (S,).
+        statistic: Maps samples (S, N) or (S, N, 2) to (S,); default: the mean.
     """
     values = np.asarray(values, dtype=np.float64)
     statistic = statistic or (lambda sample: sample.mean(axis=1))
@@ -284,10 +282,10 @@ def interval(values: Sequence[float], statistic: Callable[[np.ndarray], np.ndarr
 
 
 def rank_correlation(pairs: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of samples (S, N, 2); NaN where all values of a sample are the same."""
+    """Spearman's correlation of samples (S, N, 2); NaN for constant samples."""
     order = pairs.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable").astype(np.float64)
     for sample, ranks in zip(pairs, order, strict=True):
-        for column in range(2):  # ties get the mean of their ranks
+        for column in range(2):  # ties get their mean rank
             _, inverse, count = np.unique(sample[:, column], return_inverse=True, return_counts=True)
             ranks[:, column] = (np.bincount(inverse, ranks[:, column]) / count)[inverse]
     centred = order - order.mean(axis=1, keepdims=True)
@@ -296,5 +294,5 @@ def rank_correlation(pairs: np.ndarray) -> np.ndarray:
 
 
 def format_interval(found: dict[str, float], digits: int = 3) -> str:
-    """A value with its interval."""
+    """Format a value with its interval."""
     return f"{found['value']:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"

@@ -1,70 +1,67 @@
-"""Make the curve data: a task that can only be solved by following a curve, after the Pathfinder task.
+"""Generate the curve dataset, a task that can only be solved by following a curve, similar to Pathfinder.
 
-Each picture shows two long curves of the same length and shorter ones that distract, solid or dashed, none of which
-touches another. Two ends are marked by discs. One set of scenes serves two tasks::
+Each image shows two long curves of the same length and optional shorter distractors, solid or dashed, none of which
+touch each other. Discs mark two of the ends. The same scenes serve two tasks::
 
-    classification/{train,val}/{apart,joined}/000000.png   are the two marks at the ends of one curve?
-    images/{train,val}/000000.png                          RGB pictures with the first mark alone
+    classification/{train,val}/{apart,joined}/000000.png   are the two marks at the ends of the same curve?
+    images/{train,val}/000000.png                          RGB images with the first mark only
     semantic/{train,val}/000000.png                        uint8 class map: 0 background, 1 the curve with the mark,
                                                            2 the other curves
-    meta.json                                              what the set was made with
+    meta.json                                              the arguments that the dataset was made with
 
-Half of the scenes are joined. The distance between the marks is drawn before the scene and tells nothing about the
-answer, and a scene has as many free ends and curves whatever the answer is. Every scene has a random generator of its
-own, so the number of workers does not change a byte of the output.
+Half of the scenes are joined. The distance between the marks is drawn before the scene and is independent of the
+answer, and so are the numbers of free ends and curves. Every scene has its own random generator, so the output does not
+depend on the number of workers.
 """
 
 import argparse
 import json
 import os
-import signal
-import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from make_demo_data import SPLITS, at_least, is_made, start_workers
+from make_demo_data import SPLITS, at_least, is_made, new_folder, run_command, start_workers
 from PIL import Image
 from tqdm import tqdm
 
-VERSION = 1  # raise it with every change that alters the output
+VERSION = 1  # increment with every change of the output
 CLASSES = ("apart", "joined")
 STEP = 0.5  # pixels between the points of a curve
-MARGIN = 2.0  # pixels between a curve and the border of the picture
+MARGIN = 2.0  # pixels between a curve and the border of the image
 STROKE = 1.5  # width of a curve in pixels
 MARK = 2.0  # radius of a mark in pixels
-MAX_TURN = 0.25  # radians per pixel that a curve turns at most
-TURN_CHANGE = 0.06  # standard deviation of the change of that per step
-DISTANCE = (0.45, 0.85)  # of the marks, as a share of the length of a curve, whose ends can be as far apart
+MAX_TURN = 0.25  # maximum curvature, radians per pixel
+TURN_CHANGE = 0.06  # standard deviation of the change of the curvature per step
+DISTANCE = (0.45, 0.85)  # between the marks, as a share of the length of a curve
 TOLERANCE = 0.04  # of that distance, as a share of the length
-CANDIDATES = 32  # curves that are drawn at a time
-ATTEMPTS = 20  # to find a curve that fits among them
-SCENES = 500  # to be tried before the curves are said not to fit
-SKIPPED = 2.0  # gaps that a curve keeps from its own earlier points, in pixels along it
+CANDIDATES = 32  # curves generated at a time
+ATTEMPTS = 20  # batches of candidates before giving up on a curve
+SCENES = 500  # attempts before giving up on a scene
+SKIPPED = 2.0  # a curve keeps its distance from its own points farther away along it than this many gaps
 
 
 class Options(NamedTuple):
-    """What scenes look like."""
+    """Parameters of the scenes."""
 
     size: int  # side in pixels
     length: int  # of the two long curves, in pixels
     distractors: int  # number of shorter curves
-    gap: float  # least distance between the centre lines of two curves, in pixels
+    gap: float  # minimum distance between the centre lines of two curves, in pixels
     dash: int  # length of a dash in pixels, 0 for solid curves
     seed: int
 
 
 class Scene(NamedTuple):
-    """Curves, of which the first two are the long ones, and the ends that are marked."""
+    """Curves, the two long ones first, and the marked ends."""
 
     curves: list[np.ndarray]  # (N, 2) points each, row and column
     marks: np.ndarray  # (2, 2) points
 
 
 def walk(rng: np.random.Generator, options: Options, length: float) -> np.ndarray:
-    """Smooth random curves (CANDIDATES, N, 2), a point each ``STEP``, that start within the picture."""
+    """Smooth random curves (CANDIDATES, N, 2) with a point every ``STEP``, which start inside the image."""
     count = round(length / STEP)
     turn = np.clip(rng.normal(0, TURN_CHANGE, (CANDIDATES, count)).cumsum(axis=1), -MAX_TURN, MAX_TURN)
     heading = rng.uniform(-np.pi, np.pi, (CANDIDATES, 1)) + STEP * turn.cumsum(axis=1)
@@ -73,19 +70,19 @@ def walk(rng: np.random.Generator, options: Options, length: float) -> np.ndarra
 
 
 def is_clear(options: Options, curve: np.ndarray, others: np.ndarray) -> bool:
-    """Whether a curve (N, 2) keeps its distance from points (M, 2) and from its own course."""
+    """Whether a curve (N, 2) keeps its distance from points (M, 2) and from itself."""
     along = STEP * np.abs(np.arange(len(curve))[:, None] - np.arange(len(curve)))
     far = np.where(along > SKIPPED * options.gap, squared_distance(curve, curve), np.inf)
     return min(far.min(), squared_distance(curve, others).min(initial=np.inf)) >= options.gap**2
 
 
 def squared_distance(points: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(N, M) of (N, 2) and (M, 2)."""
+    """Squared distances (N, M) between points (N, 2) and (M, 2)."""
     return np.square(points[:, None] - others).sum(axis=2)
 
 
 def place_curve(rng: np.random.Generator, options: Options, length: float, curves: list[np.ndarray]) -> bool:
-    """Add one more curve to the list, if there is room."""
+    """Add a curve to the list if there is room; return whether there was."""
     others = np.concatenate(curves) if curves else np.empty((0, 2))
     for _ in range(ATTEMPTS):
         candidates = walk(rng, options, length)
@@ -98,10 +95,10 @@ def place_curve(rng: np.random.Generator, options: Options, length: float, curve
 
 
 def compose_scene(rng: np.random.Generator, options: Options, joined: bool) -> Scene:
-    """Compose a scene whose marks are as far apart as a number that does not depend on ``joined``.
+    """Compose a scene; the distance between its marks is independent of ``joined``.
 
     Raises:
-        ValueError: the curves do not fit into the picture.
+        ValueError: The curves do not fit into the image.
     """
     wanted = rng.uniform(*DISTANCE) * options.length
     for _ in range(SCENES):
@@ -121,19 +118,19 @@ def compose_scene(rng: np.random.Generator, options: Options, joined: bool) -> S
             return Scene(curves, rng.permutation(marks))
     raise ValueError(
         f"no room for two curves of {options.length} pixels and {options.distractors} more in {options.size}x"
-        f"{options.size} pixels with a gap of {options.gap}; give a larger --size, or shorter, fewer or closer curves"
+        f"{options.size} pixels with a gap of {options.gap}; use a larger --size, or shorter, fewer or closer curves"
     )
 
 
 def paint(options: Options, points: np.ndarray, radius: float) -> np.ndarray:
-    """The coverage (H, W) from 0 to 1 of discs around points (N, 2)."""
+    """Coverage (H, W), 0 to 1, by discs around points (N, 2)."""
     grid = np.arange(options.size)
     offsets = np.square(grid[:, None] - points[:, 0])[:, None] + np.square(grid[:, None] - points[:, 1])[None]
     return np.clip(radius + 0.5 - np.sqrt(offsets.min(axis=2)), 0, 1)
 
 
 def dashes(options: Options, curve: np.ndarray) -> np.ndarray:
-    """The points of a curve that are drawn; both ends are."""
+    """The points of a curve to draw, with both ends."""
     if not options.dash:
         return curve
     period = round(2 * options.dash / STEP)
@@ -142,7 +139,7 @@ def dashes(options: Options, curve: np.ndarray) -> np.ndarray:
 
 
 def render(options: Options, scene: Scene, marks: np.ndarray) -> np.ndarray:
-    """The picture (H, W, 3) uint8: white curves and red marks on black."""
+    """Draw the image (H, W, 3) uint8: white curves and red marks on black."""
     ink = paint(options, np.concatenate([dashes(options, curve) for curve in scene.curves]), STROKE / 2)
     image = np.repeat(ink[:, :, None], 3, axis=2)
     disc = paint(options, marks, MARK)[:, :, None]
@@ -151,7 +148,7 @@ def render(options: Options, scene: Scene, marks: np.ndarray) -> np.ndarray:
 
 
 def class_map(options: Options, scene: Scene, mark: np.ndarray) -> np.ndarray:
-    """(H, W) uint8: 1 for the curve that ends at the mark, gaps between its dashes included, 2 for the others."""
+    """Class map (H, W) uint8: 1 for the curve that ends at the mark, including gaps between dashes, 2 for others."""
     result = np.zeros((options.size, options.size), np.uint8)
     for curve in scene.curves:
         marked = any(np.array_equal(curve[end], mark) for end in (0, -1))
@@ -175,30 +172,27 @@ def write_scene(index: int, root: Path, split: str, options: Options) -> None:
 
 
 def make_curve_data(out: Path, counts: dict[str, int], options: Options, workers: int = 1, force: bool = False) -> bool:
-    """Make the curve data in the folder ``out``, whole or not at all.
+    """Generate the curve dataset in the folder ``out``, completely or not at all.
 
     Args:
-        out: folder to make.
-        counts: number of scenes of each split.
-        options: what the scenes look like.
-        workers: processes, which change nothing in the output.
-        force: replace whatever ``out`` holds.
+        out: Output folder.
+        counts: Number of scenes of each split.
+        options: Parameters of the scenes.
+        workers: Number of processes; the output does not depend on it.
+        force: Replace ``out`` if it has other content.
 
     Returns:
-        False if ``out`` already holds this very set, which is then left as it is.
+        False if ``out`` already holds this dataset, which is then left unchanged.
 
     Raises:
-        FileExistsError: ``out`` holds something else, and ``force`` is not set.
-        ValueError: the curves do not fit into the picture.
+        FileExistsError: ``out`` has other content and ``force`` is not set.
+        ValueError: The curves do not fit into the image.
     """
     out = out.resolve()
     meta: dict[str, Any] = {"version": VERSION, **options._asdict(), "counts": counts}
     if is_made(out, meta, force, "curve data"):
         return False
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, because a rename works within one file system only.
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        new = Path(temporary, "new")
+    with new_folder(out) as new:
         pool = start_workers(workers)
         try:
             for split in SPLITS:
@@ -215,9 +209,6 @@ def make_curve_data(out: Path, counts: dict[str, int], options: Options, workers
         finally:
             pool.shutdown(cancel_futures=True)
         (new / "meta.json").write_text(json.dumps({**meta, "classes": CLASSES}, indent=2) + "\n")
-        if out.exists():
-            out.rename(Path(temporary, "old"))
-        new.rename(out)
     return True
 
 
@@ -227,32 +218,27 @@ def parse_args() -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add, number = parser.add_argument, at_least(1)
-    add("--out", type=Path, default=Path("data/curves"), help="folder to make")
-    add("--train", type=number, default=4000, metavar="N", help="training scenes")
-    add("--val", type=number, default=1000, metavar="N", help="validation scenes")
-    add("--size", type=at_least(16), default=32, metavar="N", help="side of a picture in pixels")
+    add("--out", type=Path, default=Path("data/curves"), help="output folder")
+    add("--train", type=number, default=4000, metavar="N", help="number of training scenes")
+    add("--val", type=number, default=1000, metavar="N", help="number of validation scenes")
+    add("--size", type=at_least(16), default=32, metavar="N", help="side of an image in pixels")
     add("--length", type=at_least(4), default=18, metavar="N", help="length of the two long curves in pixels")
     add("--distractors", type=at_least(0), default=0, metavar="N", help="number of shorter curves")
-    add("--gap", type=float, default=5.0, metavar="PIXELS", help="least distance between two curves")
-    add("--dash", type=at_least(0), default=0, metavar="N", help="length of a dash in pixels; 0: solid curves")
-    add("--seed", type=at_least(0), default=0, metavar="N", help="seed of everything random")
+    add("--gap", type=float, default=5.0, metavar="PIXELS", help="minimum distance between two curves in pixels")
+    add("--dash", type=at_least(0), default=0, metavar="N", help="length of a dash in pixels, 0 for solid curves")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="random seed")
     add("--workers", type=number, default=os.cpu_count(), metavar="N",
-        help="processes; changes nothing in the output")  # fmt: skip
-    add("--force", action="store_true", help="replace whatever --out holds")
+        help="number of processes; the output does not depend on it")  # fmt: skip
+    add("--force", action="store_true", help="replace --out if it has other content")
     return parser.parse_args()
 
 
 def main() -> None:
     """Run the command line."""
     args = parse_args()
-    # Turns kill's polite signal into an exception, so that the temporary folder goes too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options = Options(args.size, args.length, args.distractors, args.gap, args.dash, args.seed)
-    try:
-        made = make_curve_data(args.out, {"train": args.train, "val": args.val}, options, args.workers, args.force)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    tqdm.write(f"{args.out}: {'made' if made else 'already made with the same arguments'}")
+    counts = {"train": args.train, "val": args.val}
+    run_command(args.out, partial(make_curve_data, args.out, counts, options, args.workers, args.force))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Make the demo data: handwritten digits on photographs, with exact instance masks.
+"""Generate the demo dataset: handwritten digits on photographs, with exact instance masks.
 
-Real handwritten digits (scikit-learn's ``load_digits``) are pasted at random places, sizes, angles
-and colours, partly over one another, onto photographs that scikit-image ships. Nothing is
-downloaded. One set of scenes serves three tasks::
+Real handwritten digits (scikit-learn's ``load_digits``) are pasted with random positions, sizes, angles and colours,
+partly overlapping, onto photographs that come with scikit-image. Nothing is downloaded. The same scenes serve three
+tasks::
 
     images/{train,val}/000000.png                    RGB scenes, all of one size or of mixed sizes
     annotations/instances_{train,val}.json           COCO instances, RLE masks of the visible parts
-    semantic/{train,val}/000000.png                  uint8 class map: 0 background, 1..10 the digits
+    semantic/{train,val}/000000.png                  uint8 class map: 0 background, 1 to 10 the digits
     classification/{train,val}/<zero..nine>/*.png    64x64 crops around one digit each
-    meta.json                                        what the set was made with, and what it holds
+    meta.json                                        the arguments that the dataset was made with, and its size
 
-The two splits share neither a handwritten digit nor a pixel of a photograph. Every scene has a
-random generator of its own, so the number of workers does not change a byte of the output.
+The two splits share neither a handwritten digit nor a pixel of a photograph. Every scene has its own random generator,
+so the output does not depend on the number of workers.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,24 +35,24 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-VERSION = 1  # raise it with every change that alters the output
+VERSION = 1  # increment with every change of the output
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPLITS = ("train", "val")
-# Lossless files only: decoders of JPEG differ between libraries, and so would the scenes.
+# Lossless files only: JPEG decoders, and with them the scenes, differ between libraries.
 PHOTOS = ("astronaut", "brick", "camera", "chelsea", "coffee", "grass", "gravel", "ihc")
-TRAIN_SHARE = 0.7  # of the columns of each photograph; more, and the rest is too narrow for a crop
-TRAIN_DIGITS = 1437  # of 1797, shuffled: in their own order the last writers differ from the rest
+TRAIN_SHARE = 0.7  # of the columns of each photograph; with more, the rest would be too narrow for a crop
+TRAIN_DIGITS = 1437  # of 1797, shuffled because the last writers differ from the rest
 PHOTO_CROP = (96, 134)  # side of the window taken from a photograph, in its pixels
 DIAMETER = (28 / 128, 56 / 128)  # longer side of a digit, as a share of the scene's shorter side
 MAX_ANGLE = 15.0  # degrees
 STROKE_LEVEL = 110  # grey level (0..255) of the upscaled digit where its ink begins
-MIN_CONTRAST = 100.0  # RGB distance that 9 of 10 pixels below a digit keep from its colour
-MIN_VISIBLE = 0.9  # of a digit's pixels that later ones must leave uncovered
+MIN_CONTRAST = 100.0  # minimum RGB distance of a digit's colour from 9 of 10 pixels below it
+MIN_VISIBLE = 0.9  # share of a digit's pixels that later digits must not cover
 ATTEMPTS = 50  # to place one digit, or to find a colour for it
 MIN_SIDE = 64  # of a scene, in pixels
 CROP_SIZE = 64  # classification crops, pixels
-CROP_CONTEXT = 1.3  # side of such a crop over the longer side of its digit
-MAX_INTRUSION = 0.33  # ink of other digits in such a crop over the digit's own
+CROP_CONTEXT = 1.3  # side of a crop relative to the longer side of its digit
+MAX_INTRUSION = 0.33  # ink of other digits in a crop relative to the digit's own
 ENDING = {signal.SIGINT, signal.SIGTERM}  # signals that end a run
 
 
@@ -73,26 +74,26 @@ class Scene(NamedTuple):
 
 @lru_cache(maxsize=1)
 def load_sources() -> dict[str, Source]:
-    """Load what the scenes are made of, from the installed packages alone.
+    """Load digits and photographs from the installed packages.
 
     Raises:
         ModuleNotFoundError: scikit-learn or scikit-image is not installed.
-        FileNotFoundError: the installed scikit-image does not ship one of the photographs.
+        FileNotFoundError: The installed scikit-image lacks one of the photographs.
     """
     import skimage.data
     from sklearn.datasets import load_digits
 
     folder = Path(skimage.data.__file__).parent
-    # Read as files: the functions of skimage.data may try a download.
+    # Read as files, because the functions of skimage.data may start a download.
     if missing := [name for name in PHOTOS if not (folder / f"{name}.png").is_file()]:
         raise FileNotFoundError(
-            f"scikit-image {skimage.__version__} in {folder} does not ship the photographs "
-            f"{', '.join(missing)}; install another version (0.26 has them)"
+            f"scikit-image {skimage.__version__} in {folder} lacks the photographs {', '.join(missing)}; install "
+            "another version (0.26 has them)"
         )
     photos = [np.asarray(Image.open(folder / f"{name}.png").convert("RGB")) for name in PHOTOS]
     parts = [np.split(photo, [round(TRAIN_SHARE * photo.shape[1])], axis=1) for photo in photos]
     pixels, classes = load_digits(return_X_y=True)
-    # The same cut for every seed: no digit of one set's training is another's validation.
+    # The same split for every seed, so that no training digit of one dataset is a validation digit of another.
     chosen = np.split(np.random.default_rng(0).permutation(len(classes)), [TRAIN_DIGITS])
     return {
         split: Source(
@@ -105,7 +106,7 @@ def load_sources() -> dict[str, Source]:
 
 
 def render_digit(digit: np.ndarray, diameter: int, angle: float) -> np.ndarray:
-    """Turn an (8, 8) digit 0..16 into the (h, w) coverage 0..1 of a sharp, anti-aliased glyph.
+    """Render an (8, 8) digit, 0 to 16, as the (h, w) coverage, 0 to 1, of a sharp, anti-aliased glyph.
 
     The longer of h and w is ``diameter`` pixels; ``angle`` is in degrees, counter-clockwise.
     """
@@ -125,12 +126,12 @@ def pick_colour(rng: np.random.Generator, below: np.ndarray) -> np.ndarray:
     distance = np.linalg.norm(colours[:, None] - below[None], axis=2)
     contrast = np.percentile(distance, 10, axis=1)
     good = contrast >= MIN_CONTRAST
-    # The first good colour; the best one on a background of everything.
+    # The first good colour, or the best one if the background has all colours.
     return colours[np.argmax(good) if good.any() else np.argmax(contrast)]
 
 
 def crop_photo(rng: np.random.Generator, photo: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Take a window of the proportions of ``size`` (height, width) from a photograph and scale it to that size."""
+    """Crop a photograph to the aspect ratio of ``size`` (height, width) and scale it to that size."""
     ratios = np.array(size) / min(size)
     widest = min(PHOTO_CROP[1], *(int(length / ratio) for length, ratio in zip(photo.shape[:2], ratios, strict=True)))
     side = rng.integers(min(PHOTO_CROP[0], widest), widest, endpoint=True)
@@ -138,7 +139,7 @@ def crop_photo(rng: np.random.Generator, photo: np.ndarray, size: tuple[int, int
     y = rng.integers(photo.shape[0] - height, endpoint=True)
     x = rng.integers(photo.shape[1] - width, endpoint=True)
     quarters = rng.integers(4)
-    # A quarter turn of anything but a square would change its proportions.
+    # A quarter turn changes the aspect ratio of anything but a square.
     patch = np.rot90(photo[y : y + height, x : x + width], quarters if height == width else 2 * (quarters % 2))
     return np.asarray(Image.fromarray(patch).resize(size[::-1], Image.Resampling.BICUBIC))
 
@@ -146,11 +147,11 @@ def crop_photo(rng: np.random.Generator, photo: np.ndarray, size: tuple[int, int
 def compose_scene(rng: np.random.Generator, source: Source, size: tuple[int, int], digits: Sequence[int]) -> Scene:
     """Compose one scene of ``size``, height and width in pixels.
 
-    Between ``digits[0]`` and ``digits[1]`` digits, both included, are placed, fewer where no
-    more fit without hiding too much of the earlier ones.
+    It has between ``digits[0]`` and ``digits[1]`` digits, inclusive, or fewer if no more fit without hiding too much of
+    the earlier ones.
     """
     photo = source.photos[rng.integers(len(source.photos))]
-    # The tint gives the grey photographs a colour and the others a different light.
+    # The tint colours the grey photographs and changes the light of the others.
     canvas = crop_photo(rng, photo, size) * rng.uniform(0.6, 1.0, 3)
 
     owner = np.full(size, -1)
@@ -181,7 +182,7 @@ def compose_scene(rng: np.random.Generator, source: Source, size: tuple[int, int
 
 
 def coco_annotations(scene: Scene) -> list[dict]:
-    """Describe the visible part of each digit; ``id`` and ``image_id`` are left to the caller."""
+    """COCO annotations of the visible parts of the digits, without ``id`` and ``image_id``."""
     annotations = []
     for k, label in enumerate(scene.labels):
         rle = coco_mask.encode(np.asfortranarray(scene.owner == k, dtype=np.uint8))
@@ -204,7 +205,7 @@ def semantic_map(scene: Scene) -> np.ndarray:
 
 
 def digit_crops(scene: Scene, annotations: Sequence[dict]) -> Iterator[tuple[int, Image.Image]]:
-    """Yield (index, square crop) of each digit that has its surroundings mostly to itself."""
+    """Yield (index, square crop) of each digit that is mostly alone in its crop."""
     scene_height, scene_width = scene.owner.shape
     for k, annotation in enumerate(annotations):
         x, y, width, height = annotation["bbox"]
@@ -220,7 +221,7 @@ def digit_crops(scene: Scene, annotations: Sequence[dict]) -> Iterator[tuple[int
 def write_scene(
     index: int, root: Path, split: str, seed: int, size: int | Sequence[Sequence[int]], digits: Sequence[int]
 ) -> tuple[dict, list[dict], int]:
-    """Write the files of one scene below ``root``; return COCO's entry for it, its annotations and number of crops."""
+    """Write the files of one scene below ``root``; return its COCO image entry, annotations and number of crops."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     size = (size, size) if isinstance(size, int) else tuple(size[rng.integers(len(size))])
     scene = compose_scene(rng, load_sources()[split], size, digits)
@@ -237,24 +238,24 @@ def write_scene(
 
 
 def follow_parent() -> None:
-    """Let this worker process end when its parent does, and not before."""
+    """Make this worker process exit with its parent, and not before."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    # Ctrl-C reaches the whole process group; the parent alone answers it.
+    # Ctrl-C reaches the whole process group, but only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The parent's handler raises an exception, which the pool would take for the scene's, and wait for this worker.
+    # The inherited handler raises an exception, which the pool would treat as the result of a scene.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-    # After kill -9 of the parent the workers would wait for work for ever.
+    # After kill -9 of the parent, the worker would wait for work forever.
     threading.Thread(target=wait, daemon=True).start()
 
 
 def start_workers(count: int) -> ProcessPoolExecutor:
-    """Start worker processes that know from their first moment on what a signal means to them."""
-    # Until follow_parent has run, a worker would answer with the parent's handler, anywhere in the pool's own code.
+    """Start worker processes whose signal handlers are set before any signal can reach them."""
+    # Until follow_parent has run, a signal would run the parent's handler inside the pool's own code.
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         pool = ProcessPoolExecutor(count, initializer=follow_parent)
@@ -268,7 +269,7 @@ def start_workers(count: int) -> ProcessPoolExecutor:
 def write_split(
     root: Path, split: str, count: int, options: dict[str, Any], pool: ProcessPoolExecutor
 ) -> tuple[int, int]:
-    """Write one split below ``root``; return its numbers of instances and of crops."""
+    """Write one split below ``root``; return its numbers of instances and crops."""
     crop_folders = [root / "classification" / split / name for name in CLASSES]
     for folder in [root / "images" / split, root / "semantic" / split, *crop_folders]:
         folder.mkdir(parents=True)
@@ -277,7 +278,7 @@ def write_split(
     for image, found, cropped in tqdm(scenes, split, count, unit="scene"):
         images.append(image)
         for annotation in found:
-            # Ids start at 1: pycocotools takes a match with id 0 for none.
+            # Ids start at 1: pycocotools treats a match with id 0 as no match.
             annotations.append({"id": len(annotations) + 1, "image_id": image["id"], **annotation})
         crops += cropped
     categories = [{"id": k, "name": name} for k, name in enumerate(CLASSES, start=1)]
@@ -289,29 +290,43 @@ def write_split(
 
 
 def is_made(out: Path, meta: dict[str, Any], force: bool, kind: str = "demo data") -> bool:
-    """Tell whether ``out`` holds the set of a kind that ``meta`` describes already.
+    """Whether ``out`` already holds the dataset described by ``meta``.
 
     Raises:
-        FileExistsError: something else is there, and ``force`` is not set or too dangerous.
+        FileExistsError: ``out`` has other content and ``force`` is not set, or is not a folder, or is or holds the
+            current folder.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not out.is_dir() or Path.cwd().is_relative_to(out):
-        raise FileExistsError(f"{out} is a file, or holds the current folder; give another --out")
+        raise FileExistsError(f"{out} is a file, or contains the current folder; choose another --out")
     if force:
         return False
     try:
         found = json.loads((out / "meta.json").read_text())
-        changed = [f"{k} {found[k]} (asked: {v})" for k, v in meta.items() if found[k] != v]
+        changed = [f"{k} {found[k]} (requested: {v})" for k, v in meta.items() if found[k] != v]
     except (OSError, ValueError, KeyError, TypeError):
         raise FileExistsError(
-            f"{out} holds something else than {kind}; give another --out, or --force to replace the whole folder"
+            f"{out} holds something other than {kind}; choose another --out, or --force to replace the whole folder"
         ) from None
     if changed:
         raise FileExistsError(
-            f"{out} holds {kind} made with {', '.join(changed)}; give another --out, or --force to replace it"
+            f"{out} holds {kind} made with {', '.join(changed)}; choose another --out, or --force to replace it"
         )
     return True
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield the path of a temporary folder, which replaces ``out`` on success and is removed on failure."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename works within one file system only.
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        new = Path(temporary, "new")
+        yield new
+        if out.exists():
+            out.rename(Path(temporary, "old"))
+        new.rename(out)
 
 
 def make_demo_data(
@@ -323,18 +338,23 @@ def make_demo_data(
     workers: int = 1,
     force: bool = False,
 ) -> bool:
-    """Make the demo data in the folder ``out``, whole or not at all.
+    """Generate the demo dataset in the folder ``out``, completely or not at all.
 
-    ``counts`` has the number of scenes of each split, ``size`` is their side in pixels or a list of
-    heights and widths, one of which each scene gets at random, ``digits`` the least and greatest
-    number of digits in one. ``force`` replaces whatever ``out`` holds.
+    Args:
+        out: Output folder.
+        counts: Number of scenes of each split.
+        size: Side of the scenes in pixels, or a list of heights and widths to draw from.
+        digits: Minimum and maximum number of digits per scene.
+        seed: Random seed.
+        workers: Number of processes; the output does not depend on it.
+        force: Replace ``out`` if it has other content.
 
     Returns:
-        False if ``out`` already holds this very set, which is then left as it is.
+        False if ``out`` already holds this dataset, which is then left unchanged.
 
     Raises:
-        FileExistsError: ``out`` holds something else, and ``force`` is not set.
-        FileNotFoundError: the installed scikit-image lacks a photograph.
+        FileExistsError: ``out`` has other content and ``force`` is not set.
+        FileNotFoundError: The installed scikit-image lacks a photograph.
         ModuleNotFoundError: scikit-learn or scikit-image is not installed.
     """
     out = out.resolve()
@@ -343,11 +363,8 @@ def make_demo_data(
     meta = {"version": VERSION, **options, "counts": counts}
     if is_made(out, meta, force):
         return False
-    load_sources()  # fails early; forked workers inherit what it has loaded
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, because a rename works within one file system only.
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        new = Path(temporary, "new")
+    load_sources()  # fails early; forked workers inherit its cache
+    with new_folder(out) as new:
         pool = start_workers(workers)
         try:
             made = {n: write_split(new, n, counts[n], options, pool) for n in SPLITS}
@@ -356,14 +373,11 @@ def make_demo_data(
         for i, key in enumerate(("instances", "crops")):
             meta[key] = {n: made[n][i] for n in SPLITS}
         (new / "meta.json").write_text(json.dumps({**meta, "classes": CLASSES}, indent=2) + "\n")
-        if out.exists():
-            out.rename(Path(temporary, "old"))
-        new.rename(out)
     return True
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A type for argparse: integers from ``least``."""
+    """Argparse type: integers from ``least`` on."""
 
     def integer(text: str) -> int:
         if (value := int(text)) < least:
@@ -386,38 +400,45 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add, number = parser.add_argument, at_least(1)
-    add("--out", type=Path, default=Path("data/demo"), help="folder to make")
-    add("--train", type=number, default=1500, metavar="N", help="training scenes")
-    add("--val", type=number, default=200, metavar="N", help="validation scenes")
+    add("--out", type=Path, default=Path("data/demo"), help="output folder")
+    add("--train", type=number, default=1500, metavar="N", help="number of training scenes")
+    add("--val", type=number, default=200, metavar="N", help="number of validation scenes")
     sides = parser.add_mutually_exclusive_group()
     sides.add_argument("--size", type=at_least(MIN_SIDE), default=128, metavar="N", help="side of a scene in pixels")
     sides.add_argument("--sizes", dest="size", type=height_and_width, nargs="+", metavar="HxW",
-        default=argparse.SUPPRESS, help="sizes, of which each scene gets one at random, e.g. 96x128")  # fmt: skip
+        default=argparse.SUPPRESS,
+        help="sizes in pixels to draw from for each scene, e.g. 96x128, instead of --size")  # fmt: skip
     add("--digits", type=number, nargs=2, default=[2, 5], metavar=("MIN", "MAX"),
-        help="number of digits in a scene; fewer where no more fit")  # fmt: skip
-    add("--seed", type=at_least(0), default=0, metavar="N", help="seed of everything random")
+        help="number of digits per scene; fewer if no more fit")  # fmt: skip
+    add("--seed", type=at_least(0), default=0, metavar="N", help="random seed")
     add("--workers", type=number, default=os.cpu_count(), metavar="N",
-        help="processes; changes nothing in the output")  # fmt: skip
-    add("--force", action="store_true", help="replace whatever --out holds")
+        help="number of processes; the output does not depend on it")  # fmt: skip
+    add("--force", action="store_true", help="replace --out if it has other content")
     args = parser.parse_args()
     if args.digits[0] > args.digits[1]:
         parser.error(f"argument --digits: expected MIN <= MAX, got {args.digits}")
     return args
 
 
+def run_command(out: Path, make: Callable[[], bool]) -> None:
+    """Run ``make``, which returns whether it made ``out``; on errors, exit with one line."""
+    # An exception, so that the temporary folder is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        made = make()
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}; pip install scikit-learn scikit-image")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    tqdm.write(f"{out}: {'done' if made else 'already exists with the same arguments'}")
+
+
 def main() -> None:
     """Run the command line."""
     args = parse_args()
-    # Turns kill's polite signal into an exception, so that the temporary folder goes too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     counts = {"train": args.train, "val": args.val}
-    try:
-        made = make_demo_data(args.out, counts, args.size, args.digits, args.seed, args.workers, args.force)
-    except ModuleNotFoundError as error:
-        sys.exit(f"error: {error}; pip install scikit-learn scikit-image")
-    except OSError as error:
-        sys.exit(f"error: {error}")
-    tqdm.write(f"{args.out}: {'made' if made else 'already made with the same arguments'}")
+    options = (args.size, args.digits, args.seed, args.workers, args.force)
+    run_command(args.out, partial(make_demo_data, args.out, counts, *options))
 
 
 if __name__ == "__main__":

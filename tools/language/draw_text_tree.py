@@ -1,9 +1,9 @@
-"""Draw the trees that GrootL builds over the tokens of a prompt: one row for each layer, an arc for each edge.
+"""Draw the trees that GrootL builds over the tokens of a prompt: one row per layer, one arc per edge.
 
-The root is the large dot, the last token of the prompt (with causal trees the first). The wider an arc, the more tokens
-are connected to the root through it; its colour says how many tokens it spans. Beside each row stands the mean number
-of edges between a token and the root. The format follows the name of the output: .png, .pdf or .html, a page that needs
-nothing else, in which the way of a token to the root lights up under the mouse.
+The large dot is the root, the last token of the prompt (with causal trees, the first). The width of an arc shows how
+many tokens are connected to the root through it, its colour how many tokens it spans. Each row is labelled with the
+mean number of edges between a token and the root. The output format depends on the suffix: .png, .pdf, or .html, a
+self-contained page that highlights the path to the root of the token under the mouse.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from mmengine.logging import print_log
 from grootvl_mm.apis import cli
 from grootvl_mm.ops import Tree
 
-COLORS = ("#5b6b7f", "#2a7ab9", "#e07b39", "#8e44ad", "#2e9e6b")  # of arcs over 1, 2, 3, ... tokens
+COLORS = ("#5b6b7f", "#2a7ab9", "#e07b39", "#8e44ad", "#2e9e6b")  # of arcs that span 1, 2, 3, ... tokens
 INK, QUIET = "#22272e", "#8a939e"
 ROW = 78  # heights and widths are in points
-ARC = 15  # height of an arc, for each token that it spans
+ARC = 15  # height of an arc per token that it spans
 MARGIN, LABELS, TOKENS = 26, 124, 20
 CHARACTER = 7.3
 MIN_STEP = 24
@@ -33,7 +33,7 @@ WIDEST = 4.5
 
 
 class Drawn(NamedTuple):
-    """What a picture shows."""
+    """The content of a drawing."""
 
     tokens: Sequence[str]
     parents: dict[int, list[int]]  # layer -> parent of each token, -1 for the root, which is the last one or the first
@@ -54,7 +54,7 @@ class Arc(NamedTuple):
 
     @property
     def color(self) -> str:
-        """Colour by span."""
+        """The colour for the span."""
         return COLORS[min(self.span, len(COLORS)) - 1]
 
 
@@ -62,22 +62,24 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or hub name of a GrootL or Mamba model, or folder of an adapter")
-    parser.add_argument("text", help="the prompt; '-' reads it from the standard input")
-    parser.add_argument("output", help=".html, .png or .pdf file to write")
-    parser.add_argument("--layers", type=int, nargs="+", metavar="N", help="layers to draw, from 0 (default: all)")
+    parser.add_argument("text", help="the prompt, or - to read it from stdin")
+    parser.add_argument("output", help="output file, .html, .png or .pdf")
     parser.add_argument(
-        "--max-tokens", type=int, default=96, help="draw no more tokens than this (default: %(default)s)"
+        "--layers", type=int, nargs="+", metavar="N", help="layers to draw, counted from 0 (default: all)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=96, metavar="N", help="maximum length of the prompt (default: %(default)s)"
     )
     args = parser.parse_args()
     if Path(args.output).suffix not in (".html", ".png", ".pdf"):
-        parser.error(f"the output is a .html, .png or .pdf file, but {args.output!r} is none")
+        parser.error(f"the output file must end in .html, .png or .pdf, got {args.output!r}")
     if args.max_tokens < 2:
         parser.error(f"--max-tokens must be at least 2, got {args.max_tokens}")
     return args
 
 
 def depths(parents: Sequence[int]) -> list[int]:
-    """Number of edges between each token and the root."""
+    """The number of edges between each token and the root."""
     found: list[int | None] = [None] * len(parents)
     for token in range(len(parents)):
         way = []
@@ -92,7 +94,7 @@ def depths(parents: Sequence[int]) -> list[int]:
 
 
 def arcs(parents: Sequence[int]) -> list[Arc]:
-    """The edges of a tree, those that most tokens pass being the widest."""
+    """The edges of a tree; the more tokens are connected to the root through an edge, the wider it is."""
     passing = [1] * len(parents)
     for token in sorted(range(len(parents)), key=depths(parents).__getitem__, reverse=True):
         if parents[token] >= 0:
@@ -106,7 +108,7 @@ def arcs(parents: Sequence[int]) -> list[Arc]:
 
 
 def agreement(parents: dict[int, list[int]]) -> float | None:
-    """Mean share of edges that two layers have in common, or None for a single layer."""
+    """The mean share of edges common to two layers, or None for a single layer."""
     edges = [{frozenset(edge) for edge in enumerate(row) if edge[1] >= 0} for row in parents.values()]
     shares = [len(one & other) / len(one) for index, one in enumerate(edges) for other in edges[:index]]
     return sum(shares) / len(shares) if shares else None
@@ -131,7 +133,7 @@ def find_trees(path: str, text: str, layers: Sequence[int] | None, max_tokens: i
     model = load_model(path)
     number = model.config.num_hidden_layers
     if wrong := sorted(set(layers or ()) - set(range(number))):
-        cli.fail(f"--layers: the model has layers 0 to {number - 1}, not {', '.join(map(str, wrong))}")
+        cli.fail(f"--layers must be between 0 and {number - 1}, got {', '.join(map(str, wrong))}")
     with torch.no_grad():
         output = model(torch.tensor([ids]), prompt_lengths=torch.tensor([len(ids)]), output_trees=True, use_cache=False)
     chosen = {layer: output.trees[layer] for layer in (layers or range(number))}
@@ -140,7 +142,7 @@ def find_trees(path: str, text: str, layers: Sequence[int] | None, max_tokens: i
 
 
 def list_parents(tree: Tree | None, length: int) -> list[int]:
-    """The parent of each token, -1 for the root; without a tree, that is in a chain, the next token."""
+    """The parent of each token, -1 for the root; in a chain (``tree`` is None), it is the next token."""
     if tree is None:
         return [*range(1, length), -1]
     parents = tree.parent[0].tolist()
@@ -149,7 +151,7 @@ def list_parents(tree: Tree | None, length: int) -> list[int]:
 
 
 class Layout:
-    """Where everything is, in points from the top left corner."""
+    """The layout, in points from the top left corner."""
 
     def __init__(self, drawn: Drawn) -> None:
         widths = [max(MIN_STEP, CHARACTER * len(token) + 9) for token in drawn.tokens]
@@ -173,20 +175,20 @@ class Layout:
 
 
 def legend(drawn: Drawn) -> list[tuple[str, str]]:
-    """Colours with what they mean."""
+    """Colours and their meanings."""
     spans = sorted({min(arc.span, len(COLORS)) for parents in drawn.parents.values() for arc in arcs(parents)})
-    return [(COLORS[span - 1], f"{'next token' if span == 1 else f'{span} tokens on'}") for span in spans]
+    return [(COLORS[span - 1], "next token" if span == 1 else f"{span} tokens apart") for span in spans]
 
 
 def footnote(drawn: Drawn) -> str:
-    """What a chain would need, and the agreement of the layers, in words."""
+    """The mean depth of a chain and the agreement of the layers."""
     share = agreement(drawn.parents)
     shared = "" if share is None else f" · two layers share {share:.0%} of their edges"
     return f"a chain has {(len(drawn.tokens) - 1) / 2:.1f} edges to the root{shared}"
 
 
 def row_label(layer: int, parents: Sequence[int]) -> tuple[str, str]:
-    """Two lines that stand before a row."""
+    """The two lines of text beside a row."""
     return f"layer {layer}", f"{mean_depth(parents):.1f} edges to the root"
 
 
@@ -230,8 +232,8 @@ svg .token {{ font-family: ui-monospace, monospace; text-anchor: middle; cursor:
 path {{ fill: none; stroke-linecap: round; }} svg.lit path {{ opacity: .12; }} svg.lit path.on {{ opacity: 1; }}
 svg.lit .token {{ opacity: .3; }} svg.lit .token.on {{ opacity: 1; font-weight: 700; }}
 </style></head><body><h1>Trees over a text</h1>
-<p>The large dot is the root. The wider an arc, the more tokens are connected to the root through it. Point at a token
-to see its way to the root in each layer.</p><div class="scroll">{svg}</div> <script> const parents = {parents}; const
+<p>The large dot is the root. The wider an arc, the more tokens are connected to the root through it. Hover over a token
+to see its path to the root in each layer.</p><div class="scroll">{svg}</div> <script> const parents = {parents}; const
 svg = document.querySelector("svg"); function light(token) {{
   svg.classList.add("lit");
   svg.querySelector(`.token[data-token="${{token}}"]`).classList.add("on");
@@ -252,7 +254,7 @@ svg.querySelectorAll("[data-token]").forEach(part => {{
 
 
 def to_html(drawn: Drawn) -> str:
-    """Draw as a page that needs nothing else."""
+    """Draw as a self-contained HTML page."""
     layout = Layout(drawn)
     width, height = round(layout.width), round(layout.height)
     size = f'width="{width}pt" height="{height}pt" viewBox="0 0 {width} {height}"'
@@ -289,12 +291,12 @@ def main() -> None:
     text = sys.stdin.read() if args.text == "-" else args.text
     with cli.language_errors():
         drawn = find_trees(args.model, text, args.layers, args.max_tokens)
-    with cli.file_errors(args.output):
-        if args.output.endswith(".html"):
-            Path(args.output).write_text(to_html(drawn), encoding="utf-8")
+    with cli.output_file(args.output) as partial:
+        if partial.suffix == ".html":
+            partial.write_text(to_html(drawn), encoding="utf-8")
         else:
-            to_figure(drawn).savefig(args.output, dpi=160)
-    print_log(f"The trees are in {args.output}.")
+            to_figure(drawn).savefig(partial, dpi=160)
+    print_log(f"Wrote the trees to {args.output}")
 
 
 if __name__ == "__main__":

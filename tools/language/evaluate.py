@@ -1,8 +1,7 @@
-"""Evaluate a GrootL or Mamba model with lm-evaluation-harness, whose options follow the model.
+"""Evaluate a GrootL or Mamba model with lm-evaluation-harness; all options after MODEL are those of `lm-eval run`.
 
-The context of each request is the prompt along which the trees are built. Running text, as in perplexity, is read
-without a prompt, so that no token sees a later one. `lm-eval run --help` lists the options, `lm-eval ls tasks` the
-tasks.
+Trees are built over the context of each request, its prompt. Running text, as in perplexity tasks, has no prompt, so
+that no token sees a later one. `lm-eval run --help` lists the options, `lm-eval ls tasks` the tasks.
 """
 
 import argparse
@@ -13,7 +12,7 @@ from grootvl_mm.apis import cli
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line; the options of the harness are read by itself."""
+    """Read the command line; the harness parses its own options."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -33,7 +32,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def model_arguments(path: str, given: dict[str, Any] | None) -> dict[str, Any]:
-    """The arguments of the model ``grootl``: those of ``--model_args``, and what to load."""
+    """The arguments of the model ``grootl``: the weights to load, and those in ``--model_args``."""
     from grootvl_mm.language.loading import base_of, is_adapter
 
     found = {"pretrained": base_of(path), "peft": path, "tokenizer": path} if is_adapter(path) else {"pretrained": path}

@@ -1,8 +1,7 @@
-"""Fine-tune a GrootL or Mamba model on instructions, by LoRA or as a whole.
+"""Fine-tune a GrootL or Mamba model on instruction data, with LoRA or all parameters.
 
-The config names the model, the data and the arguments of Hugging Face's Trainer; see configs/language. A run that was
-interrupted goes on with --resume. The work dir gets the checkpoints and in the end the model, or the adapter, with its
-tokenizer.
+The config sets the model, the data and the arguments of Hugging Face's Trainer, see configs/language. Checkpoints, the
+final model or adapter, and its tokenizer are written to the work dir. Use --resume to continue an interrupted run.
 """
 
 import argparse
@@ -23,28 +22,30 @@ def parse_args() -> argparse.Namespace:
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
-        help="continue from this folder checkpoint-N; without a value (or with 'auto') from the newest complete one "
-        "in the work dir, or from the start if there is none",
+        help="resume from this checkpoint-N folder; without a value (or with 'auto') from the newest complete one in "
+        "the work dir, or start from scratch if there is none (default: do not resume)",
     )
     return parser.parse_args()
 
 
 def find_checkpoint(work_dir: str, resume: str | None) -> str | None:
-    """The checkpoint to continue from."""
+    """The checkpoint to resume from, or None."""
     from grootvl_mm.language.training import find_resumable_checkpoint, is_complete
 
     if resume is None:
         return None
     if resume == "auto":
         found = find_resumable_checkpoint(work_dir)
-        came = (
-            f"Going on from {found}." if found else f"No checkpoint to resume in {work_dir}: training from the start."
+        print_log(
+            f"Resuming from {found}."
+            if found
+            else f"No checkpoint to resume from in {work_dir}: starting from scratch."
         )
-        print_log(came)
         return str(found) if found else None
     if not is_complete(resume):
         cli.fail(
-            f"{resume!r} is no complete checkpoint; give a folder checkpoint-N, or --resume alone for the newest one"
+            f"{resume!r} is not a complete checkpoint; give a checkpoint-N folder, or --resume without a value for the "
+            "newest one"
         )
     return resume
 
@@ -62,7 +63,7 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.save_state()
-    print_log(f"The trained {'adapter' if cfg.get('lora') else 'model'} is in {work_dir}.")
+    print_log(f"Wrote the trained {'adapter' if cfg.get('lora') else 'model'} to {work_dir}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Answer an instruction, or continue a text, with a GrootL or Mamba model.
+"""Generate text with a GrootL or Mamba model: answer an instruction, or continue a prompt.
 
-The prompt of an instruction is the one of the fine-tuning. The answer is written to the standard output as it is
-generated.
+Instructions use the same prompt template as fine-tuning. The text is written to stdout as it is generated.
 """
 
 import argparse
@@ -16,13 +15,26 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or hub name of a model, or folder of an adapter")
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--instruction", help="what to do, put into Alpaca's template")
-    prompt.add_argument("--prompt", help="the prompt as it is")
-    parser.add_argument("--input", default="", help="what the instruction is about")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
-    parser.add_argument("--seed", type=int, help="seed of the sampling")
-    parser.add_argument("--device", default=get_device(), help="default: %(default)s")
+    prompt.add_argument("--instruction", help="instruction, inserted into Alpaca's template")
+    prompt.add_argument("--prompt", help="complete prompt, used without a template")
+    parser.add_argument("--input", default="", help="input of the instruction (default: none)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="maximum number of generated tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="sampling temperature; 0 is greedy decoding (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, help="random seed for sampling (default: random)")
+    parser.add_argument(
+        "--device", default=get_device(), help="device of the model, e.g. cuda:1 (default here: %(default)s)"
+    )
     args = parser.parse_args()
     if args.max_new_tokens < 1:
         parser.error(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")

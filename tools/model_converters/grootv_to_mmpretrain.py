@@ -1,11 +1,11 @@
-"""Turn a published GrootV classifier into a checkpoint of mmpretrain's classifier.
+"""Convert one of the authors' GrootV classifiers to a checkpoint for mmpretrain's classifier.
 
-The file may hold the weights under "model" and averaged ones under "model_ema", or be a bare state dict. Of the two,
-the averaged ones are taken by default, as the recipe evaluates them. The result is written next to DST, with a part
-of its hash in the name: grootv_tiny.pth becomes grootv_tiny-01234567.pth.
+The file may have weights under "model" and EMA weights under "model_ema", or be a bare state dict. By default the EMA
+weights are converted, which the training recipe evaluates. The output file gets the first eight digits of its SHA-256
+in its name: grootv_tiny.pth becomes grootv_tiny-01234567.pth.
 
-Loading needs no conversion: the classifiers of configs/grootv and GrootV itself read published files, and take the
-weights under "model". The conversion is for the averaged weights, for sharing, and for other programs.
+Loading needs no conversion: GrootV and the classifiers of configs/grootv read published files and load the weights
+under "model". Convert to use the EMA weights, to share the file, or for other programs.
 """
 
 import argparse
@@ -34,12 +34,12 @@ CLASSIFIER = Path(__file__).resolve().parents[2] / "configs" / "_base_" / "model
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("src", metavar="SRC", help="published checkpoint")
-    parser.add_argument("dst", metavar="DST", help="file to write, NAME.pth; a part of the hash is added to the name")
+    parser.add_argument("src", metavar="SRC", help="the authors' checkpoint")
+    parser.add_argument("dst", metavar="DST", help="output file NAME.pth; its hash is appended to the name")
     parser.add_argument(
         "--weights",
         choices=WEIGHTS,
-        help="which weights of the file to take (default: model_ema, the averaged ones, where there are any)",
+        help="weights to convert (default: model_ema, the EMA weights, if the file has them, else model)",
     )
     return parser.parse_args()
 
@@ -48,24 +48,24 @@ def select_weights(content: Mapping[str, Any], wanted: str | None) -> tuple[str,
     """Find the weights in the content of a published file.
 
     Args:
-        content: Of the file.
+        content: Content of the file.
         wanted: One of :data:`WEIGHTS`, or None for the default.
 
     Returns:
-        The name under which they lay ("state dict" for a bare one), and the weights under the published names.
+        The key of the weights in the file ("state dict" for a bare one), and the weights under their published names.
 
     Raises:
-        CheckpointError: There are no such weights, or they are not GrootV's.
+        CheckpointError: The weights are missing, or are not GrootV's.
     """
     found = [name for name in WEIGHTS if name in content]
     if wanted is None:
         wanted = found[-1] if found else None
     elif wanted not in found:
-        raise CheckpointError(f"the file has no {wanted!r}; it has {_some(content)}")
+        raise CheckpointError(f"the file has no {wanted!r}; found {_some(content)}")
     weights = content if wanted is None else content[wanted]
     if not is_state_dict(weights):
         where = f"under 'model'; found {_some(content)}" if wanted is None else f"under {wanted!r}"
-        raise CheckpointError(f"expected names and tensors {where}")
+        raise CheckpointError(f"expected a state dict {where}")
     published = strip_prefixes(weights)
     if not is_published(published):
         raise CheckpointError(f"these are not the weights of a published GrootV classifier; found {_some(weights)}")
@@ -73,13 +73,13 @@ def select_weights(content: Mapping[str, Any], wanted: str | None) -> tuple[str,
 
 
 def find_arch(weights: Mapping[str, Tensor]) -> str | dict:
-    """Tell the size from converted weights.
+    """Derive the architecture from converted weights.
 
     Returns:
-        A name of ``GrootV.arch_settings``, or a dict with ``channels`` and ``depths`` for a size without a name.
+        A name in ``GrootV.arch_settings``, or a dict with ``channels`` and ``depths`` for any other architecture.
 
     Raises:
-        CheckpointError: What tells the size is missing.
+        CheckpointError: The stem or the blocks of a stage are missing.
     """
     stem = weights.get("backbone.stem.conv2.weight")
     blocks = {
@@ -96,7 +96,7 @@ def find_arch(weights: Mapping[str, Tensor]) -> str | dict:
 
 
 def build_classifier(arch: str | dict, num_classes: int) -> torch.nn.Module:
-    """Build the classifier of ``configs/grootv`` in any size, without memory for its weights (meta device)."""
+    """Build the classifier of ``configs/grootv`` with any architecture, on the meta device."""
     model = Config.fromfile(CLASSIFIER).model
     channels = (GrootV.arch_settings[arch] if isinstance(arch, str) else arch)["channels"]
     model.backbone.arch = arch
@@ -111,13 +111,13 @@ def check_fit(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load the weights strictly into the model.
 
     Raises:
-        CheckpointError: A name is missing or surplus, a shape or precision differs, or weights are NaN or not dense.
+        CheckpointError: Names are missing or unexpected, shapes or dtypes differ, or weights are NaN or not dense.
     """
     expected = model.state_dict()
     common = [name for name in expected if name in weights]
     problems = {
         "missing": [name for name in expected if name not in weights],
-        "surplus": [name for name in weights if name not in expected],
+        "unexpected": [name for name in weights if name not in expected],
         "of another shape": [name for name in common if weights[name].shape != expected[name].shape],
     }
     if any(problems.values()):
@@ -130,19 +130,19 @@ def check_fit(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def convert(content: Mapping[str, Any], source: str, wanted: str | None = None) -> dict[str, Any]:
-    """Turn the content of a published file into that of a checkpoint for mmpretrain.
+    """Convert the content of a published file to that of a checkpoint for mmpretrain.
 
     Args:
-        content: What the published file holds.
-        source: Name of the file, to be noted.
-        wanted: ``model``, ``model_ema``, or None for the averaged weights where there are any.
+        content: Content of the published file.
+        source: Name of the file, for the metadata.
+        wanted: ``model``, ``model_ema``, or None for the EMA weights if there are any.
 
     Returns:
         ``meta`` (``source``, ``weights``, ``arch``, ``num_classes``, ``grootvl_mm_version``, and ``epoch`` if known)
         and ``state_dict``.
 
     Raises:
-        CheckpointError: The content is not that of a GrootV classifier, or not complete.
+        CheckpointError: The content is not a GrootV classifier, or is incomplete.
     """
     name, published = select_weights(content, wanted)
     weights = convert_published(published)
@@ -172,10 +172,10 @@ def main() -> None:
     args = parse_args()
     if find_spec("mmpretrain") is None:
         cli.fail(
-            "the conversion needs mmpretrain, into whose classifier the weights are loaded; run: mim install mmpretrain"
+            "the conversion needs mmpretrain, to check the weights against its classifier; run: mim install mmpretrain"
         )
     try:
-        # The file name only: the folder is private.
+        # Only the file name, because the folder may be private.
         checkpoint, written = rewrite_checkpoint(
             args.src, args.dst, lambda content: convert(content, Path(args.src).name, args.weights)
         )
@@ -183,7 +183,8 @@ def main() -> None:
         cli.fail(str(error))
     meta = checkpoint["meta"]
     MMLogger.get_instance("grootv_to_mmpretrain").info(
-        "GrootV %s, %d classes, weights of %r: %s", meta["arch"], meta["num_classes"], meta["weights"], written
+        "Wrote GrootV %s with %d classes, weights from %r: %s",
+        *(meta["arch"], meta["num_classes"], meta["weights"], written),
     )
 
 

@@ -1,8 +1,7 @@
-"""Make a checkpoint of a training run fit to be shared: weights and what is known about them, nothing else.
+"""Prepare a training checkpoint for publication: keep the weights and metadata, drop optimizer, schedulers and logs.
 
-Optimizer, schedulers and logs are left out. Of a run with EMAHook the averaged weights are kept, as mmengine evaluates
-them; --no-ema keeps the others. The result is written next to DST, with a part of its hash in the name: model.pth
-becomes model-01234567.pth.
+For a run with EMAHook, the EMA weights are kept, which mmengine evaluates; --no-ema keeps the current weights instead.
+The output file gets the first eight digits of its SHA-256 in its name: model.pth becomes model-01234567.pth.
 """
 
 import argparse
@@ -22,32 +21,34 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("src", metavar="SRC", help="checkpoint of a training run")
-    parser.add_argument("dst", metavar="DST", help="file to write, NAME.pth; a part of the hash is added to the name")
+    parser.add_argument("dst", metavar="DST", help="output file NAME.pth; its hash is appended to the name")
     parser.add_argument(
-        "--no-ema", action="store_true", help="take the weights of the last iteration, not the averaged ones"
+        "--no-ema",
+        action="store_true",
+        help="keep the weights of the last iteration (default: the EMA weights, if there are any)",
     )
     return parser.parse_args()
 
 
 def publish(content: Mapping[str, Any], ema: bool = True) -> dict[str, Any]:
-    """Keep what others need of a training checkpoint.
+    """Reduce a training checkpoint to weights and metadata.
 
     Args:
-        content: What mmengine's Runner wrote.
-        ema: Keep the averaged weights of a run with EMAHook, else those of the last iteration.
+        content: A checkpoint of mmengine's Runner.
+        ema: Keep the EMA weights of a run with EMAHook; otherwise those of the last iteration.
 
     Returns:
-        ``meta`` (all of the run's: config, versions, epoch, iteration, dataset_meta; and ``grootvl_mm_version``) and
+        ``meta`` (the run's: config, versions, epoch, iteration, dataset_meta; and ``grootvl_mm_version``) and
         ``state_dict``.
 
     Raises:
-        CheckpointError: There are no such weights, or they are no tensors, or hold NaN.
+        CheckpointError: The weights are missing, are not tensors, or have NaN.
     """
     weights = content.get("state_dict")
     if not isinstance(weights, Mapping) or not weights:
         raise CheckpointError(
-            "no weights under 'state_dict'; expected a checkpoint of mmengine's Runner (published GrootV files are the "
-            "business of grootv_to_mmpretrain.py)"
+            "no weights under 'state_dict'; expected a checkpoint of mmengine's Runner (for the authors' published "
+            "files, use grootv_to_mmpretrain.py)"
         )
     check_weights(content)
     meta = content.get("meta")
@@ -61,13 +62,13 @@ def publish(content: Mapping[str, Any], ema: bool = True) -> dict[str, Any]:
 
 
 def _weights_of_last_iteration(averaged: Mapping[str, Tensor], swapped: Mapping[str, Tensor] | None) -> dict:
-    """Undo the exchange that EMAHook makes before saving: ``state_dict`` holds what was averaged."""
+    """Undo EMAHook's swap on saving: ``state_dict`` holds the EMA weights, ``ema_state_dict`` the current ones."""
     if not isinstance(swapped, Mapping):
-        raise CheckpointError("there are no averaged weights (the run had no EMAHook); leave --no-ema out")
+        raise CheckpointError("there are no EMA weights (the run had no EMAHook); drop --no-ema")
     prefix = "module."
     last = {name.removeprefix(prefix): value for name, value in swapped.items() if name.startswith(prefix)}
     if last.keys() != averaged.keys():
-        raise CheckpointError("'ema_state_dict' and 'state_dict' do not hold the same weights")
+        raise CheckpointError("'ema_state_dict' and 'state_dict' have different names")
     return last
 
 
@@ -78,7 +79,7 @@ def main() -> None:
         _, written = rewrite_checkpoint(args.src, args.dst, lambda content: publish(content, ema=not args.no_ema))
     except CheckpointError as error:
         cli.fail(str(error))
-    MMLogger.get_instance("publish_model").info("%s", written)
+    MMLogger.get_instance("publish_model").info("Wrote %s", written)
 
 
 if __name__ == "__main__":

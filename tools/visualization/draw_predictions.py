@@ -1,4 +1,4 @@
-"""Draw ground truth and prediction side by side for some pictures of a config's test set.
+"""Draw ground truth and predictions side by side for images of a config's test set.
 
 Detection: boxes and masks; segmentation: class maps; classification: labels with scores.
 """
@@ -6,7 +6,6 @@ Detection: boxes and masks; segmentation: class maps; classification: labels wit
 import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from PIL import Image
 
 from grootvl_mm.apis import cli
 from grootvl_mm.apis.models import load_model
-from grootvl_mm.apis.whole_files import whole_file
 
 PANEL = 2.2  # inches
 MASK_OPACITY = 0.45
@@ -36,24 +34,24 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     cli.add_config_arguments(parser)
     parser.add_argument("checkpoint", help="path of the checkpoint")
-    parser.add_argument("output", help="PNG file to write")
-    parser.add_argument("--num", type=int, default=8, help="number of pictures (default: %(default)s)")
+    parser.add_argument("output", help="output PNG file")
+    parser.add_argument("--num", type=int, default=8, help="number of images to draw (default: %(default)s)")
     parser.add_argument(
-        "--score-thr", type=float, default=0.5, help="lowest score of a drawn detection (default: %(default)s)"
+        "--score-thr", type=float, default=0.5, help="minimum score of the detections drawn (default: %(default)s)"
     )
     args = parser.parse_args()
     if args.num < 1:
         parser.error(f"--num must be at least 1, got {args.num}")
     if not args.output.endswith(".png"):
-        parser.error(f"the output is a PNG file, but {args.output!r} does not end in .png")
+        parser.error(f"the output file must end in .png, got {args.output!r}")
     return args
 
 
 def predict(cfg: Config, checkpoint: str, num: int) -> tuple[list[BaseDataElement], dict]:
-    """Run the model on ``num`` pictures spread evenly over the test set.
+    """Run the model on ``num`` images spread evenly over the test set.
 
     Returns:
-        The data samples, with ground truth and prediction, and the metainfo of the data set.
+        The data samples, with ground truth and prediction, and the dataset's metainfo.
     """
     model = load_model(cfg, checkpoint).to(get_device())
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
@@ -67,7 +65,7 @@ def predict(cfg: Config, checkpoint: str, num: int) -> tuple[list[BaseDataElemen
 def draw_instances(
     axes: Axes, boxes: np.ndarray, masks: np.ndarray | None, labels: np.ndarray, texts: list[str], palette: np.ndarray
 ) -> None:
-    """Draw boxes (N, 4) as x1 y1 x2 y2, masks (N, H, W), if any, and texts in the colours of their labels (N,)."""
+    """Draw boxes (N, 4), x1 y1 x2 y2, optional masks (N, H, W) and texts in the colours of the labels (N,)."""
     for mask, label in zip(() if masks is None else masks, labels, strict=masks is not None):
         overlay = np.zeros((*mask.shape, 4))
         overlay[mask.astype(bool)] = (*palette[label], MASK_OPACITY)
@@ -80,7 +78,7 @@ def draw_instances(
 
 
 def draw_detection(pair: tuple[Axes, Axes], sample: BaseDataElement, meta: dict, score_thr: float) -> None:
-    """Draw the instances of one picture."""
+    """Draw the instances of one image."""
     classes, palette = meta["classes"], np.array(meta["palette"]) / 255
     truth, found = sample.gt_instances, sample.pred_instances
     found = found[found.scores >= score_thr]
@@ -95,7 +93,7 @@ def draw_detection(pair: tuple[Axes, Axes], sample: BaseDataElement, meta: dict,
 
 
 def draw_segmentation(pair: tuple[Axes, Axes], sample: BaseDataElement, meta: dict, _score_thr: float) -> None:
-    """Lay the class maps of one picture over it, the first class (background) left clear, and name the classes."""
+    """Overlay an image with its class maps, except for the first class (background), and label the classes."""
     classes, palette = meta["classes"], np.array(meta["palette"]) / 255
     for axes, data in zip(pair, (sample.gt_sem_seg, sample.pred_sem_seg), strict=True):
         labels = data.data.squeeze(0).numpy()
@@ -107,7 +105,7 @@ def draw_segmentation(pair: tuple[Axes, Axes], sample: BaseDataElement, meta: di
         axes.imshow(overlay)
         for label in np.unique(labels[known & (labels > 0)]):
             rows, columns = np.nonzero(labels == label)
-            if len(rows) >= labels.size // 400:  # specks would hide the picture under their names
+            if len(rows) >= labels.size // 400:  # the labels of specks would hide the image
                 colour = palette[label]
                 axes.text(
                     np.median(columns),
@@ -122,7 +120,7 @@ def draw_segmentation(pair: tuple[Axes, Axes], sample: BaseDataElement, meta: di
 
 
 def draw_classification(pair: tuple[Axes, Axes], sample: BaseDataElement, meta: dict, _score_thr: float) -> None:
-    """Write the true and the predicted class of one picture; a wrong one in red."""
+    """Write the true and the predicted class of one image; a wrong prediction is red."""
     truth, found = sample.gt_label.item(), sample.pred_label.item()
     pair[0].set_xlabel(meta["classes"][truth])
     pair[1].set_xlabel(
@@ -137,8 +135,8 @@ DRAW: dict[str, Callable[[tuple[Axes, Axes], BaseDataElement, dict, float], None
 }
 
 
-def draw_grid(samples: list[BaseDataElement], meta: dict, scope: str, score_thr: float, output: str) -> None:
-    """Write the picture: pairs of panels, two pairs in a row where there are several."""
+def draw_grid(samples: list[BaseDataElement], meta: dict, scope: str, score_thr: float) -> Figure:
+    """Draw pairs of panels, up to two pairs per row."""
     pairs_per_row = min(2, len(samples))
     rows = math.ceil(len(samples) / pairs_per_row)
     columns = 2 * pairs_per_row
@@ -154,9 +152,7 @@ def draw_grid(samples: list[BaseDataElement], meta: dict, scope: str, score_thr:
         for axes in pair:
             axes.imshow(image)
         DRAW[scope](pair, sample, meta, score_thr)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output) as partial:
-        figure.savefig(partial, format="png", dpi=130)
+    return figure
 
 
 def _ink_on(colour: np.ndarray) -> str:
@@ -170,9 +166,10 @@ def main() -> None:
     logger = MMLogger.get_instance("draw_predictions")
     cfg = cli.load_config(args.config, args.cfg_options)
     samples, meta = predict(cfg, args.checkpoint, args.num)
-    with cli.file_errors(args.output):
-        draw_grid(samples, meta, cfg.default_scope, args.score_thr, args.output)
-    logger.info("%d pictures with ground truth and prediction: %s", len(samples), args.output)
+    figure = draw_grid(samples, meta, cfg.default_scope, args.score_thr)
+    with cli.output_file(args.output) as partial:
+        figure.savefig(partial, format="png", dpi=130)
+    logger.info("Drew ground truth and predictions of %d images: %s", len(samples), args.output)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Draw the trees along which a model scans images, and the segments that are left without their heaviest edges.
+"""Draw the trees along which a model scans images, and the segments that remain after cutting the heaviest edges.
 
     python tools/visualization/draw_trees.py CONFIG CHECKPOINT street.jpg -o trees.png
     python tools/visualization/draw_trees.py CONFIG CHECKPOINT pictures/ -o trees/ --format pdf
 
-Each block has two panels: its tree over the image, and the segments. Images go through the test pipeline and the data
-preprocessor of the config, and what is drawn over is what the model saw.
+Each block has two panels: its tree and its segments, both over the preprocessed image. Images go through the config's
+test pipeline and data preprocessor.
 """
 
 import argparse
@@ -24,17 +24,20 @@ def parse_args() -> argparse.Namespace:
         "--color",
         choices=COLORS,
         default="order",
-        help="what the colour of an edge says: when it joins, if edges join from the lightest to the heaviest; its "
-        "weight; or its distance to the root (default: %(default)s)",
+        help="what the edge colours show: the edge's rank by weight (order), its weight, or its distance to the root "
+        "(depth) (default: %(default)s)",
     )
     parser.add_argument(
-        "--cut-share", type=float, default=0.05, help="share of the edges that are cut (default: %(default)s)"
+        "--cut-share",
+        type=float,
+        default=0.05,
+        help="share of the edges to cut, the heaviest first, 0 to 1 (default: %(default)s)",
     )
-    parser.add_argument("--stages", nargs="+", type=int, help="stages to draw, from 0 (default: all)")
+    parser.add_argument("--stages", nargs="+", type=int, help="stages to draw, counted from 0 (default: all)")
     args = parser.parse_args()
     check_arguments(parser, args)
     if not 0 <= args.cut_share <= 1:
-        parser.error(f"--cut-share must be within 0..1, got {args.cut_share:g}")
+        parser.error(f"--cut-share must be between 0 and 1, got {args.cut_share:g}")
     return args
 
 
@@ -45,7 +48,8 @@ def main() -> None:
     for seen, records, output in record_images(args):
         stages = sorted({record.stage for record in records})
         if args.stages and not set(args.stages) <= set(stages):
-            cli.fail(f"the model has the stages {', '.join(map(str, stages))}, not all of --stages {args.stages}")
+            wanted = " ".join(map(str, args.stages))
+            cli.fail(f"--stages {wanted}: the model has stages {', '.join(map(str, stages))} only")
         drawn = [record for record in records if record.stage in (args.stages or stages)]
         figure = draw_trees(
             drawn,

@@ -1,4 +1,4 @@
-"""What the tools that draw trees have in common: their arguments, the model, the images and the files they write."""
+"""Shared code of the tools that show trees: command line arguments, model, images and output files."""
 
 import argparse
 from collections.abc import Iterator
@@ -7,102 +7,125 @@ from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from mmengine.config import Config
 from mmengine.device import get_device
+from torch import nn
 from tqdm import tqdm
 
 from grootvl_mm.apis import cli
 from grootvl_mm.apis.images import ImageReader, SeenImage, find_images
-from grootvl_mm.apis.models import NO_CHECKPOINT, load_model
-from grootvl_mm.apis.whole_files import whole_file
-from grootvl_mm.visualization import TreeRecord, find_backbone, record_trees
+from grootvl_mm.apis.models import NO_CHECKPOINT, load_grootv
+from grootvl_mm.models import GrootV
+from grootvl_mm.visualization import TreeRecord, record_trees
+from grootvl_mm.visualization.figures import PANEL
 
 FORMATS = ("png", "pdf")
 
 
+class Opened(NamedTuple):
+    """The config and model of a command line, and the reader of its images."""
+
+    cfg: Config
+    model: nn.Module
+    backbone: GrootV
+    read: ImageReader
+
+
 class Recorded(NamedTuple):
-    """An image, what a model did with it, and the file to draw it to."""
+    """An image, its recorded trees, and the file to draw them to."""
 
     seen: SeenImage
     records: list[TreeRecord]
     output: Path
 
 
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add config, checkpoint and images."""
+    cli.add_config_arguments(parser, "path of a config, of any task, whose model has a GrootV backbone")
+    parser.add_argument(
+        "checkpoint", help=f"path of the checkpoint, or {NO_CHECKPOINT} for the initial weights of a training"
+    )
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of images")
+
+
+def open_model(args: argparse.Namespace) -> Opened:
+    """Load the config, the model and its weights from the arguments of :func:`add_input_arguments`."""
+    cfg = cli.load_config(args.config, args.cfg_options)
+    model, backbone = load_grootv(cfg, args.checkpoint)
+    return Opened(cfg, model.to(get_device()), backbone, ImageReader(cfg, model))
+
+
 def add_arguments(parser: argparse.ArgumentParser, default_out: str) -> None:
-    """Add the arguments of all these tools."""
-    cli.add_config_arguments(parser, "path of a config of any task whose model has a GrootV inside")
-    parser.add_argument("checkpoint", help=f"path of the checkpoint; {NO_CHECKPOINT} for initial weights")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="images, or folders of images")
+    """Add the arguments of the tools that draw figures."""
+    add_input_arguments(parser)
     parser.add_argument(
         "-o",
         "--out",
         type=Path,
         default=Path(default_out),
-        help="file to draw to (.png or .pdf) if there is one image, else folder (default: %(default)s)",
+        help="output file (.png or .pdf) for a single image, otherwise output folder (default: %(default)s)",
     )
-    parser.add_argument("--format", choices=FORMATS, default="png", help="of files in a folder (default: %(default)s)")
-    parser.add_argument("--dpi", type=int, default=130, help="pixels to an inch (default: %(default)s)")
-    parser.add_argument("--panel", type=float, default=3.2, help="inches of each picture (default: %(default)s)")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="png", help="file format in an output folder (default: %(default)s)"
+    )
+    parser.add_argument("--dpi", type=int, default=130, help="resolution in pixels per inch (default: %(default)s)")
+    parser.add_argument(
+        "--panel", type=float, default=PANEL, help="longer side of each panel in inches (default: %(default)s)"
+    )
     parser.add_argument(
         "--pad-to",
         nargs=2,
         type=int,
         metavar=("H", "W"),
-        help="pad what the model sees, as in a batch with a larger image; compare ignore_padding by "
-        "--cfg-options model.backbone.ignore_padding=True",
+        help="pad the model's input to this height and width in pixels, as in a batch with a larger image (default: no "
+        "padding); to compare, set --cfg-options model.backbone.ignore_padding=True or False",
     )
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse sizes that nothing can be drawn in."""
+    """Reject sizes that are too small or too large to draw."""
     if args.dpi < 10:
         parser.error(f"--dpi must be at least 10, got {args.dpi}")
     if not 0.5 <= args.panel <= 40:
-        parser.error(f"--panel must be 0.5 to 40 inches, got {args.panel:g}")
+        parser.error(f"--panel must be between 0.5 and 40 inches, got {args.panel:g}")
 
 
 def record_images(args: argparse.Namespace) -> Iterator[Recorded]:
     """Run the model on one image after the other, with a progress bar."""
     paths = find_images(args.images)
     outputs = _outputs(args, paths)
-    cfg = cli.load_config(args.config, args.cfg_options)
-    model = load_model(cfg, args.checkpoint).to(get_device())
-    try:
-        backbone = find_backbone(model)
-    except ValueError as error:
-        cli.fail(f"{args.config}: {error}")
-    read = ImageReader(cfg, model)
+    opened = open_model(args)
     for path, output in zip(tqdm(paths, unit="image"), outputs, strict=True):
-        seen = read(path)
+        seen = opened.read(path)
         if args.pad_to is not None:
             seen = seen.padded(*args.pad_to)
-        with torch.no_grad(), record_trees(model) as records:
-            backbone(seen.inputs)
+        with torch.no_grad(), record_trees(opened.model) as records:
+            opened.backbone(seen.inputs)
         yield Recorded(seen, records, output)
 
 
 def write_figure(figure: Figure, path: Path, dpi: int) -> None:
-    """Write a figure, whole or not at all, or fail with one clear line."""
-    with cli.file_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as partial:
-            figure.savefig(partial, format=path.suffix[1:], dpi=dpi)
+    """Write a figure, or exit with a one-line error."""
+    with cli.output_file(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:], dpi=dpi)
 
 
 def _outputs(args: argparse.Namespace, paths: list[Path]) -> list[Path]:
-    """The file to draw each image to."""
+    """The output file of each image."""
     out: Path = args.out
     if out.suffix[1:] in FORMATS:
         if len(paths) > 1:
-            cli.fail(f"{len(paths)} images cannot be drawn to one file '{out}'; give a folder to -o")
+            cli.fail(f"-o '{out}' is a single file, but there are {len(paths)} images; give a folder to -o")
         outputs = [out]
     else:
         outputs = [out / f"{path.stem}.{args.format}" for path in paths]
     if out.exists() and out.is_dir() == (out.suffix[1:] in FORMATS):
-        cli.fail(f"-o '{out}' is {'a folder' if out.is_dir() else 'a file, but neither .png nor .pdf'}; give another")
+        found = "a folder, not a file" if out.is_dir() else "a file, but neither .png nor .pdf"
+        cli.fail(f"-o '{out}' is {found}; give another path")
     inputs = {path.resolve() for path in paths}
     for output in outputs:
         if output.resolve() in inputs:
-            cli.fail(f"'{output}' is one of the images, which would be lost; give another folder to -o")
+            cli.fail(f"the output '{output}' would overwrite an input image; give another folder to -o")
         if outputs.count(output) > 1:
-            cli.fail(f"several images would be drawn to '{output}', as they have the same name; draw them one by one")
+            cli.fail(f"several images of the same name would be drawn to '{output}'; draw them one by one")
     return outputs
