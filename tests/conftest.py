@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ if torch.cuda.is_available():
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that there is: one test body serves them all."""
+    """Every available device, so that one test body serves them all."""
     return torch.device(request.param)
 
 
@@ -22,9 +23,16 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _collections_are_short() -> None:
+    """Hosts collect garbage with every data set; the million objects of their modules need not be looked at again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _fresh_memory_is_garbage() -> Iterator[None]:
-    """With emulated CUDA kernels (ops/cuda_emulation) new tensors are NaN, so that a result never written shows."""
+    """With emulated CUDA kernels (tests/cuda_emulation), new tensors are NaN, so that results never written show."""
     torch.use_deterministic_algorithms("GROOTVL_EMULATION_SEED" in os.environ)
     yield
     torch.use_deterministic_algorithms(False)
@@ -32,6 +40,6 @@ def _fresh_memory_is_garbage() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _convolutions_are_exact() -> None:
-    """By default, cuDNN rounds what a float32 convolution multiplies to 10 bits (TF32), and may add in any order."""
+    """By default, cuDNN rounds the factors of float32 convolutions to 10 bits (TF32) and may sum in any order."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True

@@ -1,4 +1,4 @@
-"""Reading and writing checkpoint files: what is refused, what a name promises, and what is left on the disk."""
+"""Reading and writing checkpoint files: refused files, file names, and leftover files."""
 
 import copy
 import hashlib
@@ -47,9 +47,9 @@ def test_equal_contents_give_equal_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("model.bin", "must be the name of a .pth file"),
-        ("model", "must be the name of a .pth file"),
-        ("nowhere/model.pth", "the folder of the target .* does not exist; make it first"),
+        ("model.bin", "must be the path of a .pth file"),
+        ("model", "must be the path of a .pth file"),
+        ("nowhere/model.pth", "the folder of the target .* does not exist; create it first"),
     ],
 )
 def test_bad_targets_are_refused_before_the_source_is_read(target: str, message: str, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def damaged_files() -> dict[str, bytes]:
 def test_damaged_files_are_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "file.pth"
     path.write_bytes(damaged_files()[name])
-    with pytest.raises(CheckpointError, match=r"file\.pth is no checkpoint, or is cut off or damaged: \w+") as raised:
+    with pytest.raises(CheckpointError, match=r"file\.pth is not a checkpoint, or is damaged: \w+") as raised:
         read_checkpoint(path)
     assert_one_line(str(raised.value))
 
@@ -117,8 +117,8 @@ def test_damaged_files_are_refused(name: str, tmp_path: Path) -> None:
     ("content", "message"),
     [
         (nn.Linear(1, 1), "holds objects of torch.nn.modules.linear.Linear, which safe loading refuses"),
-        ([1], "holds a list; expected a dictionary of names"),
-        ({1: 2}, "holds a dict; expected a dictionary of names"),
+        ([1], "holds a list; expected a dictionary with string keys"),
+        ({1: 2}, "holds a dict; expected a dictionary with string keys"),
     ],
     ids=["objects", "list", "numbers"],
 )

@@ -28,7 +28,9 @@ def test_unknown_scope(text: str, came: str, tmp_path: Path):
 
 def test_host_that_is_not_installed(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"needs mmseg .* run: mim install mmsegmentation \(with onedl-mim: onedl-"):
+    with pytest.raises(
+        SystemExit, match=r"needs mmseg .* run: mim install mmsegmentation \(onedl stack: mim install onedl-"
+    ):
         cli.load_config(write(tmp_path, "default_scope = 'mmseg'"))
 
 
@@ -52,7 +54,10 @@ def test_checkpoints_that_do_not_fit_or_cannot_be_read(tmp_path: Path):
         raise CheckpointError("another model")
     with pytest.raises(SystemExit, match=r"^error: another model$"), cli.checkpoint_errors():
         raise CheckpointError("another model")
-    with pytest.raises(SystemExit, match="is no checkpoint, or is cut off or damaged"), cli.checkpoint_errors(damaged):
+    with (
+        pytest.raises(SystemExit, match="is not a checkpoint, or is damaged"),
+        cli.checkpoint_errors(damaged),
+    ):
         torch.load(damaged)
     # Errors that have another reason stay what they are.
     for path in (str(good), str(tmp_path / "nowhere.pth"), None):

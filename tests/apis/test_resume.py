@@ -1,6 +1,7 @@
 import os
 from pathlib import Path
 
+import pytest
 import torch
 
 from grootvl_mm.apis.resume import find_resumable_checkpoint, read_seed
@@ -45,6 +46,13 @@ def test_pointer_may_be_empty_stale_or_lead_elsewhere(tmp_path: Path):
     target = write(elsewhere / "iter_6.pth", 0)
     pointer.write_text(f"{target}\n")
     assert find_resumable_checkpoint(tmp_path) == target
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", bytes(40), b"x" * 5000, b"a\nb", b".", b"iter_2.pth/"])
+def test_pointer_may_be_damaged(content: bytes, tmp_path: Path):
+    whole = write(tmp_path / "iter_2.pth", 0)
+    (tmp_path / "last_checkpoint").write_bytes(content)
+    assert find_resumable_checkpoint(tmp_path) == whole
 
 
 def test_seed_of_a_checkpoint(tmp_path: Path):

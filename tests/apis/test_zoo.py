@@ -28,7 +28,7 @@ def test_unknown_names() -> None:
 def test_an_installation_without_configs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(zoo, "PACKAGE", tmp_path / "grootvl_mm")
     zoo._configs.cache_clear()
-    with pytest.raises(FileNotFoundError, match="install grootvl_mm again"):
+    with pytest.raises(FileNotFoundError, match="reinstall grootvl_mm"):
         zoo.config_file(NAME)
 
 

@@ -138,7 +138,7 @@ def test_one_training_step_reaches_the_whole_backbone(cfg, model):
     "cfg", [path for path in CONFIG_FILES if "mask-rcnn_grootv" in path.stem], ids=lambda path: path.stem, indirect=True
 )
 def test_detector_features_are_contiguous(cfg, model):
-    """mmcv's RoIAlign takes any memory for NCHW: channels-last maps give it wrong numbers, without an error."""
+    """mmcv's RoIAlign assumes NCHW memory: with channels-last maps it silently returns wrong numbers."""
     with torch.no_grad():
         maps = model.extract_feat(torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE))
     assert all(feature.is_contiguous() for feature in maps)
@@ -165,7 +165,7 @@ def test_predicts(cfg, model):
 
 @pytest.mark.parametrize("name", ["mask-rcnn_grootv-pico_fpn_demo", "grootv-pico_upernet_demo-seg"])
 def test_pretrained_backbone_comes_by_cfg_options(name, tmp_path):
-    """The way that the recipes describe: from the checkpoint of a classifier, through ``--cfg-options``."""
+    """As the recipes describe: from the checkpoint of a classifier, by ``--cfg-options``."""
     configs = {path.stem: path for path in CONFIG_FILES}
     torch.manual_seed(1)
     classifier = build_model(load_config(configs["grootv-pico_demo-cls"]))

@@ -12,6 +12,7 @@ from mmengine.registry import DATASETS, EVALUATOR, TRANSFORMS, DefaultScope
 from PIL import Image
 
 from tests.helpers.config_cases import CONFIG_FILES, ROOT, has_masks, load_config, num_classes
+from tests.helpers.sharing import made_once
 
 HEIGHT, WIDTH = 60, 90
 
@@ -67,6 +68,10 @@ def write_made(root, tool):
 
 @pytest.fixture(scope="module")
 def data_roots(tmp_path_factory):
+    return made_once(tmp_path_factory, "data-roots", write_all)
+
+
+def write_all(base):
     roots = {}
     for folder, write in (
         ("data/coco", write_coco),
@@ -76,7 +81,8 @@ def data_roots(tmp_path_factory):
         ("data/demo", partial(write_made, tool="make_demo_data.py")),
         ("data/curves", partial(write_made, tool="make_curve_data.py")),
     ):
-        roots[folder] = tmp_path_factory.mktemp("data")
+        roots[folder] = base / folder
+        roots[folder].mkdir(parents=True)
         write(roots[folder])
     return roots
 
@@ -155,9 +161,10 @@ def test_sizes_of_the_recipes(cfg):
 
 def test_evaluators_build(cfg):
     skip_without_validation(cfg)
+    metainfo = DATASETS.build(cfg.val_dataloader.dataset).metainfo
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         metric = EVALUATOR.build({"type": "Evaluator", "metrics": evaluator})
-        metric.dataset_meta = DATASETS.build(cfg.val_dataloader.dataset).metainfo
+        metric.dataset_meta = metainfo
         assert len(metric.metrics) == 1
 
 

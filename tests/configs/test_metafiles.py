@@ -73,7 +73,7 @@ def test_fix_writes_tables_and_numbers(check_zoo, zoo):
     assert check_zoo.find_problems(zoo) == [
         "configs/demo/metafile.yml, grootv-pico_demo-cls: Parameters must be 1130482, got 5",
         "configs/demo/metafile.yml, grootv-pico_demo-cls: Iterations must be 600, got 5",
-        "configs/demo/README.md has another table than its metafile gives; --fix writes it",
+        "configs/demo/README.md has an outdated table; --fix updates it",
     ]
     check_zoo.fix(zoo)
     assert check_zoo.find_problems(zoo) == []
@@ -94,9 +94,14 @@ def test_fix_writes_tables_and_numbers(check_zoo, zoo):
             "configs/demo/metafile.yml",
             f"Config: {CLASSIFIER}",
             "Config: a/b.py",
-            "has an entry for a/b.py, which is not",
+            "has an entry for a/b.py, which does not exist",
         ),
-        ("configs/demo/metafile.yml", "Name: grootv", "Name: groot", "groot-pico_demo-cls must be named as its config"),
+        (
+            "configs/demo/metafile.yml",
+            "Name: grootv",
+            "Name: groot",
+            "groot-pico_demo-cls must have the name of its config",
+        ),
         ("configs/demo/metafile.yml", "      FLOPs: ", "      Flops: ", "grootv-pico_demo-cls: lacks FLOPs"),
         ("configs/demo/metafile.yml", "FLOPs: 14520000", "FLOPs: 14.52e+6", "FLOPs must be 14520000, got 14520000.0"),
         ("configs/demo/metafile.yml", "64x64", "96x96", "Input Size must be '64x64', got '96x96'"),

@@ -23,12 +23,22 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+#ifdef EMULATED_THREADS_ARE_WATCHED
+#include <sanitizer/tsan_interface.h>
+
+extern "C" {
+void __tsan_read_range(void* address, unsigned long bytes);
+void __tsan_write_range(void* address, unsigned long bytes);
+}
+#endif
+
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace emulation {
 
 uint64_t block_serial = 0;
+unsigned block_place = 0;
 void* dynamic_shared_memory = nullptr;
 
 namespace {
@@ -39,28 +49,39 @@ constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kStackBytes = 64 * 1024;
 #endif
 
-// A stack of its own, and where to go on with it. Without a stack: that of the caller.
+// A separate stack, and the state with which to resume it. Without a stack: the caller.
 struct Fiber {
   jmp_buf registers;
   bool started = false;
   char* stack = nullptr;
   size_t stack_bytes = 0;
   void* fake_stack = nullptr;
+  // The corresponding thread of the thread sanitizer.
+  void* watched = nullptr;
 };
 
 enum class State : uint8_t { kReady, kAtBarrier, kInWarp, kEnded };
+
+// A pending asynchronous copy, and its batch.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, batch;
+};
 
 struct Thread {
   Fiber fiber;
   uint3 index;
   unsigned number;
   State state;
-  // Where it waits.
+  // The location where it waits.
   const char* function;
   Site site;
   unsigned mask;
-  // What it has waited for.
+  // The result of the last wait.
   uint64_t result;
+  std::vector<Copy> copies;
+  size_t batches;
 };
 
 // Lanes that wait for each other in a warp function.
@@ -106,7 +127,7 @@ class Random {
   uint64_t state_;
 };
 
-// Threads that can run, first come, first served. Holds each thread once at most.
+// A first-in, first-out queue of threads that can run. Contains each thread at most once.
 class Queue {
  public:
   bool empty() const {
@@ -143,12 +164,14 @@ std::mutex one_grid_at_a_time;
 uint64_t grids = 0;
 
 Fiber caller;
-Thread threads[kMaxThreads];
+// The threads of all places, and those of this block.
+Thread all_threads[kMaxThreads * (kMostPlaces > 1 ? 4 : 1)];
+Thread* threads = all_threads;
 Warp warps[kMaxThreads / kWarpSize];
 Thread* current = nullptr;
 Queue ready;
 unsigned num_threads, alive, at_barrier;
-// The first that waits for the others of the block.
+// The first thread that waits at the block's barrier.
 const Thread* barrier;
 Votes votes, last_votes;
 bool shuffled;
@@ -157,7 +180,7 @@ std::exception_ptr error;
 void (*kernel)(const void*);
 const void* kernel_arguments;
 size_t dynamic_bytes, static_bytes, most_shared_bytes;
-// Of the block that runs: parts of its work that only a barrier lets begin.
+// The steps of the running block, which its barriers separate.
 uint64_t steps;
 
 std::ostream& operator<<(std::ostream& out, const uint3& index) {
@@ -172,6 +195,45 @@ bool operator==(const Site& a, const Site& b) {
   return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
 }
 
+// Synchronization for the thread sanitizer: a thread releases its memory accesses at an address, and another thread
+// acquires them there.
+void switch_watched([[maybe_unused]] const Fiber& to) {
+#ifdef EMULATED_THREADS_ARE_WATCHED
+  __tsan_switch_to_fiber(to.watched, __tsan_switch_to_fiber_no_sync);
+#endif
+}
+
+void leave_work([[maybe_unused]] void* at) {
+#ifdef EMULATED_THREADS_ARE_WATCHED
+  __tsan_release(at);
+#endif
+}
+
+void take_over_work([[maybe_unused]] void* at) {
+#ifdef EMULATED_THREADS_ARE_WATCHED
+  __tsan_acquire(at);
+#endif
+}
+
+// Addresses for release and acquire: the start and end of a grid, the next block in each place, and each warp.
+char work_of_grid[2], work_of_places[kMostPlaces], work_of_warps[kMostPlaces][kMaxThreads / kWarpSize];
+
+// Each of these threads acquires the accesses of all of them.
+[[maybe_unused]] void share_work(const uint16_t* numbers, unsigned count, void* at) {
+  if (kMostPlaces == 1) {
+    return;
+  }
+  for (unsigned i = 0; i < count; ++i) {
+    switch_watched(threads[numbers[i]].fiber);
+    leave_work(at);
+  }
+  for (unsigned i = 0; i < count; ++i) {
+    switch_watched(threads[numbers[i]].fiber);
+    take_over_work(at);
+  }
+  switch_watched(current->fiber);
+}
+
 void announce_switch([[maybe_unused]] Fiber& from, [[maybe_unused]] const Fiber& to) {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.stack_bytes);
@@ -183,7 +245,7 @@ void complete_switch([[maybe_unused]] Fiber& to) {
   const void* stack;
   size_t stack_bytes;
   __sanitizer_finish_switch_fiber(to.fake_stack, &stack, &stack_bytes);
-  // The first switch is that of the caller, whose stack nobody else knows.
+  // The first switch comes from the caller, whose stack is only known here.
   if (caller.stack == nullptr) {
     caller.stack = static_cast<char*>(const_cast<void*>(stack));
     caller.stack_bytes = stack_bytes;
@@ -201,8 +263,11 @@ void start(Fiber& fiber, unsigned number) {
       throw std::bad_alloc();
     }
     fiber.stack = static_cast<char*>(memory);
-    // Not all at the same place of a page: they would share a few lines of the cache.
+    // Different offsets within a page; otherwise all stacks would compete for a few cache lines.
     fiber.stack_bytes = kStackBytes - number % 64 * 192;
+#ifdef EMULATED_THREADS_ARE_WATCHED
+    fiber.watched = __tsan_create_fiber(0);
+#endif
   }
 #ifdef __SANITIZE_ADDRESS__
   __asan_unpoison_memory_region(fiber.stack, fiber.stack_bytes);
@@ -210,11 +275,12 @@ void start(Fiber& fiber, unsigned number) {
   fiber.fake_stack = nullptr;
 }
 
-// Goes on with another fiber; returns when somebody goes on with this one.
+// Resumes another fiber; returns when this one is resumed.
 __attribute__((noinline)) void go_on(Fiber& from, Fiber& to) {
   announce_switch(from, to);
-  // Saving and restoring registers costs nanoseconds, swapcontext two system calls: it is for the first time only.
+  // Saving and restoring registers takes nanoseconds, swapcontext two system calls, so the latter only starts fibers.
   if (_setjmp(from.registers) == 0) {
+    switch_watched(to);
     if (to.started) {
       _longjmp(to.registers, 1);
     }
@@ -250,7 +316,7 @@ template <typename... Parts>
   give_up(std::move(reason));
 }
 
-// Nobody can run: who waits where.
+// No thread can run: reports which threads wait where.
 [[noreturn]] void fail_by_deadlock() {
   std::ostringstream text;
   std::vector<bool> told(num_threads, false);
@@ -312,6 +378,7 @@ void open_barrier() {
       order[count++] = i;
     }
   }
+  share_work(order, count, &work_of_places[block_place]);
   if (shuffled) {
     chance.shuffle(order, count);
   }
@@ -321,6 +388,11 @@ void open_barrier() {
 }
 
 void end_thread() {
+  if (!current->copies.empty()) {
+    fail("thread ", current->index, " has ended without waiting for the copies that it has begun");
+  }
+  leave_work(&work_of_places[block_place]);
+  leave_work(&work_of_grid[1]);
   Warp& warp = warps[current->number / kWarpSize];
   const unsigned bit = 1u << current->number % kWarpSize;
   for (const Group& group : warp.groups) {
@@ -343,10 +415,12 @@ void end_thread() {
   }
 }
 
-// The life of a fiber: one thread after another.
+// The main function of a fiber, which runs one thread after another.
 void live() {
   complete_switch(current->fiber);
   for (;;) {
+    take_over_work(&work_of_places[block_place]);
+    take_over_work(&work_of_grid[0]);
     std::exception_ptr reason;
     try {
       kernel(kernel_arguments);
@@ -375,10 +449,14 @@ void complete(Warp& warp, size_t which) {
       order[count++] = thread.number;
     }
   }
+  // Shuffles and votes do not order memory accesses.
+  if (group.function == kSyncWarp) {
+    share_work(order, count, &work_of_warps[block_place][&warp - warps]);
+  }
   if (shuffled) {
     chance.shuffle(order, count);
   }
-  // In front of the other warps, or behind them.
+  // Ahead of the other warps, or after them.
   const bool hurry = shuffled && chance.below(2) == 0;
   for (unsigned i = 0; i < count; ++i) {
     hurry ? ready.push_front(order[i]) : ready.push_back(order[i]);
@@ -436,6 +514,7 @@ uint64_t wait_for_warp(
 
 void run_block(dim3 shape) {
   ++block_serial;
+  threads = all_threads + block_place * num_threads;
   static_bytes = 0;
   steps = 1;
   alive = num_threads;
@@ -454,6 +533,8 @@ void run_block(dim3 shape) {
     thread.index = {i % shape.x, i / shape.x % shape.y, i / (shape.x * shape.y)};
     thread.state = State::kReady;
     thread.mask = 0;
+    thread.copies.clear();
+    thread.batches = 0;
     order[i] = i;
     if (!thread.fiber.started) {
       start(thread.fiber, i);
@@ -469,8 +550,8 @@ void run_block(dim3 shape) {
   threadIdx = current->index;
   go_on(caller, current->fiber);
   if (error) {
-    // Those that wait will never go on: they start afresh.
-    for (Thread& thread : threads) {
+    // Waiting threads are never resumed; their fibers are started anew.
+    for (Thread& thread : all_threads) {
       thread.fiber.started = false;
     }
     std::rethrow_exception(std::exchange(error, nullptr));
@@ -505,26 +586,38 @@ void run(
   kernel_arguments = arguments;
   caller.started = true;
   caller.stack = nullptr;
+#ifdef EMULATED_THREADS_ARE_WATCHED
+  caller.watched = __tsan_get_current_fiber();
+#endif
   std::vector<uint32_t> order(static_cast<size_t>(grid.x) * grid.y * grid.z);
   std::iota(order.begin(), order.end(), 0);
   if (shuffled) {
     chance.shuffle(order.data(), order.size());
   }
+  const unsigned places = std::min<size_t>(kMostPlaces, std::size(all_threads) / num_threads);
   struct Memory {
-    explicit Memory(size_t bytes) {
-      dynamic_shared_memory = bytes == 0 ? nullptr : allocate_shared(bytes);
-    }
+    void* of_places[kMostPlaces] = {};
+
     ~Memory() {
-      std::free(dynamic_shared_memory);
+      std::for_each(std::begin(of_places), std::end(of_places), std::free);
     }
-  } memory(shared_bytes);
+  } memory;
   uint64_t most_steps = 0;
-  for (const uint32_t i : order) {
+  leave_work(&work_of_grid[0]);
+  for (size_t run = 0; run < order.size(); ++run) {
+    const uint32_t i = order[run];
     blockIdx = {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)};
-    fill_with_garbage(dynamic_shared_memory, shared_bytes);
+    block_place = run % places;
+    void*& shared = memory.of_places[block_place];
+    if (shared == nullptr && shared_bytes > 0) {
+      shared = allocate_shared(shared_bytes);
+    }
+    dynamic_shared_memory = shared;
+    fill_with_garbage(shared, shared_bytes);
     run_block(block);
     most_steps = std::max(most_steps, steps);
   }
+  take_over_work(&work_of_grid[1]);
   if (const char* file = std::getenv("GROOTVL_EMULATION_LOG")) {
     std::ofstream(file, std::ios::app) << "{\"signature\": \"" << signature << "\", \"blocks\": " << order.size()
                                        << ", \"threads\": " << num_threads << ", \"steps\": " << most_steps << "}\n";
@@ -570,6 +663,48 @@ unsigned vote(unsigned mask, bool vote, const char* function, Site site) {
   return static_cast<unsigned>(wait_for_warp(mask, true, vote, 0, function, site));
 }
 
+void copy_later(void* to, const void* from, size_t bytes, const char* function, Site site) {
+  const auto is_aligned = [bytes](const void* address) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; };
+  if ((bytes != 4 && bytes != 8 && bytes != 16) || !is_aligned(to) || !is_aligned(from)) {
+    fail(
+        "thread ",
+        current->index,
+        ": ",
+        function,
+        " at ",
+        site,
+        " copies 4, 8 or 16 bytes between multiples of as many, got ",
+        bytes,
+        " from ",
+        from,
+        " to ",
+        to);
+  }
+#ifdef EMULATED_THREADS_ARE_WATCHED
+  __tsan_write_range(to, bytes);
+#endif
+  fill_with_garbage(to, bytes);
+  current->copies.push_back({to, from, bytes, current->batches});
+}
+
+void commit_copies() {
+  ++current->batches;
+}
+
+void wait_for_copies(size_t batches) {
+  std::vector<Copy>& copies = current->copies;
+  const auto end = std::find_if(
+      copies.begin(), copies.end(), [&](const Copy& copy) { return copy.batch + batches >= current->batches; });
+  for (auto copy = copies.begin(); copy != end; ++copy) {
+#ifdef EMULATED_THREADS_ARE_WATCHED
+    __tsan_read_range(const_cast<void*>(copy->from), copy->bytes);
+    __tsan_write_range(copy->to, copy->bytes);
+#endif
+    std::memcpy(copy->to, copy->from, copy->bytes);
+  }
+  copies.erase(copies.begin(), end);
+}
+
 void pause() {
   if (shuffled && chance.below(8) == 0) {
     ready.push_back(current->number);
@@ -603,7 +738,7 @@ void* allocate_shared(size_t bytes) {
 }
 
 void fill_with_garbage(void* memory, size_t bytes) {
-  // Not a number in any floating format, and no index.
+  // NaN in any floating format, and an invalid index.
   constexpr uint8_t kGarbage[2] = {0xfd, 0xff};
   auto* to = static_cast<uint8_t*>(memory);
   for (size_t i = 0; i < bytes; ++i) {

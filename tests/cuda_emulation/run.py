@@ -1,6 +1,6 @@
-"""Runs tests with the CUDA kernels, emulated on the CPU, in place of the compiled CPU kernels.
+"""Runs tests with emulated CUDA kernels on the CPU instead of the compiled CPU kernels.
 
-``python -m tests.cuda_emulation.run [--seed N] [--shared-bytes N] [--sanitize] [arguments of pytest]``
+``python -m tests.cuda_emulation.run [--seed N] [--shared-bytes N] [--sanitize [thread]] [arguments of pytest]``
 """
 
 import argparse
@@ -20,29 +20,29 @@ OPERATOR_TESTS = tuple(
 
 
 def command(arguments: Sequence[str] = ()) -> list[str]:
-    """pytest for the tests that say something about the CUDA kernels: all of them, if ``arguments`` name none."""
+    """The pytest command for tests of the CUDA kernels; runs all of them if ``arguments`` name no tests."""
     names_tests = any(argument.startswith("tests/") for argument in arguments)
     tests = () if names_tests else OPERATOR_TESTS
     return [sys.executable, "-m", "pytest", "-m", "not cpu_kernels and not gpu", *tests, *arguments]
 
 
-def environment(seed: int, sanitize: bool = False, shared_bytes: int = CARDS[-1]) -> dict[str, str]:
-    """That of a process whose operators are the emulated ones; compiles them when they have changed."""
+def environment(seed: int, sanitizer: str = "", shared_bytes: int = CARDS[-1]) -> dict[str, str]:
+    """The environment of a process that uses the emulated operators; compiles them if they have changed."""
     variables = {
-        "GROOTVL_LIBRARY": str(operator_library(sanitize)),
+        "GROOTVL_LIBRARY": str(operator_library(sanitizer)),
         "GROOTVL_EMULATION_SEED": str(seed),
         "GROOTVL_EMULATION_SHARED_BYTES": str(shared_bytes),
     }
-    return os.environ | variables | (sanitizer_environment() if sanitize else {})
+    return os.environ | variables | (sanitizer_environment(sanitizer) if sanitizer else {})
 
 
 def run_tests(
-    arguments: Sequence[str] = (), seed: int = 0, sanitize: bool = False, shared_bytes: int = CARDS[-1]
+    arguments: Sequence[str] = (), seed: int = 0, sanitizer: str = "", shared_bytes: int = CARDS[-1]
 ) -> subprocess.CompletedProcess:
     """The finished run of :func:`command`."""
     return subprocess.run(
         command(arguments),
-        env=environment(seed, sanitize, shared_bytes),
+        env=environment(seed, sanitizer, shared_bytes),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -54,7 +54,14 @@ def parse_args() -> argparse.Namespace:
     """Read the command line; what is not known here is for pytest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="order of blocks and threads; 0 is ascending (default)")
-    parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UndefinedBehaviorSanitizer")
+    parser.add_argument(
+        "--sanitize",
+        nargs="?",
+        const="address",
+        default="",
+        choices=("address", "thread"),
+        help="with AddressSanitizer and UndefinedBehaviorSanitizer (address, the default), or with ThreadSanitizer",
+    )
     parser.add_argument("--shared-bytes", type=int, default=CARDS[-1], help="shared memory of the card (%(default)s)")
     args, rest = parser.parse_known_args()
     args.pytest = rest

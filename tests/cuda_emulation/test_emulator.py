@@ -109,6 +109,22 @@ def test_seeds_show_a_lost_update(toys: Toys) -> None:
     assert all(toys.run("lost_update", 2, block=(64, 1, 1), seed=seed)[0] < 64 for seed in range(1, 4))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_copies_are_there_when_they_have_been_waited_for(toys: Toys, seed: int) -> None:
+    values = list(range(128))
+    last = [4 * thread + 3 for thread in range(32)]
+    both = [value for pair in zip(last, reversed(last), strict=True) for value in pair]
+    assert toys.run("copies", 64, values=values, a=2, seed=seed) == both
+    garbage = toys.run("copies", 64, values=values, a=0, seed=seed)
+    assert set(garbage[::2]) == {int.from_bytes(b"\xfd\xff\xfd\xff", "little", signed=True)}
+    assert garbage[1::2] == both[1::2]
+    with pytest.raises(RuntimeError, match=r"thread .* has ended without waiting for the copies"):
+        toys.run("copies", 64, values=values, a=1, seed=seed)
+    with pytest.raises(RuntimeError, match="copies 4, 8 or 16 bytes between multiples of as many, got 16 from 0x"):
+        toys.run("misaligned_copy", 1, values=values, block=(1, 1, 1), seed=seed)
+
+
 def test_shared_memory_is_garbage_in_every_block(toys: Toys) -> None:
     assert toys.run("uninitialised", 2, grid=(1, 1, 1), shared_bytes=16, block=(1, 1, 1)) == [1, 1]
     assert toys.run("uninitialised", 2, grid=(3, 1, 1), shared_bytes=16, block=(1, 1, 1)) == [1, 1]
@@ -138,7 +154,7 @@ def test_what_would_hang_or_is_undefined_is_an_error(toys: Toys, name: str, mess
     for _ in range(2):
         with pytest.raises(RuntimeError, match=message):
             toys.run(name, 64, block=(threads, 1, 1), seed=seed)
-    # The next launch is none the worse for it.
+    # The next launch is unaffected.
     assert toys.run("many_barriers", 64, block=(64, 1, 1), a=3, seed=seed) == [3] * 64
 
 
@@ -202,13 +218,18 @@ def test_static_shared_memory_is_part_of_what_a_kernel_may_have(both: Callable[.
 
 @pytest.fixture(scope="module")
 def sanitized() -> Path:
-    return compile_library([TOYS], base=FOLDER, sanitize=True)
+    return compile_library([TOYS], base=FOLDER, sanitizer="address")
 
 
-def run_sanitized(library: Path, *arguments: str) -> subprocess.CompletedProcess:
+@pytest.fixture(scope="module")
+def watched() -> Path:
+    return compile_library([TOYS], base=FOLDER, sanitizer="thread")
+
+
+def run_sanitized(library: Path, *arguments: str, sanitizer: str = "address") -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "tests.cuda_emulation.toys", str(library), *arguments],
-        env=os.environ | sanitizer_environment(),
+        env=os.environ | sanitizer_environment(sanitizer),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -239,6 +260,22 @@ def test_sanitizers_accept_what_is_right(sanitized: Path, arguments: tuple) -> N
     result = run_sanitized(sanitized, *arguments)
     assert "Sanitizer" not in result.stderr
     assert (result.returncode == 0) == (arguments[0] != "barrier_and_shuffle")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["race", "race_over_a_shuffle", "race_between_blocks", "lost_update"])
+def test_the_thread_sanitizer_sees_races_in_any_order_of_threads(watched: Path, name: str) -> None:
+    result = run_sanitized(watched, name, sanitizer="thread")
+    assert result.returncode != 0
+    assert "data race" in result.stderr
+    assert "toys.cu" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["barrier_of_a_warp", "atomics", "leave_early", "many_barriers"])
+def test_the_thread_sanitizer_accepts_what_is_ordered(watched: Path, name: str) -> None:
+    result = run_sanitized(watched, name, "3", sanitizer="thread")
+    assert result.returncode == 0, result.stderr
 
 
 def test_translation_keeps_comments_and_lines(tmp_path: Path) -> None:

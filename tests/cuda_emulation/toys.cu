@@ -1,4 +1,5 @@
 // Small kernels that use each part of the emulator, and some that are wrong on purpose.
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -103,6 +104,52 @@ __global__ void race(int* to) {
   __shared__ int values[64];
   values[threadIdx.x] = static_cast<int>(threadIdx.x);
   to[threadIdx.x] = threadIdx.x == 0 ? 0 : values[threadIdx.x - 1];
+}
+
+// Wrong: exchanges order no accesses to memory; with a barrier of the warp it is right.
+template <bool kHasBarrier>
+__device__ void read_neighbour(int* to) {
+  __shared__ int values[32];
+  values[threadIdx.x] = __shfl_xor_sync(0xffffffff, static_cast<int>(threadIdx.x), 1);
+  __shfl_sync(0xffffffff, 0, 0);
+  if (kHasBarrier) {
+    __syncwarp();
+  }
+  to[threadIdx.x] = values[threadIdx.x ^ 1];
+}
+
+__global__ void race_over_a_shuffle(int* to) {
+  read_neighbour<false>(to);
+}
+
+__global__ void barrier_of_a_warp(int* to) {
+  read_neighbour<true>(to);
+}
+
+// Wrong: two blocks write to one place.
+__global__ void race_between_blocks(int* to) {
+  to[threadIdx.x] = static_cast<int>(blockIdx.x);
+}
+
+// Copies past the registers, in two batches; `waits` for them or reads what is there before.
+__global__ void copies(const int* from, int* to, int waits) {
+  __shared__ int4 values[32][2];
+  __pipeline_memcpy_async(&values[threadIdx.x][0], from + 4 * threadIdx.x, 16);
+  __pipeline_commit();
+  __pipeline_memcpy_async(&values[threadIdx.x][1], from + 4 * (31 - threadIdx.x), 16);
+  __pipeline_commit();
+  __pipeline_wait_prior(waits > 0 ? 1 : 2);
+  to[2 * threadIdx.x] = values[threadIdx.x][0].w;
+  if (waits != 1) {
+    __pipeline_wait_prior(0);
+  }
+  to[2 * threadIdx.x + 1] = values[threadIdx.x][1].w;
+}
+
+__global__ void misaligned_copy(const int* from, int* to) {
+  __shared__ int4 value;
+  __pipeline_memcpy_async(&value, from + 1, 16);
+  to[0] = value.x;
 }
 
 // Wrong: adds without an atomic.
@@ -240,6 +287,8 @@ TOY_TO(index_of_thread)
 TOY_TO(order_of_threads)
 TOY_TO(leave_early)
 TOY_TO(race)
+TOY_TO(race_over_a_shuffle)
+TOY_TO(barrier_of_a_warp)
 TOY_TO(lost_update)
 TOY_TO(uninitialised)
 TOY_TO(barrier_and_shuffle)
@@ -256,6 +305,18 @@ TOY(write_outside) {
 TOY(undefined) {
   return launch(*shape, undefined, to, a);
 }
+
+TOY(race_between_blocks) {
+  Shape two_blocks = *shape;
+  two_blocks.grid[0] = 2;
+  return launch(two_blocks, race_between_blocks, to);
+}
+
+TOY(copies) {
+  return launch(*shape, copies, from, to, a);
+}
+
+TOY_FROM_TO(misaligned_copy)
 
 TOY(many_barriers) {
   return launch(*shape, many_barriers, to, a);

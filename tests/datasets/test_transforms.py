@@ -24,10 +24,16 @@ def test_colour_stays() -> None:
     assert ToBGR()({"img": image})["img"] is image
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 4), (3, 4, 2), (2, 3, 4, 3), (5,)])
+@pytest.mark.parametrize("shape", [(3, 4, 4), (3, 4, 2), (3, 64, 64), (2, 3, 4, 3), (5,), (0, 4, 3), (0, 4)])
 def test_other_shapes_are_an_error(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"greyscale, or \(H, W, 3\), BGR; got shape \(" + str(shape[0])):
         ToBGR()({"img": np.zeros(shape)})
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int64, np.uint16, np.complex64])
+def test_other_dtypes_are_an_error(dtype: type) -> None:
+    with pytest.raises(TypeError, match=f"dtype uint8, or floating point.*got {np.dtype(dtype)}"):
+        ToBGR()({"img": np.zeros((3, 4, 3), dtype)})
 
 
 @pytest.mark.parametrize("scope", ["mmengine", "mmdet"])

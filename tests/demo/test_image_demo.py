@@ -1,5 +1,6 @@
-"""The command demo/image_demo.py, for each task and kind of input, and what it says to wrong ones."""
+"""The command demo/image_demo.py, for each task and kind of input, and its errors for invalid ones."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -115,21 +116,33 @@ def test_checkpoint_from_the_config(call: Callable, checkpoints: dict, pictures:
 
 
 WRONG = {
-    "missing input": (("nowhere.png", CLASSIFIER, "CHECKPOINT"), "input 'nowhere.png' does not exist; give a picture"),
-    "empty folder": (("empty", CLASSIFIER, "CHECKPOINT"), "the folder 'empty' has no pictures (.bmp, .gif, "),
-    "text": (("text.png", CLASSIFIER, "CHECKPOINT"), "'text.png' is neither a picture nor a video that OpenCV can"),
-    "empty file": (("empty.png", CLASSIFIER, "CHECKPOINT"), "'empty.png' is neither a picture nor a video"),
-    "broken picture": (("broken", CLASSIFIER, "CHECKPOINT"), "'broken/a.png' is no picture that OpenCV can read"),
+    "missing input": (("nowhere.png", CLASSIFIER, "CHECKPOINT"), "input 'nowhere.png' does not exist; give an image"),
+    "empty folder": (("empty", CLASSIFIER, "CHECKPOINT"), "the folder 'empty' has no images (.bmp, .gif, "),
+    "text": (
+        ("text.png", CLASSIFIER, "CHECKPOINT"),
+        "OpenCV cannot read 'text.png', neither as an image nor as a video",
+    ),
+    "empty file": (
+        ("empty.png", CLASSIFIER, "CHECKPOINT"),
+        "OpenCV cannot read 'empty.png', neither as an image nor as a video",
+    ),
+    "broken picture": (("broken", CLASSIFIER, "CHECKPOINT"), "OpenCV cannot read 'broken/a.png' as an image"),
     "unknown model": (("pictures", "mask-rcnn_grootv-tiny", "CHECKPOINT"), "has no model 'mask-rcnn_grootv-tiny'; sim"),
     "missing config": (("pictures", "nothing.py", "CHECKPOINT"), "config 'nothing.py' does not exist"),
-    "no checkpoint": (("pictures", CLASSIFIER), "no checkpoint; give its path after the model"),
+    "no checkpoint": (("pictures", CLASSIFIER), "no checkpoint; give its path after the config"),
     "missing checkpoint": (("pictures", CLASSIFIER, "no.pth"), "checkpoint 'no.pth' does not exist"),
-    "damaged checkpoint": (("pictures", CLASSIFIER, "text.png"), "text.png is no checkpoint, or is cut off or damaged"),
+    "damaged checkpoint": (
+        ("pictures", CLASSIFIER, "text.png"),
+        "text.png is not a checkpoint, or is damaged",
+    ),
     "other checkpoint": (("pictures", CLASSIFIER, "other.pth"), "other.pth: this checkpoint does not fit GrootV: 0 of"),
     "unknown device": (("pictures", CLASSIFIER, "CHECKPOINT", "--device", "gpu"), "cannot use the device 'gpu': "),
-    "folder is a file": (("pictures", CLASSIFIER, "CHECKPOINT", "--out-dir", "text.png"), "cannot make the folder"),
+    "folder is a file": (("pictures", CLASSIFIER, "CHECKPOINT", "--out-dir", "text.png"), "cannot create the folder"),
     "own folder": (("pictures", CLASSIFIER, "CHECKPOINT", "--out-dir", "pictures"), "is the folder of the input"),
-    "folder of the file": (("text.png", CLASSIFIER, "CHECKPOINT", "--out-dir", "."), "neither a picture nor a video"),
+    "folder of the file": (
+        ("text.png", CLASSIFIER, "CHECKPOINT", "--out-dir", "."),
+        "neither as an image nor as a video",
+    ),
 }
 
 
@@ -157,8 +170,11 @@ def test_weights_that_would_stay_random(
     content = torch.load(checkpoints["cls"])
     torch.save(with_wrong_weight(content, "head.fc.weight", kind), tmp_path / "wrong.pth")
     error = call(pictures, CLASSIFIER, "wrong.pth", "--device", "cpu")
-    assert error.startswith("error: wrong.pth: 1 of ")
-    assert "'head.fc.weight' is " in error
+    if kind in ("sparse", "meta"):  # refused while the file is read, before its weights have names
+        assert re.match(rf"error: wrong.pth: the checkpoint holds a {kind}.* tensor", error)
+    else:
+        assert error.startswith("error: wrong.pth: 1 of ")
+        assert "'head.fc.weight' is " in error
     assert "\n" not in error
     assert not list((tmp_path / "outputs").glob("*"))
 

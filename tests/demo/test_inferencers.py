@@ -76,7 +76,7 @@ def test_greyscale_arrays(checkpoints: dict, grey: np.ndarray, form: str) -> Non
 def test_other_channels_are_an_error_before_the_model(checkpoints: dict, picture: np.ndarray) -> None:
     apis = pytest.importorskip("mmdet.apis")
     inferencer = apis.DetInferencer(config_file(NAMES["det"]), checkpoints["det"], device="cpu", show_progress=False)
-    with pytest.raises(ValueError, match=r"an image must be an array .* got shape \(\d+, \d+, 4\)"):
+    with pytest.raises(ValueError, match=r"an image must be a non-empty array .* got shape \(\d+, \d+, 4\)"):
         inferencer([np.concatenate([picture, picture[..., :1]], axis=2)])
 
 

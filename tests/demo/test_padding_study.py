@@ -1,4 +1,4 @@
-"""demo/padding_study.py: its table, and one whole run on next to nothing."""
+"""demo/padding_study.py: its table, and a complete run on tiny data."""
 
 import json
 from pathlib import Path

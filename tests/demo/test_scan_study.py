@@ -1,4 +1,4 @@
-"""demo/scan_study.py: its tables and configs, and one whole run on next to nothing."""
+"""demo/scan_study.py: its tables and configs, and a complete run on tiny data."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ def test_table_tells_what_can_be_told_apart(study) -> None:
         "swin": {1: {title: 0.5}},
     }
     header, _, tree, raster, cross, swin = study.make_table("curves", results).splitlines()
-    assert header == f"| backbone | seeds | {title} | minus the tree's | told apart |"
+    assert header == f"| backbone | seeds | {title} | difference to tree | significant |"
     assert tree == "| tree (cosine, per block) | 3 | 0.820 ± 0.020 | - | - |"
     assert raster == "| raster | 3 | 0.722 ± 0.023 | -0.098 ± 0.007 | yes |"
     assert cross.endswith("| no |")
@@ -51,7 +51,7 @@ def test_difference_is_students(study) -> None:
     ],
 )
 def test_configs(study, task: str, arm: str, tmp_path: Path) -> None:
-    """They build, take a picture, and have the widths of the GrootV in whose place they are."""
+    """They build, accept an image, and have the channels of the GrootV that they replace."""
     cfg = load_config(study.write_config(arm, task, tmp_path))
     base = load_config(study.ROOT / "configs" / "demo" / study.TASKS[task].config)
     cfg.merge_from_dict({"randomness": {"seed": 1}})

@@ -34,7 +34,7 @@ def build_model(cfg: Config, init: bool = True) -> torch.nn.Module:
         model_cfg.backbone.drop_path_rate = 0.0
     if cfg.default_scope == "mmdet":
         box_cfg = model_cfg.test_cfg.get("rcnn", model_cfg.test_cfg)
-        box_cfg.score_thr = 0.0  # an untrained model is sure of nothing
+        box_cfg.score_thr = 0.0  # an untrained model has no confident detections
         if "roi_head" in model_cfg:
             model_cfg.test_cfg.rpn.max_per_img = 20
             stages = model_cfg.train_cfg.rcnn

@@ -73,12 +73,26 @@ def kept(number: int) -> Op:
     return Op(pickle.BINGET + bytes([number]))
 
 
+def dump(content: object) -> bytes:
+    """A whole pickle."""
+    return pickle.PROTO + b"\x02" + push(content) + pickle.STOP
+
+
 def write(path: Path, content: object) -> Path:
-    """Write an archive like that of ``torch.save`` with this pickle, and with right check sums."""
+    """Write an archive like that of ``torch.save`` with this pickle, 16 bytes of numbers, and right check sums."""
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.PROTO + b"\x02" + push(content) + pickle.STOP)
+        archive.writestr("archive/data.pkl", dump(content))
         archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/data/0", bytes(16))
         archive.writestr("archive/version", "3\n")
+    return path
+
+
+def write_old(path: Path, content: object, filled: dict[str, bytes]) -> Path:
+    """Write a file as torch before 1.6 did, with the content of the storages that are filled."""
+    parts = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, content, list(filled)]
+    numbers = b"".join(struct.pack("<q", len(value) // 4) + value for value in filled.values())
+    path.write_bytes(b"".join(map(dump, parts)) + numbers)
     return path
 
 
@@ -104,6 +118,18 @@ def history(**changes: object) -> Op:
     """A history as mmengine pickles it, with changes."""
     state = {"max_length": 10, "_log_history": array(), "_count_history": array(), **changes}
     return build(new(HISTORY), state)
+
+
+def storage(key: str = "0", numel: int = 4, kind: str = "FloatStorage", *view: object) -> Op:
+    """The numbers of a tensor."""
+    return Op(push(("storage", named(f"torch.{kind}"), key, "cpu", numel, *view)) + pickle.BINPERSID)
+
+
+def tensor(size: object = (4,), stride: object = (1,), offset: object = 0, **changes: object) -> Op:
+    """A tensor as torch pickles it."""
+    hooks = changes.get("hooks", call(named("collections.OrderedDict")))
+    function = named("torch._utils._rebuild_tensor_v2")
+    return call(function, changes.get("numbers", storage()), offset, size, stride, False, hooks)
 
 
 # Each of these tries to get at memory, objects or functions; whoever reads it must refuse.
@@ -235,6 +261,80 @@ HOSTILE: dict[str, Callable[[], object]] = {
     "config of mmengine": lambda: call(named("mmengine.config.config.Config.fromstring"), "a = 1", ".py"),
     "our own reader": lambda: call(named("grootvl_mm.utils.safe_checkpoints.load_safely"), "file.pth"),
     "the stand-in by its name": lambda: call(named("grootvl_mm.utils.checkpoint_types.CheckpointArray"), (2,)),
+}
+
+# torch.load reads many of these: uninitialized memory, and more memory than the file has. Our own readers must refuse.
+HOSTILE_TENSORS: dict[str, Callable[[], object]] = {
+    "more numbers than the file has": lambda: tensor((10**6,), numbers=storage(numel=10**6)),
+    "larger than its storage": lambda: tensor((1000,)),
+    "much larger than its storage": lambda: tensor((10**12,)),
+    "behind its storage": lambda: tensor((1,), offset=4),
+    "before its storage": lambda: tensor((1,), offset=-1),
+    "of a negative stride": lambda: tensor(stride=(-1,), offset=3),
+    "of a large stride": lambda: tensor((2,), (2,), offset=3),
+    "of a stride that overflows": lambda: tensor((5,), (2**62,)),
+    "of strides that overflow to zero": lambda: tensor((3, 2), (2**61, 2**62)),
+    "of a negative size": lambda: tensor((-4,)),
+    "of a size that overflows": lambda: tensor((2**33, 2**33), (0, 0)),
+    "of a size that overflows, with a zero": lambda: tensor((0, 2**62, 2**62), (0, 0, 0)),
+    "expanded without limit": lambda: tensor((2**36,), (0,)),
+    "with fewer strides": lambda: tensor((2, 2)),
+    "with a size of texts": lambda: tensor(("4",)),
+    "with a size of booleans": lambda: tensor((True,)),
+    "with too many axes": lambda: tensor((1,) * 100, (1,) * 100),
+    "of no storage": lambda: tensor(numbers=array()),
+    "of another tensor": lambda: tensor(numbers=tensor()),
+    "of a larger type": lambda: call(
+        named("torch._utils._rebuild_tensor_v3"), storage(), 0, (4,), (1,), False, None, named("torch.float64")
+    ),
+    "of a type that is none": lambda: call(
+        named("torch._utils._rebuild_tensor_v3"), storage(), 0, (4,), (1,), False, None, dtype("f4")
+    ),
+    "of old format, larger": lambda: call(named("torch._utils._rebuild_tensor"), storage(), 0, (9,), (1,)),
+    "that is set again": lambda: build(tensor(), (storage(), 0, (2**36,), (0,))),
+    "parameter that is set again": lambda: build(
+        call(named("torch._utils._rebuild_parameter"), tensor(), False, None), (storage(), 0, (2**36,), (0,))
+    ),
+    "parameter of an array": lambda: call(named("torch._utils._rebuild_parameter"), array(), False, None),
+    "of uninitialized memory": lambda: call(named("torch.Tensor"), 1000),
+    "of uninitialized memory by NEWOBJ": lambda: new(named("torch.Tensor"), 1000),
+    "of uninitialized memory, by type": lambda: call(named("torch.FloatTensor"), 1000),
+    "of uninitialized memory, parameter": lambda: new(named("torch.nn.parameter.Parameter"), tensor()),
+    "storage of uninitialized memory": lambda: call(named("torch.storage.UntypedStorage"), 1000),
+    "storage of uninitialized memory, typed": lambda: call(named("torch.storage.TypedStorage"), 1000),
+    "storage alone": lambda: storage(),
+    "from an array": lambda: call(
+        named("torch._utils._rebuild_device_tensor_from_numpy"), array(), named("torch.float32"), "cpu", False
+    ),
+    "without memory": lambda: call(
+        *(named("torch._utils._rebuild_wrapper_subclass"), named("torch.Tensor"), named("torch.float32")),
+        *((4,), (1,), 0, call(named("torch.serialization._get_layout"), "torch.strided"), "cpu", False),
+    ),
+    "meta": lambda: call(
+        named("torch._utils._rebuild_meta_tensor_no_storage"), named("torch.float32"), (2**40,), (1,), False
+    ),
+    "quantized, larger than its storage": lambda: call(
+        *(named("torch._utils._rebuild_qtensor"), storage(), 0, (10**9,), (1,)),
+        *((named("torch.per_tensor_affine"), 1.0, 0), False, None),
+    ),
+    "sparse": lambda: call(
+        named("torch._utils._rebuild_sparse_tensor"),
+        call(named("torch.serialization._get_layout"), "torch.sparse_coo"),
+        (tensor((1, 4), (4, 1)), tensor(), (9,), True),
+    ),
+    "nested": lambda: call(named("torch._utils._rebuild_nested_tensor"), tensor(), tensor(), tensor(), tensor()),
+    "by a function of another kind": lambda: call(
+        named("torch._tensor._rebuild_from_type_v2"), named("builtins.getattr"), named("torch.Tensor"), (1,), {}
+    ),
+    "of a class of another kind": lambda: call(
+        *(named("torch._tensor._rebuild_from_type_v2"), named("torch._utils._rebuild_tensor_v2"), HISTORY),
+        *((storage(), 0, (4,), (1,), False, None), {}),
+    ),
+    "as a key": lambda: {tensor(): 1},
+    "in a set": lambda: call(named("builtins.set"), [tensor()]),
+    "bytes that multiply": lambda: call(named("_codecs.encode"), b"A" * 100, "hex"),
+    "bytes of another encoding": lambda: call(named("_codecs.encode"), "A" * 100, "utf-32"),
+    "bytes that can be changed": lambda: call(named("builtins.bytearray"), 1 << 32),
 }
 
 # These can be read, as there is nothing to be gained from them; load_safely refuses them.

@@ -1,4 +1,4 @@
-"""A plugin of pytest that writes each failure when it happens: a run that is cut off has told those it saw.
+"""A pytest plugin that writes each failure when it happens, so that a run that is cut off has reported those it saw.
 
 ``GROOTVL_FAILURES=FILE python -m pytest -p tests.helpers.failures_at_once ...``
 """

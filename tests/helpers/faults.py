@@ -15,6 +15,7 @@ from mmengine.runner import load_checkpoint
 from torch import nn
 
 from grootvl_mm.apis.checkpoint_files import rewrite_checkpoint
+from grootvl_mm.apis.cli import checkpoint_errors
 from grootvl_mm.apis.resume import check_resumable, find_resumable_checkpoint
 from grootvl_mm.models import GrootV
 from grootvl_mm.utils.host_loaders import safe_loaders
@@ -28,6 +29,12 @@ HOOKS = [
     {"type": f"grootvl_mm.{name}"}
     for name in ("UntrustedCheckpointHook", "CompleteCheckpointHook", "ResumedValidationHook")
 ]
+# Of a training whose checkpoints have all that there can be in one.
+TRAINING = {
+    "custom_hooks": [*HOOKS, {"type": "EMAHook"}],
+    "optim_wrapper": {"optimizer": {"type": "AdamW", "lr": 0.1}},
+    "param_scheduler": [{"type": "MultiStepLR", "by_epoch": False, "milestones": [1, 3]}],
+}
 
 
 class Way(NamedTuple):
@@ -40,7 +47,7 @@ class Way(NamedTuple):
 def make_files(folder: Path) -> dict[str, Path]:
     """A checkpoint of a training, and one of a backbone."""
     runner_folder = folder / "run"
-    train_small(runner_folder, 1, custom_hooks=[*HOOKS, {"type": "EMAHook"}])
+    train_small(runner_folder, 1, **TRAINING)
     torch.save({"state_dict": GrootV(ARCH, out_indices=(0, 1)).state_dict()}, folder / "backbone.pth")
     return {"training": runner_folder / "iter_1.pth", "backbone": folder / "backbone.pth"}
 
@@ -50,8 +57,8 @@ def ways(folder: Path) -> dict[str, dict[str, Way]]:
     publish = load_script("tools/model_converters/publish_model.py").publish
 
     def resume(path: Path) -> None:
-        with safe_loaders():
-            train_small(folder / "resumed", 2, path, custom_hooks=[*HOOKS, {"type": "EMAHook"}])
+        with safe_loaders(), checkpoint_errors():
+            train_small(folder / "resumed", 2, path, **TRAINING)
 
     def newest(path: Path) -> None:
         if find_resumable_checkpoint(path.parent) is None:
@@ -149,6 +156,27 @@ def damage_weights(content: dict[str, Any], rng: random.Random) -> tuple[str, di
     return kind, content
 
 
+# What anything else in a checkpoint may be, but for what it should.
+WRONG_PARTS: tuple[Callable[[], Any], ...] = (
+    *(lambda: "text", lambda: None, lambda: [1, "a"], lambda: {"a": 1}, lambda: -7, lambda: 2**60, lambda: ((1,),)),
+    *(lambda: float("nan"), lambda: torch.ones(2, 7), lambda: torch.full((2,), torch.nan), lambda: np.ones((2, 2))),
+)
+
+
+def damage_parts(content: dict[str, Any], rng: random.Random) -> tuple[str, dict[str, Any]]:
+    """Drop something beside the weights, wherever it is, or put something else in its place."""
+    content = copy.deepcopy(content)
+    place, path = content, [rng.choice([name for name in content if name != "state_dict"])]
+    while isinstance(place[path[-1]], (dict, list)) and place[path[-1]] and rng.random() < 0.8:
+        place = place[path[-1]]
+        path.append(rng.choice(list(place) if isinstance(place, dict) else range(len(place))))
+    if rng.random() < 0.1:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = rng.choice(WRONG_PARTS)()
+    return f"part {path}", content
+
+
 def same(first: Any, second: Any) -> bool:
     """Whether two contents are bitwise equal."""
     if isinstance(first, torch.Tensor):
@@ -163,7 +191,7 @@ def same(first: Any, second: Any) -> bool:
         )
     if isinstance(first, (list, tuple)):
         return type(first) is type(second) and len(first) == len(second) and all(map(same, first, second))
-    return True  # numbers and texts are covered by the check sum of the pickle
+    return True  # numbers and texts are covered by the checksum of the pickle
 
 
 def attempt(way: Way, path: Path) -> str | None:
@@ -171,8 +199,9 @@ def attempt(way: Way, path: Path) -> str | None:
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             way.load(path)
-    except CheckpointError as error:
-        if "\n" in str(error):
+    except (CheckpointError, SystemExit) as error:
+        clear = isinstance(error, CheckpointError) or str(error).startswith("error: ")
+        if not clear or "\n" in str(error):
             raise RuntimeError(f"several lines: {error}") from error
         return str(error)
     return None

@@ -17,11 +17,11 @@ class Tokens(NamedTuple):
     c: Tensor
 
     def inputs(self) -> Tensor:
-        """What each token brings, (L, D, N)."""
+        """The input of each token to the state, (L, D, N)."""
         return torch.einsum("ld,ld,ln->ldn", self.delta, self.u, self.b)
 
     def decays(self) -> Tensor:
-        """What is left of a state after each token, (L, D, N)."""
+        """The decay of the state at each token, (L, D, N)."""
         return torch.einsum("ld,dn->ldn", self.delta, self.a).exp()
 
     def readout(self, states: Tensor) -> Tensor:

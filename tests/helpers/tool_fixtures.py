@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.sharing import made_once
 from tests.helpers.tool_runs import ROOT, Command, Mim
 
 SHIPPED = {
@@ -41,16 +42,20 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
 
 @pytest.fixture(scope="session")
 def mim(tmp_path_factory: pytest.TempPathFactory) -> Mim:
-    """openmim in an environment of its own, after ``pip install .``."""
-    return Mim(tmp_path_factory.mktemp("mim"))
+    """openmim in a separate environment, after ``pip install .``."""
+    return made_once(tmp_path_factory, "mim", Mim)
 
 
 @pytest.fixture(scope="session")
 def demo_data(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """16 training and 4 validation scenes of 64 pixels."""
-    folder = tmp_path_factory.mktemp("data") / "demo"
-    command("dataset_converters/make_demo_data.py", "--out", folder, "--train", 16, "--val", 4, "--size", 64)
-    return folder
+
+    def make(folder: Path) -> Path:
+        options = ("--train", 16, "--val", 4, "--size", 64)
+        command("dataset_converters/make_demo_data.py", "--out", folder / "demo", *options)
+        return folder / "demo"
+
+    return made_once(tmp_path_factory, "demo-data", make)
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,34 @@
-"""Runs the real commands as subprocesses and reads what they leave."""
+"""Runs the command-line tools as subprocesses and reads their output files."""
 
 import functools
 import importlib.util
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import venv
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ("build", "dist", "data", "work_dirs", "*.egg-info", "*.so", "__pycache__", ".*")
+
+
+# The slow imports of the scripts. Not grootvl_mm, which every script must import itself.
+PRELOADED = (
+    *("mmcv.ops", "mmengine.runner", "mmengine.visualization", "pycocotools.coco", "torch._dynamo", "torchvision"),
+    *(f"{host}.{part}" for host in ("mmdet", "mmpretrain", "mmseg") for part in ("datasets", "evaluation", "models")),
+)
+TIMEOUT = 300
 
 
 class Command:
@@ -22,11 +36,11 @@ class Command:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # Two test processes of one thread each do not slow each other down.
+        # One thread each, so that parallel test processes do not slow each other down.
         self.env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
     def popen(self, script: str, *arguments: object, **env: str) -> subprocess.Popen:
-        """Start a script, given by its path from ``tools``."""
+        """Start a script, given by its path relative to ``tools``."""
         path = ROOT / "tools" / script
         start = ["bash"] if path.suffix == ".sh" else [sys.executable]
         return subprocess.Popen(
@@ -39,22 +53,62 @@ class Command:
         )
 
     def __call__(self, script: str, *arguments: object, status: int = 0, **env: str) -> str:
-        """Run a script, check its exit status and return what it wrote."""
+        """Run a script in a new process, check its exit status and return its output."""
         process = self.popen(script, *arguments, **env)
-        output = process.communicate(timeout=300)[0]
+        try:
+            output = process.communicate(timeout=TIMEOUT)[0]
+        finally:
+            process.kill()  # after a timeout; otherwise it has already ended
         assert process.returncode == status, output[-4000:]
         return output
+
+    def forked(self, script: str, *arguments: object, status: int = 0, **env: str) -> str:
+        """Run a Python script in a fork of a process that has already imported the hosts, which saves seconds.
+
+        Each script also needs at least one test in a new process, where it imports everything itself.
+        """
+        if torch.cuda.is_available():  # forks of a process that has initialized CUDA cannot use it
+            return self(script, *arguments, status=status, **env)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOADED))
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            written = Path(folder, "output.txt")
+            command = [str(ROOT / "tools" / script), *map(str, arguments)]
+            process = context.Process(target=_become, args=(command, self.folder, {**self.env, **env}, written))
+            patch.setenv("OMP_NUM_THREADS", "1")  # for the fork server, if it has not been started yet
+            process.start()
+            process.join(TIMEOUT)
+            process.kill()
+            output = written.read_text()
+        assert process.exitcode == status, output[-4000:]
+        return output
+
+
+def _become(command: list[str], folder: Path, environment: dict[str, str], written: Path) -> None:
+    """Run a script as Python does in a new process, with its output redirected to a file."""
+    with written.open("w") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = command
+    # Without the root of the checkout, which pytest adds, unless PYTHONPATH contains it.
+    kept = [path for path in sys.path if path != str(ROOT)]
+    given = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:] = [str(Path(command[0]).parent), *given, *kept]
+    runpy.run_path(command[0], run_name="__main__")
 
 
 @functools.cache
 def load_script(path: str) -> ModuleType:
-    """A script of this repository as a module, with the imports that it has when it is run."""
+    """Import a script of this repository as a module, with the same import path as when it is run."""
     script = ROOT / path
     sys.path.insert(0, str(script.parent))  # as Python does for a script
     try:
         spec = importlib.util.spec_from_file_location(f"script_{script.stem}", script)
         module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # data classes look their module up
+        sys.modules[spec.name] = module  # dataclasses look up their module
         spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(script.parent))
@@ -62,7 +116,7 @@ def load_script(path: str) -> ModuleType:
 
 
 class Mim:
-    """The ``mim`` of an environment where this checkout was installed, not linked."""
+    """The ``mim`` of an environment with a regular, not an editable, installation of this checkout."""
 
     def __init__(self, folder: Path) -> None:
         venv.create(folder / "env", with_pip=False)
@@ -70,14 +124,14 @@ class Mim:
         self.cwd = folder / "cwd"
         self.cwd.mkdir()
         site = Path(self.ask("import sysconfig; print(sysconfig.get_path('purelib'))"))
-        # torch, mmcv and the hosts come from the environment that runs the tests; a path in a .pth file goes behind
-        # the own packages, and the links of an editable install in there stay unread.
+        # torch, mmcv and the hosts come from the environment that runs the tests. A path from a .pth file comes after
+        # the environment's own packages, and .pth files of editable installations under it are ignored.
         site.joinpath("parent.pth").write_text(sysconfig.get_path("purelib"))
         source = folder / "source"  # building writes into the tree
         shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*BUILT))
         pip = [sys.executable, "-m", "pip", "--python", str(self.python), "install", "--quiet"]
         install = [*pip, "--no-build-isolation", "--no-deps", "--ignore-installed", str(source)]
-        # The operators have been compiled already, for the environment that runs the tests.
+        # The operators have already been compiled for the environment that runs the tests.
         subprocess.run(install, env={**os.environ, "GROOTVL_NO_EXTENSION": "1"}, check=True)
         for library in (ROOT / "grootvl_mm").glob("_C*.so"):
             shutil.copy2(library, site / "grootvl_mm")
@@ -104,18 +158,18 @@ class Mim:
 
 
 def mim_name(host: str) -> str:
-    """What the installed mim calls a host: openmim the module (mmdet), onedl-mim the package (onedl-mmdetection)."""
+    """The name of a host in the installed mim: the module for openmim (mmdet), the package for onedl-mim."""
     (package,) = packages_distributions()[host]
     return package if package.startswith("onedl-") else host
 
 
 def read_scalars(work_dir: Path) -> dict[int, dict]:
-    """The training log of the newest run in a work dir: iteration to its values."""
+    """The training log of the latest run in a work dir, a dictionary from iterations to values."""
     newest = max(work_dir.glob("*/vis_data/scalars.json"), key=lambda path: path.stat().st_mtime)
     lines = map(json.loads, newest.read_text().splitlines())
     return {line["iter"]: line for line in lines if "loss" in line}
 
 
 def read_metrics(work_dir: Path) -> dict[str, float]:
-    """The newest evaluation in a work dir."""
+    """The metrics of the latest evaluation in a work dir."""
     return json.loads(max(work_dir.glob("*/*.json"), key=lambda path: path.stat().st_mtime).read_text())

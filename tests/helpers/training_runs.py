@@ -21,11 +21,11 @@ CONFIGS = {
     "mmdet": "mask-rcnn_grootv-pico_fpn_demo.py",
     "mmseg": "grootv-pico_upernet_demo-seg.py",
 }
-NAMES = (f"run-{number}" for number in count())  # mmengine keeps loggers and histories by the run's name
+NAMES = (f"run-{number}" for number in count())  # mmengine caches loggers and histories by the name of the run
 
 
 class RandomImages(Dataset):
-    """Random images with ground truth for a config, the same each time, or shifted at random as augmentation."""
+    """Random images with ground truth for a config: the same in each epoch, or randomly shifted as augmentation."""
 
     def __init__(self, cfg: Config, length: int, augment: bool) -> None:
         batch = random_batch(cfg)
@@ -44,7 +44,7 @@ class RandomImages(Dataset):
 
 
 class CountImages(BaseMetric):
-    """Stands in for the tasks' metrics, which need the ground truth of real images."""
+    """Replaces the tasks' metrics, which need the ground truth of real images."""
 
     def process(self, data_batch: dict, data_samples: Sequence) -> None:
         self.results.extend(data_samples)
@@ -54,7 +54,7 @@ class CountImages(BaseMetric):
 
 
 class Losses(Hook):
-    """Keeps the loss of every step."""
+    """Records the loss of every step."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -97,18 +97,18 @@ def make_runner(
     """A runner for a task's config on random images.
 
     Args:
-        cfg: From :func:`task_config`; its model, optimizer and schedulers are used.
-        work_dir: For logs and checkpoints.
-        steps: Number of iterations, unless there are epochs.
-        epochs: Number of epochs of an epoch-based training.
-        batch_size: Of training.
+        cfg: Config from :func:`task_config`; its model, optimizer and schedulers are used.
+        work_dir: Folder for logs and checkpoints.
+        steps: Number of iterations, if ``epochs`` is None.
+        epochs: Number of epochs; makes the training epoch-based.
+        batch_size: Batch size in training.
         images: Number of training images.
         augment: Shift the images at random.
-        num_workers: Of the training's data loader.
-        interval: Of checkpoints, in iterations or epochs; -1 for none.
+        num_workers: Number of workers of the training data loader.
+        interval: Checkpoint interval, in iterations or epochs; -1 for no checkpoints.
         hooks: Custom hooks.
         checkpoint: File to load.
-        resume: Go on from the checkpoint.
+        resume: Whether to resume from the checkpoint, instead of only loading its weights.
     """
     loader = {"num_workers": num_workers, "collate_fn": {"type": "pseudo_collate"}}
     train = RandomImages(cfg, images, augment)
@@ -155,7 +155,7 @@ def make_runner(
 
 
 def train(cfg: Config, work_dir: Path, **options: object) -> Runner:
-    """Train and return the runner, as :func:`make_runner`."""
+    """Train with the arguments of :func:`make_runner` and return the runner."""
     runner = make_runner(cfg, work_dir, **options)
     runner.train()
     return runner

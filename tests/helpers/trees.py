@@ -1,4 +1,4 @@
-"""What several operator tests need: random trees, and slow, obvious ways to compute."""
+"""Shared by operator tests: random trees, and slow, obvious implementations."""
 
 import itertools
 

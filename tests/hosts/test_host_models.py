@@ -1,6 +1,6 @@
-"""The hosts' own models with GrootV in the place of their backbone: each trains one step and predicts once.
+"""The hosts' own models with GrootV as their backbone: each trains one step and predicts once.
 
-docs/host_models.md has the table of what they did. ``GROOTVL_WRITE_TABLES=1`` writes it.
+docs/host_models.md has the table of results. ``GROOTVL_WRITE_TABLES=1`` writes it.
 """
 
 import os

@@ -28,7 +28,7 @@ def test_defaults_are_published() -> None:
         ({"tree_reach": 0}, "tree_reach must be at least 1, got 0"),
         ({"tree_scale": float("nan")}, "tree_scale must be finite, got nan"),
         ({"tree": "causal", "tree_scale": 0.3}, "tree_scale must be None, got 0.3"),
-        ({"tree": "causal", "edge_decay": "own"}, "no other edge_decay than next, got 'own'"),
+        ({"tree": "causal", "edge_decay": "own"}, "needs edge_decay='next', got 'own'"),
     ],
 )
 def test_wrong_arguments(wrong: dict, message: str) -> None:

@@ -42,7 +42,7 @@ def test_prompt_is_that_of_alpaca_without_preamble() -> None:
     template = PromptTemplate()
     assert template.prompt("Add.", "1 1") == "### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:"
     assert template.prompt("Say {x}.") == "### Instruction:\nSay {x}.\n\n### Response:"
-    with pytest.raises(DataError, match=r"'output'.*expected no fields but"):
+    with pytest.raises(DataError, match=r"'output'.*only \{instruction\} and \{input\} are allowed"):
         PromptTemplate(without_input="{output}").prompt("Add.")
 
 
@@ -58,13 +58,13 @@ def test_reads_lists_and_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[{]", "data.json, line 1, column 3: no valid JSON"),
+        ("[{]", "data.json, line 1, column 3: invalid JSON"),
         ({"data": [GOOD]}, "holds dict .*; expected a list"),
-        ([], "holds no record"),
+        ([], "has no records"),
         ([GOOD, "text"], "record 1 is str 'text'; expected an object"),
-        ([GOOD, GOOD, {"instruction": "Add."}], "record 2 has no 'output', only 'instruction'"),
-        ([{"prompt": "a", "output": "b"}], "record 0 has no 'instruction', only 'prompt', 'output'"),
-        ([{**GOOD, "output": 2}], "record 0: 'output' is int 2; expected a text"),
+        ([GOOD, GOOD, {"instruction": "Add."}], "record 2 has no 'output', found 'instruction'"),
+        ([{"prompt": "a", "output": "b"}], "record 0 has no 'instruction', found 'prompt', 'output'"),
+        ([{**GOOD, "output": 2}], "record 0: 'output' is int 2; expected a string"),
         ([{**GOOD, "input": ["a"]}], "record 0: 'input' is list"),
         ([GOOD, {**GOOD, "instruction": " "}], "record 1: 'instruction' is empty"),
     ],
@@ -79,7 +79,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read .*none.json: No such file"):
         read_records(tmp_path / "none.json")
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe[]")
-    with pytest.raises(DataError, match=r"bytes\.json is not in UTF-8"):
+    with pytest.raises(DataError, match=r"bytes\.json is not UTF-8 text"):
         read_records(tmp_path / "bytes.json")
     (tmp_path / "lines.jsonl").write_text(json.dumps(GOOD) + "\n{}x\n")
     with pytest.raises(DataError, match="line 2, column 3"):
@@ -101,7 +101,7 @@ def test_too_long_prompts_lose_their_beginning(caplog: pytest.LogCaptureFixture)
     whole = InstructionDataset(records, make_tokenizer(), template=PLAIN)
     with caplog.at_level(logging.WARNING):
         cut = InstructionDataset(records, make_tokenizer(), max_length=7, template=PLAIN, source="a.json")
-    assert "a.json: of 3 examples, 2 lost the beginning of their prompt" in caplog.text
+    assert "a.json: of 3 examples, 2 were truncated" in caplog.text
     for before, after in zip(whole, cut, strict=True):
         assert after["input_ids"] == before["input_ids"][-7:]
         assert after["labels"] == before["labels"][-7:]
@@ -111,14 +111,14 @@ def test_too_long_prompts_lose_their_beginning(caplog: pytest.LogCaptureFixture)
 def test_an_answer_is_never_cut(caplog: pytest.LogCaptureFixture) -> None:
     records = [record(1, 2), record(3, 7), record(3, 2)]
     # Seven words and the end leave no room for a prompt.
-    with pytest.raises(DataError, match=r"a.json, record 1 has 3 tokens of prompt and 8 of answer; .* at most 8 "):
+    with pytest.raises(DataError, match=r"a.json, record 1 has 3 prompt tokens and 8 answer tokens; .* at most 8 "):
         InstructionDataset(records, make_tokenizer(), max_length=8, template=PLAIN, source="a.json")
-    with pytest.raises(DataError, match="record 2 has 3 tokens of prompt and 3 of answer"):
+    with pytest.raises(DataError, match="record 2 has 3 prompt tokens and 3 answer tokens"):
         InstructionDataset([records[0], records[0], records[2]], make_tokenizer(), 5, PLAIN, overlong="error")
     with caplog.at_level(logging.WARNING):
         kept = InstructionDataset(records, make_tokenizer(), max_length=5, template=PLAIN, overlong="drop")
     assert len(kept) == 1
-    assert "2 were left out" in caplog.text
+    assert "2 dropped" in caplog.text
     with pytest.raises(DataError, match="no example has at most 2 tokens"):
         InstructionDataset(records, make_tokenizer(), max_length=2, template=PLAIN, overlong="drop")
 
@@ -131,7 +131,7 @@ def test_wrong_settings_are_named() -> None:
     endless = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend_tokenizer)
     with pytest.raises(DataError, match="no end-of-sequence token"):
         InstructionDataset([record(1, 1)], endless)
-    with pytest.raises(DataError, match="record 0: the prompt has no token"):
+    with pytest.raises(DataError, match="record 0: the prompt has no tokens"):
         InstructionDataset([record(1, 1)], make_tokenizer(), template=PromptTemplate(without_input=""))
 
 

@@ -70,7 +70,7 @@ def test_truncation_shortens_the_prompt() -> None:
     torch.testing.assert_close(
         torch.tensor([score for score, _ in scores]), torch.tensor(expected), rtol=1e-5, atol=1e-4
     )
-    with pytest.raises(ValueError, match="has 11 tokens; expected 1 to 10"):
+    with pytest.raises(ValueError, match="has 11 tokens; expected 1 to max_length=10"):
         lm.loglikelihood([request(words(3), following(11))], disable_tqdm=True)
 
 

@@ -1,4 +1,4 @@
-"""demo/language_study.py: its tasks, its tables, and one whole run on next to nothing."""
+"""demo/language_study.py: its tasks, its tables, and a complete run on tiny data."""
 
 import json
 import random
@@ -110,7 +110,10 @@ def test_sentences_are_split() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--pairs", "9", "--words", "8"], "--pairs 9 need"), (["--page", "README.md"], "lacks the lines")],
+    [
+        (["--pairs", "9", "--words", "8"], "--pairs must be at most --words (8), got 9"),
+        (["--page", "README.md"], "lacks the lines"),
+    ],
 )
 def test_wrong_arguments(options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(ROOT)

@@ -1,4 +1,4 @@
-"""Adapters: all of them are trained, none is passed by, and merging keeps the logits."""
+"""Adapters: all of them are trained, none is bypassed, and merging keeps the logits."""
 
 import json
 import subprocess
@@ -75,7 +75,7 @@ def test_adapters_of_the_convolution_have_a_gradient() -> None:
 
 
 def test_installed_kernels_are_not_used(tmp_path: Path) -> None:
-    """With packages in whose place stand fused kernels that must not be called."""
+    """With stand-ins for the packages of the fused kernels, which must not be called."""
     names = {"mamba_ssm": KERNELS[:3], "causal_conv1d": KERNELS[3:]}
     for package, functions in names.items():
         functions = (*functions, "selective_scan_fn", "selective_state_update")
@@ -149,7 +149,7 @@ def test_recipe_is_published() -> None:
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(ValueError, match="one of default, published or names of modules, got 'all'"):
+    with pytest.raises(ValueError, match="one of default, published, or a list of module names, got 'all'"):
         lora_config("all")
     with pytest.raises(TypeError, match=r"must be a peft\.PeftModel, got GrootLForCausalLM"):
         merge_lora(small_model())

@@ -208,13 +208,13 @@ def test_wrong_prompts(lengths: list, error: type[Exception], message: str) -> N
 def test_wrong_inputs() -> None:
     model = small_model()
     ids = random_texts(5)[0].unsqueeze(0)
-    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model(ids, inputs_embeds=model.get_input_embeddings()(ids))
     with pytest.raises(ValueError, match=r"must have shape \(1, 5\), or more columns.*got \(1, 4\)"):
         model(ids, attention_mask=torch.ones(1, 4))
-    with pytest.raises(ValueError, match=r"the cache holds earlier tokens.*got \[3\]"):
+    with pytest.raises(ValueError, match=r"a cache of earlier tokens.*got \[3\]"):
         model(ids, cache=model(ids).cache, prompt_lengths=[3])
 
 

@@ -70,7 +70,7 @@ def logits(path: Path) -> torch.Tensor:
 @pytest.mark.parametrize("targets", ["default", "published"])
 def test_finetune_merge_and_generate(targets: str, folder: Path, run: Callable[..., str]) -> None:
     output = run("finetune", f"{targets}.py", "--work-dir", targets, "--cfg-options", "trainer.max_steps=4")
-    assert "The trained adapter is in" in output
+    assert "Wrote the trained adapter to" in output
     assert "4/4" in run.progress
     assert not torch.allclose(logits(folder / targets), logits(folder / "base"), atol=1e-3)
     run("merge_lora", targets, f"{targets}-merged")
@@ -101,7 +101,7 @@ def test_interrupted_finetuning_goes_on(folder: Path, run: Callable[..., str], t
         process.communicate()
     assert not (tmp_path / "killed" / "adapter_config.json").exists()
     output = run("finetune", "default.py", "--work-dir", tmp_path / "killed", "--resume")
-    assert re.search(r"Going on from .*checkpoint-[2-5]", output)
+    assert re.search(r"Resuming from .*checkpoint-[2-5]", output)
     torch.testing.assert_close(logits(tmp_path / "killed"), logits(tmp_path / "whole"), rtol=0, atol=1e-6)
 
 
@@ -109,13 +109,13 @@ def test_resume_without_checkpoint_starts_anew(run: Callable[..., str], tmp_path
     options = ("--cfg-options", "trainer.max_steps=1", "lora=None")
     output = run("finetune", "default.py", "--work-dir", tmp_path, "--resume", *options)
     assert "No checkpoint to resume" in output
-    assert "The trained model is in" in output
+    assert "Wrote the trained model to" in output
     assert (tmp_path / "model.safetensors").is_file()
 
 
 def test_one_clear_error(folder: Path, run: Callable[..., str], tmp_path: Path) -> None:
     assert "config 'none.py' does not exist" in error(run, "finetune", "none.py")
-    assert "is no complete checkpoint" in error(run, "finetune", "default.py", "--resume", "base")
+    assert "is not a complete checkpoint" in error(run, "finetune", "default.py", "--resume", "base")
     message = error(run, "finetune", "default.py", "--cfg-options", "trainer.max_step=1")
     assert "'max_step'" in message
     assert "\n" not in message
@@ -124,13 +124,15 @@ def test_one_clear_error(folder: Path, run: Callable[..., str], tmp_path: Path) 
     assert "bad.json, record 0 has no 'output'" in error(
         run, "finetune", "default.py", "--work-dir", tmp_path, "--cfg-options", f"data.train={bad}"
     )
-    assert "'base' has no adapter_config.json" in error(run, "merge_lora", "base", tmp_path / "merged")
-    assert "layers 0 to 1, not 2" in error(run, "draw_text_tree", "base", words(4), tmp_path / "a.png", "--layers", 2)
+    assert "it has no adapter_config.json" in error(run, "merge_lora", "base", tmp_path / "merged")
+    assert "--layers must be between 0 and 1, got 2" in error(
+        run, "draw_text_tree", "base", words(4), tmp_path / "a.png", "--layers", 2
+    )
     assert "1 tokens; expected 2 to 96" in error(run, "draw_text_tree", "base", "w1", tmp_path / "a.png")
 
 
 def test_recipes_of_language_models_are_for_their_tool() -> None:
-    with pytest.raises(SystemExit, match=r"run tools/language/finetune\.py with it"):
+    with pytest.raises(SystemExit, match=r"run it with tools/language/finetune\.py"):
         importlib.import_module("grootvl_mm.apis.cli").load_config(
             str(ROOT / "configs" / "language" / "grootl-pico_full_demo.py")
         )

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from grootvl_mm.layers.linear import linear
+from grootvl_mm.layers.linear import linear, linear_in_chunks
 
 
 @settings(max_examples=20, deadline=None)
@@ -52,3 +53,24 @@ def test_operations_are_counted_as_those_of_any_linear_layer(gradient: bool) -> 
     with FlopCounterMode(display=False) as counter:
         linear(torch.randn(3, 5, 6, requires_grad=gradient), torch.randn(4, 6))
     assert counter.get_total_flops() == 2 * 15 * 6 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_chunks_are_those_of_one_product(device: torch.device, dtype: torch.dtype) -> None:
+    layer = nn.Linear(6, 8, bias=False).to(device, dtype)
+    x = torch.randn(3, 5, 6, device=device, dtype=dtype, requires_grad=True)
+    actual, expected = linear_in_chunks(layer, x, 2), layer(x).chunk(2, -1)
+    torch.testing.assert_close(actual, expected)
+    grads = [torch.randn_like(value) for value in expected]
+    leaves = (x, layer.weight)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, leaves, grads), torch.autograd.grad(expected, leaves, grads), rtol=0.02, atol=0.02
+    )
+    assert all(value.is_contiguous() for value in actual) == (device.type == "cpu")
+
+
+def test_chunks_of_a_layer_with_a_hook() -> None:
+    layer = nn.Linear(6, 8, bias=False)
+    layer.register_forward_hook(lambda module, inputs, output: output + 1)
+    x = torch.randn(3, 6)
+    assert torch.equal(torch.cat(linear_in_chunks(layer, x, 2), -1), F.linear(x, layer.weight) + 1)

@@ -1,5 +1,6 @@
-"""Where pictures are in their batch, and what trees make of it."""
+"""Where images end in a padded batch, and how trees treat the padding."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -61,7 +62,10 @@ def test_the_gpu_is_not_waited_for() -> None:
 def test_given_sizes(device: torch.device) -> None:
     image = batch(device)
     given = [[max(1, height), max(1, width)] for height, width in SIZES]
-    for sizes in (given, torch.tensor(given, dtype=torch.int32), torch.tensor(given, device=device)):
+    for sizes in (
+        *(given, torch.tensor(given, dtype=torch.int32), torch.tensor(given, device=device)),
+        *(list(map(torch.tensor, given)), list(map(torch.Size, given)), np.array(given)),
+    ):
         checked = check_valid_sizes(sizes, image)
         assert checked.device == image.device
         assert checked.dtype == torch.int64
@@ -76,6 +80,8 @@ def test_given_sizes(device: torch.device) -> None:
         ([[1.0, 2.0], [1.0, 2.0]], TypeError, "must be integers, got torch.float32"),
         ([[6, 7], [7, 7]], ValueError, r"within 1\.\.6 and 1\.\.7 for images of 6x7, got \[\[6, 7\], \[7, 7\]\]"),
         ([[0, 7], [1, 7]], ValueError, r"within 1\.\.6"),
+        ([None, None], TypeError, r"height and width of each image, .*, got \[None, None\]"),
+        ("67", TypeError, "height and width of each image, .*, got '67'"),
     ],
 )
 def test_wrong_sizes(sizes: list, error: type, message: str) -> None:

@@ -1,11 +1,13 @@
 """What the policy keeps, and that nothing but memory depends on it."""
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from grootvl_mm.layers import recompute
@@ -171,6 +173,63 @@ def test_functional_transforms(transform: str) -> None:
         "jvp": lambda f: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
     }[transform]
     torch.testing.assert_close(run(lambda value: call(layers, value)), run(layers))
+
+
+@pytest.mark.parametrize("part", ["norm", "conv", "first", "mlp"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_of_a_part(part: str, reentrant: bool) -> None:
+    """The part is called again in the backward pass, where the policy does not apply."""
+    layers, x = make(dtype=torch.float32)
+    expected = gradients(layers, x, is_lean=True)[: 2 + len(list(layers.parameters()))]
+    module = layers.get_submodule(part)
+    plain = module.forward
+    module.forward = lambda value: checkpoint(plain, value, use_reentrant=reentrant)
+    y = call(layers, x)
+    (y * y.detach()).sum().backward()
+    actual = [y, x.grad, *(parameter.grad for parameter in layers.parameters())]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_where_hooks_on_saved_tensors_are_forbidden() -> None:
+    layers, x = make()
+    with torch.autograd.graph.disable_saved_tensors_hooks("none, please"):
+        y = call(layers, x)
+    torch.testing.assert_close(y, layers(x))
+
+
+@pytest.mark.parametrize("function", [F.silu, F.layer_norm, F.linear])
+def test_function_modes_of_others_see_every_call(function: Callable) -> None:
+    class Seen(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = 0
+
+        def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+            self.count += func is function
+            result = func(*args, **(kwargs or {}))
+            return 2 * result if func is function else result
+
+    layers, x = make(dtype=torch.float32)
+    results, counts = [], []
+    for is_lean in (False, True):
+        with Seen() as seen:
+            results.append(call(layers, x, is_lean))
+        counts.append(seen.count)
+    assert counts[0] == counts[1] > 0
+    torch.testing.assert_close(*results)
+
+
+def test_results_in_the_memory_of_an_input_are_kept() -> None:
+    """``inplace`` by position, too."""
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+
+    def run(is_lean: bool) -> Tensor:
+        with lean(x) if is_lean else contextlib.nullcontext():
+            y = F.silu(x * 2, True)
+            y = y * y.sin()
+        return torch.autograd.grad(y.sum(), x)[0]
+
+    torch.testing.assert_close(run(True), run(False))
 
 
 def test_without_gradients_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""When an operator may stand for a module."""
+"""When an operator may replace a module."""
 
 import copy
 from collections.abc import Callable
@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
+from torch.overrides import TorchFunctionMode
 
 from grootvl_mm.layers.untouched import untouched
 
@@ -80,6 +81,28 @@ def test_hooks_on_all_modules(register: Callable) -> None:
     finally:
         handle.remove()
     assert untouched(layer, kinds=(nn.Linear,))
+
+
+class Watching(TorchFunctionMode):
+    """A mode that has to see what functions a module calls."""
+
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_and_patches_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profilers replace the forward of a class, or the call of all modules."""
+    layer = nn.Linear(3, 3)
+    with Watching():
+        assert not untouched(layer, kinds=(nn.Linear,))
+    with torch.device("cpu"):
+        assert untouched(layer, kinds=(nn.Linear,))
+    for owner, name in ((nn.Linear, "forward"), (nn.Module, "__call__")):
+        plain = getattr(owner, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, lambda *args, plain=plain: plain(*args))
+            assert not untouched(layer, kinds=(nn.Linear,))
+        assert untouched(layer, kinds=(nn.Linear,))
 
 
 def test_what_comes_off_again() -> None:

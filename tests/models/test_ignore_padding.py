@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grootvl_mm.models import GrootV, TreeSSM
+from grootvl_mm.layers.padding import pyramid
+from grootvl_mm.models import GrootV, TreeSSM, grootv
 from grootvl_mm.models.tree_ssm import SCANS, raster_path
 from tests.helpers.marks import needs_compiler
 
@@ -91,6 +92,19 @@ def test_as_without_padding(device: torch.device, options: dict) -> None:
     compare(model, pictures(device, torch.float64), tolerance=1e-9)
 
 
+def test_with_layers_that_do_not_map_zero_to_zero(device: torch.device) -> None:
+    """Adapters with a bias, hooks and other convolutions put values where padding was."""
+    model = with_large_weights(make()).to(device, torch.float64)
+    first, *others = [block.mixer for stage in model.stages for block in stage.blocks]
+    for mixer in others:
+        mixer.in_proj = nn.Linear(mixer.in_proj.in_features, mixer.in_proj.out_features)
+        channels = mixer.conv2d.in_channels
+        mixer.conv2d = nn.Conv2d(channels, channels, 5, padding=2, groups=channels)
+        mixer.x_proj = nn.Linear(channels, mixer.x_proj.out_features)
+    first.in_proj.register_forward_hook(lambda module, args, output: output + 0.5)
+    compare(model.to(device, torch.float64), pictures(device, torch.float64), tolerance=1e-9)
+
+
 def test_as_without_padding_in_single_precision(device: torch.device) -> None:
     compare(make(arch="pico", out_indices=(0, 1)).to(device), pictures(device), tolerance=1e-5)
 
@@ -145,6 +159,18 @@ def test_tree_in_16_bits(device: torch.device, dtype: torch.dtype) -> None:
             assert relative(actual, expected) < 0.1, (height, width)
 
 
+def test_a_batch_without_padding_is_left_alone(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, where looking takes no synchronisation."""
+    made = []
+    monkeypatch.setattr(grootv, "pyramid", lambda *args, **kwargs: made.append(pyramid(*args, **kwargs)) or made[-1])
+    model, image = make().to(device), torch.randn(2, 3, 32, 40, device=device)
+    model(image)
+    model(image, valid_sizes=[(32, 40)] * 2)
+    assert len(made) == (0 if device.type == "cpu" else 2)
+    model(image, valid_sizes=[(32, 40), (32, 39)])
+    assert len(made) == (1 if device.type == "cpu" else 3)
+
+
 def test_maps_are_zero_at_padding(device: torch.device) -> None:
     for index, feature in enumerate(make().to(device)(pad(pictures(device)))):
         stride = 4 * 2**index
@@ -190,8 +216,6 @@ def test_picture_of_nothing_but_zeros(device: torch.device) -> None:
 @pytest.mark.parametrize("root", ["first", "last"])
 @pytest.mark.parametrize("by_columns", [False, True])
 def test_paths_leave_padding_for_the_end(device: torch.device, root: str, by_columns: bool) -> None:
-    from grootvl_mm.layers.padding import pyramid
-
     sizes = [(2, 3), (3, 2), (3, 4), (1, 1)]
     (padding,) = pyramid(torch.tensor(sizes, device=device) * 2, torch.empty(4, 3, 6, 8), 1)
     path = raster_path(4, 3, 4, root, by_columns, device, padding)
@@ -208,8 +232,6 @@ def test_paths_leave_padding_for_the_end(device: torch.device, root: str, by_col
 
 def test_layer_alone(device: torch.device) -> None:
     """:class:`TreeSSM` ignores the padding that it is told of."""
-    from grootvl_mm.layers.padding import pyramid
-
     layer = TreeSSM(8).to(device)
     x = torch.randn(1, 5, 6, 8, device=device)
     padding = pyramid(torch.tensor([[12, 16]], device=device), torch.empty(1, 3, 20, 24), 2)[1]
@@ -228,7 +250,7 @@ def test_a_block_keeps_no_map_more() -> None:
             return value
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-            feature = model(torch.randn(1, 3, 64, 64))[0]
+            feature = model(nn.functional.pad(torch.randn(1, 3, 64, 56), (0, 8)))[0]
         kept[ignored] = sum(storages.values())
         assert feature.requires_grad
     one_map = 8 * 16 * 16 * 4

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from grootvl_mm.models import GrootV
+from tests.helpers.marks import needs_compiler
 
 LINEAR = ("in_proj", "x_proj", "dt_proj", "out_proj", "fc1", "fc2")
 NORMS = ("norm1", "norm2", "h_norm", "out_norm")
@@ -216,6 +217,7 @@ def test_dynamic_quantization() -> None:
     quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     replaced = [type(layer).__module__ for name in LINEAR if name != "dt_proj" for _, layer in layers(quantized, name)]
     assert all("quantized" in module for module in replaced)
+    quantized.load_state_dict(copy.deepcopy(quantized).state_dict())
     assert (both_modes(quantized, image) - both_modes(model, image)).norm() < 0.1 * model(image)[-1].norm()
 
 
@@ -261,6 +263,53 @@ def test_program_of_torch_jit_trace_refuses_other_sizes() -> None:
     torch.testing.assert_close(traced(image)[-1], model(image)[-1])
     with pytest.raises(RuntimeError, match="sizes"):
         traced(image.mT)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(inplace=True), nn.SiLU(inplace=True)])
+def test_activations_in_place(act: nn.Module) -> None:
+    model, image = make(), torch.randn(1, 3, 32, 40)
+    plain = copy.deepcopy(model)
+    for used, activation in ((model, act), (plain, type(act)())):
+        for parent, _ in layers(used, "act"):
+            parent.act = activation
+    direction = torch.randn(1, 16, 4, 5)
+    for used in (model, plain):
+        (used(image)[-1] * direction).sum().backward()
+    torch.testing.assert_close(both_modes(model, image), both_modes(plain, image))
+    for actual, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_16_bits_with_norms_and_states_in_single_precision(hooked: bool) -> None:
+    """As fine-tuning recipes keep them, without autocast."""
+    model, image = make().bfloat16(), torch.randn(1, 3, 32, 40).bfloat16()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith(("A_log", "Ds")):
+            parameter.data = parameter.data.float()
+    if hooked:
+        model.apply(lambda module: module.register_forward_hook(lambda *args: None))
+    maps = both_modes(model, image)
+    assert maps.dtype == torch.bfloat16
+    model(image)[-1].float().square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@needs_compiler
+def test_per_sample_gradients_by_torch_func() -> None:
+    """``vmap`` of ``grad`` of a functional call."""
+    model, images = make().double(), torch.randn(2, 3, 32, 40, dtype=torch.float64)
+    direction = torch.randn(1, 16, 4, 5, dtype=torch.float64)
+
+    def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+        return (torch.func.functional_call(model, parameters, (image[None],))[-1] * direction).sum()
+
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    samples = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, images)
+    for index, image in enumerate(images):
+        expected = torch.autograd.grad(loss(dict(model.named_parameters()), image), list(model.parameters()))
+        for actual, gradient in zip(samples.values(), expected, strict=True):
+            torch.testing.assert_close(actual[index], gradient)
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])

@@ -1,4 +1,4 @@
-"""What other people's tools see of the backbone: Grad-CAM, hooks, graphs of torch.fx."""
+"""Third-party tools on the backbone: Grad-CAM, hooks, graphs of torch.fx."""
 
 import copy
 import sys
@@ -94,7 +94,7 @@ def test_vis_cam_of_mmpretrain(
     monkeypatch.setattr(vis_cam, "show_cam_grad", lambda heatmap, image, *args, **kwargs: shown.append(heatmap))
     size = ["--cfg-options", "test_dataloader.dataset.pipeline.1.scale=(160,96)"]
     monkeypatch.setattr(sys, "argv", ["vis_cam.py", *map(str, (picture, config, checkpoint)), *arguments, *size])
-    with DefaultScope.overwrite_default_scope("mmpretrain"):  # as in a process of its own
+    with DefaultScope.overwrite_default_scope("mmpretrain"):  # as in a separate process
         vis_cam.main()
     (heatmap,) = shown
     assert heatmap.shape == (1, 96, 160)
@@ -133,11 +133,11 @@ def test_hooks_see_maps_and_tokens() -> None:
     assert set(seen) == {name for name, module in backbone.named_modules() if not isinstance(module, nn.ModuleList)}
 
 
-@pytest.mark.parametrize("ignore_padding", [False, True])
-def test_feature_extraction_by_torchvision(ignore_padding: bool) -> None:
+@pytest.mark.parametrize("options", [{}, {"ignore_padding": True}, {"with_cp": True}], ids=str)
+def test_feature_extraction_by_torchvision(options: dict) -> None:
     """It makes a graph of everything but the layers that it is told to leave alone."""
     extraction = pytest.importorskip("torchvision.models.feature_extraction")
-    backbone = make(ignore_padding=ignore_padding, out_indices=(0, 1, 2))
+    backbone = make(**options, out_indices=(0, 1, 2))
     nodes = {f"stages.{index}.norm": f"map {index}" for index in range(3)}
     extractor = extraction.create_feature_extractor(backbone, nodes, tracer_kwargs={"leaf_modules": [TreeSSM]})
     for shape in ((1, 3, 64, 48), (2, 3, 33, 70)):
@@ -153,7 +153,7 @@ def test_feature_extraction_needs_the_leaf() -> None:
 
 
 def test_counters_that_are_wrong() -> None:
-    """And the one of them that is not; should this fail, the page is to be changed."""
+    """Two that are wrong and one that is right; if this fails, update docs/tools.md."""
     ptflops, torchinfo = pytest.importorskip("ptflops"), pytest.importorskip("torchinfo")
     backbone, image = GrootV("pico").eval(), torch.randn(1, 3, 64, 64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -1,4 +1,4 @@
-"""Published classifiers load into mmpretrain's ImageClassifier as they are, by every way that leads there."""
+"""Published classifiers load into mmpretrain's ImageClassifier unchanged, in every way of loading."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -191,20 +191,25 @@ def test_a_run_starts_from_a_published_file(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda w: {"model": {"layer1.0.conv1.weight": torch.ones(2)}}, "found nothing below 'backbone.'"),
+        (lambda w: {"model": {"layer1.0.conv1.weight": torch.ones(2)}}, "found nothing with the prefix 'backbone.'"),
         (lambda w: {"model": {k: v for k, v in w.items() if "levels" not in k}}, r"8 of \d+ parameters match"),
         (
             lambda w: {"model": publish(GrootV({"channels": 16, "depths": [1, 1, 2, 1]}))},
             r"Expected for example 'backbone.stem.conv1.weight' \(12, 3, 3, 3\), found "
             r"'backbone.stem.conv1.weight' \(8, 3, 3, 3\)\. Check",
         ),
-        (lambda w: {"model": {**w, "module.head.bias": torch.ones(5)}}, "hold 'head.bias' twice"),
+        (lambda w: {"model": {**w, "module.head.bias": torch.ones(5)}}, "contain 'head.bias' twice"),
         (
             lambda w: {"model": {**w, "levels.0.blocks.0.TreeSSM.A_logs": torch.ones(48)}},
-            "too few axes: 'levels.0.blocks.0.TreeSSM.A_logs' has the shape",
+            "'levels.0.blocks.0.TreeSSM.A_logs' must have at least 2 axes, got shape",
         ),
+        (
+            lambda w: {"model": {**w, "levels.0.blocks.0.TreeSSM.A_logs": "text"}},
+            "'levels.0.blocks.0.TreeSSM.A_logs' is a str, expected a tensor",
+        ),
+        (lambda w: {"model": {**w, 5: torch.ones(1)}}, "no dictionary of names to tensors"),
     ],
-    ids=["another model", "missing layers", "another size", "twice", "axes"],
+    ids=["another model", "missing layers", "another size", "twice", "axes", "text", "number as a name"],
 )
 def test_a_file_that_does_not_fit_is_an_error(make: Callable, message: str, published: dict, save: Callable) -> None:
     model = build(pico_config())

@@ -1,4 +1,4 @@
-"""What older versions of PyTorch get in place of what they lack; the newest runs it too."""
+"""Backports for older versions of PyTorch; the newest runs them too."""
 
 import subprocess
 import sys

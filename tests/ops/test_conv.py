@@ -183,7 +183,7 @@ X, WEIGHT, _ = sample(2, 3, 4, 8, dtype=torch.float32)
         ({"x": X[0]}, ValueError, r"x must have shape \(B, H, W, D\), got \(3, 4, 8\)"),
         ({"x": X.int()}, TypeError, "x must be of dtype float32.*got torch.int32"),
         ({"weight": WEIGHT[:7]}, ValueError, r"weight must have shape \(8, 1, 3, 3\).*got \(7, 1, 3, 3\)"),
-        ({"weight": WEIGHT.half()}, TypeError, "weight must be torch.float32 as x is.*got torch.float16"),
+        ({"weight": WEIGHT.half()}, TypeError, "weight must be torch.float32 like x.*got torch.float16"),
         ({"weight": WEIGHT.to("meta")}, ValueError, "on one device.*weight on meta"),
     ],
 )

@@ -232,15 +232,15 @@ INPUTS = sample((2, 3, 4), 0, torch.float32, torch.bfloat16)
     [
         ({"x": 1.0}, TypeError, r"x must be a tensor \(..., C\), got float"),
         ({"x": INPUTS["x"].int()}, TypeError, "x must be of dtype float32.*got torch.int32"),
-        ({"x": INPUTS["x"].half()}, TypeError, "branch must be torch.float16 as x is.*got torch.bfloat16"),
+        ({"x": INPUTS["x"].half()}, TypeError, "branch must be torch.float16 like x.*got torch.bfloat16"),
         ({"branch": INPUTS["branch"][:1]}, ValueError, r"the shape of x \(2, 3, 4\), got \(1, 3, 4\)"),
-        ({"branch": INPUTS["branch"].double()}, TypeError, "branch must be torch.float32 as x is.*got torch.float64"),
+        ({"branch": INPUTS["branch"].double()}, TypeError, "branch must be torch.float32 like x.*got torch.float64"),
         ({"weight": INPUTS["weight"][:3]}, ValueError, r"weight must have shape \(4,\), got \(3,\)"),
-        ({"bias": INPUTS["bias"].half()}, TypeError, "bias must be torch.float32 as x is.*got torch.float16"),
+        ({"bias": INPUTS["bias"].half()}, TypeError, "bias must be torch.float32 like x.*got torch.float16"),
         ({"bias": INPUTS["bias"].to("meta")}, ValueError, "on one device.*bias on meta"),
         ({"factor": INPUTS["factor"][:1]}, ValueError, r"factor must have shape \(B\).*got \(1,\)"),
         ({"factor": INPUTS["factor"].clone().requires_grad_()}, ValueError, "multiply branch by it instead"),
-        ({"dtype": torch.float64}, TypeError, "dtype must be torch.float32 as x is.*got torch.float64"),
+        ({"dtype": torch.float64}, TypeError, "dtype must be torch.float32 like x.*got torch.float64"),
     ],
 )
 def test_bad_input_is_explained(change: dict, error: type, message: str) -> None:

@@ -110,6 +110,21 @@ def test_parameters_may_be_float32_beside_16_bit_activations(
     assert all(value.isfinite().all() for value in second)
 
 
+def test_some_parameters_may_be_float32(device: torch.device) -> None:
+    """As models of 16 bits keep their norms, or the state matrix; it is as if all were."""
+    inputs, tree = sample(2, 7, 6, 16, 3, seed=1, dtype=torch.bfloat16)
+    some = {name: value.float() if "norm" in name or name == "A_log" else value for name, value in inputs.items()}
+    wide = inputs | {name: inputs[name].float() for name in NAMES[5:]}
+    results = []
+    for values in (some, wide):
+        leaves = {name: value.to(device).requires_grad_() for name, value in values.items()}
+        y = tree_selective_scan(**leaves, tree=tree.to(device))
+        grads = torch.autograd.grad(y.float().square().sum(), list(leaves.values()))
+        assert [grad.dtype for grad in grads] == [value.dtype for value in values.values()]
+        results.append([y, *(grad.bfloat16() for grad in grads)])
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
 def test_gradients_by_finite_differences(device: torch.device, propagation: str) -> None:
     inputs, tree = sample(2, 2, 3, 4, 2, seed=2)
@@ -252,17 +267,17 @@ INPUTS, TREE = sample(2, 3, 3, 4, 2, seed=0, dtype=torch.float32)
         (
             {"A_log": INPUTS["A_log"].double()},
             TypeError,
-            "A_log must be torch.float32 beside x torch.float32, got torch.float64",
+            "A_log must be torch.float32 like x, or float32 if x is 16-bit, got torch.float64",
         ),
         (
             {"gate": INPUTS["gate"].half()},
             TypeError,
-            "gate must be torch.float32 beside x torch.float32, got torch.float16",
+            "gate must be torch.float32 like x, got torch.float16",
         ),
         (
-            {name: INPUTS[name].half() for name in (*NAMES[:5], "Ds")},
+            {name: INPUTS[name].half() for name in NAMES[:5]} | {"Ds": INPUTS["Ds"].bfloat16()},
             TypeError,
-            "Ds must be torch.float32 beside x torch.float16 and dt_weight torch.float32, got torch.float16",
+            "Ds must be torch.float16 like x, or float32 if x is 16-bit, got torch.bfloat16",
         ),
         ({"gate": INPUTS["gate"].int()}, TypeError, "gate must be of dtype float32.*got torch.int32"),
         ({"c": INPUTS["c"].to("meta")}, ValueError, "on one device.*c on meta"),

@@ -1,7 +1,6 @@
-"""The benchmarks of tools/analysis_tools, for real but at tiny sizes: what they write, not how fast anything is."""
+"""The benchmarks of tools/analysis_tools, run at tiny sizes: what they write, not how fast anything is."""
 
 import functools
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -10,34 +9,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from PIL import Image
 
-from tests.helpers.tool_runs import ROOT, load_script
+from tests.helpers.analysis_runs import TOOLS, read_results, run_here
+from tests.helpers.tool_runs import load_script
 
-TOOLS = ROOT / "tools" / "analysis_tools"
 ROWS = ["grid_edge_weight", "grid_tree", "tree_scan", "tree_scan, forward + backward"]
 ROWS += ["tree_selective_scan", "tree_selective_scan, forward + backward"]
-
-
-def run_here(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: object) -> None:
-    """Run a benchmark in this process, with the measurements that it would start processes for."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    module = load_script(f"tools/analysis_tools/{script}")
-    monkeypatch.setattr(module, "run_fresh", lambda function, *args, **_: function(*args))
-    if script == "benchmark_model.py":
-        monkeypatch.setattr(module, "peak_memory", lambda step, device: step() or 2**20)
-    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-    module.main()
-
-
-def read_results(folder: Path, name: str) -> tuple[dict, str]:
-    """The JSON file and the text; the picture opens and is not empty."""
-    assert {path.name for path in folder.iterdir()} == {f"{name}.json", f"{name}.txt", f"{name}.png"}
-    with Image.open(folder / f"{name}.png") as picture:
-        extrema = picture.convert("L").getextrema()
-        assert min(picture.size) > 100
-    assert extrema[0] < 100 < extrema[1]
-    return json.loads((folder / f"{name}.json").read_text()), (folder / f"{name}.txt").read_text()
 
 
 def assert_spread(spread: dict[str, float]) -> None:
@@ -65,7 +42,7 @@ def test_operators(precision: str, monkeypatch, capsys, tmp_path: Path) -> None:
 def test_operators_that_differ_are_not_timed(monkeypatch, tmp_path: Path) -> None:
     module = load_script("tools/analysis_tools/benchmark_ops.py")
     monkeypatch.setattr(module, "weights_in_pytorch", lambda feature: torch.zeros(1))
-    with pytest.raises(AssertionError, match="grid_edge_weight and cosine_similarity do not compute the same"):
+    with pytest.raises(AssertionError, match="the results of grid_edge_weight and cosine_similarity differ"):
         run_here(monkeypatch, "benchmark_ops.py", "--maps", "1x4x4x8", "--out", tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -107,7 +84,7 @@ def test_one_clear_error(script: str, arguments: tuple, message: str, monkeypatc
     ("script", "arguments", "message"),
     [
         ("benchmark_ops.py", ("--maps", "8x8"), "expected BATCHxHEIGHTxWIDTHxCHANNELS, got '8x8'"),
-        ("benchmark_model.py", ("--images", "1x7x7"), "32 pixels or more, got '1x7x7'"),
+        ("benchmark_model.py", ("--images", "1x7x7"), "at least 32x32 pixels, got '1x7x7'"),
         ("benchmark_ops.py", ("--device", "cuda"), "--device cuda needs a GPU"),
     ],
 )
@@ -151,7 +128,7 @@ def test_ratio_is_that_of_the_medians(measuring) -> None:
 
 
 def test_peak_memory_sees_what_is_freed(measuring) -> None:
-    """In a process of its own, whose memory no earlier test has grown."""
+    """In a separate process, whose memory earlier tests have not grown."""
     size = 2**26
     fill = functools.partial(b"".ljust, size, b"x")
     environment = measuring.MEMORY_ENVIRONMENT
@@ -160,7 +137,7 @@ def test_peak_memory_sees_what_is_freed(measuring) -> None:
 
 
 def test_a_measuring_process_that_dies_is_an_error(measuring) -> None:
-    with pytest.raises(SystemExit, match="the measuring process ended with status 3"):
+    with pytest.raises(SystemExit, match="the measuring process exited with status 3"):
         measuring.run_fresh(sys.exit, 3, threads=1)
 
 

@@ -36,46 +36,44 @@ def change(**values: object) -> Callable[[dict], None]:
 BAD = {
     "box that is not finite": [change(bbox=[1, 1, math.nan, 4]), change(bbox=[math.inf, 1, 3, 4])],
     "box without area": [change(bbox=[1, 1, 0, 4]), change(bbox=[1, 1, 3, -4])],
-    "box outside of its picture": [
+    "box outside its image": [
         change(bbox=[-5, 1, 9, 9]),
         change(bbox=[38, 1, 9, 9]),
         change(bbox=[90, 90, 9, 9]),
         change(bbox=[1, 1, 1e9, 1]),
     ],
-    "box that is no four numbers": [
+    "box that is not four numbers": [
         change(bbox=[1, 2, 3]),
         change(bbox=None),
         change(bbox="1 2 3 4"),
         change(bbox=[1, 2, 3, "4"]),
     ],
-    "polygon of less than three points": [
+    "polygon with fewer than three points": [
         change(segmentation=[[1, 1, 2, 2]]),
         change(segmentation=[[]]),
         change(segmentation=[[1, 1, 2, 2, 3, 3, 4]]),
     ],
     "polygon that is not finite": [change(segmentation=[[1, 1, 2, 2, math.nan, 3]])],
-    "polygon outside of its picture": [change(segmentation=[[1, 1, 2, 2, 80, 3]])],
+    "polygon outside its image": [change(segmentation=[[1, 1, 2, 2, 80, 3]])],
     "mask in an unknown format": [
         change(segmentation=[]),
         change(segmentation="abc"),
         change(segmentation={"size": [30, 40]}),
     ],
-    "mask of another size": [
+    "mask of another size than its image": [
         change(segmentation={"size": [40, 30], "counts": "abc"}),
         change(segmentation={"size": 3, "counts": "abc"}),
     ],
-    "mask that does not fill its picture": [change(segmentation={"size": [30, 40], "counts": [1, 2]})],
+    "mask whose run lengths do not add up to its size": [change(segmentation={"size": [30, 40], "counts": [1, 2]})],
     "unknown category": [change(category_id=2), change(category_id=None), change(category_id="cat")],
-    "unknown picture": [change(image_id=2), change(image_id=None)],
-    "annotations without an id of their own": [change(id=1), change(id=None)],
-    "picture without size": [
+    "unknown image": [change(image_id=2), change(image_id=None)],
+    "annotations without a unique id": [change(id=1), change(id=None)],
+    "image without size": [
         lambda content: content["images"][0].update(width=0),
         lambda content: content["images"][0].pop("height"),
     ],
-    "class of the config that the annotations do not have": [
-        lambda content: content["categories"][0].update(name="cart")
-    ],
-    "no entry of COCO annotations": [
+    "class of the config missing in the annotations": [lambda content: content["categories"][0].update(name="cart")],
+    "malformed entry in COCO annotations": [
         lambda content: content["images"].append(5),
         lambda content: content["annotations"].append(None),
         lambda content: content["categories"].append(["cat"]),
@@ -84,7 +82,7 @@ BAD = {
         lambda content: content["categories"][0].update(name=["cat"]),
         change(image_id={}),
     ],
-    "no COCO annotations": [lambda content: content.pop("categories"), lambda content: content.update(images={})],
+    "not COCO annotations": [lambda content: content.pop("categories"), lambda content: content.update(images={})],
 }
 
 
@@ -108,13 +106,13 @@ def write_picture(path: Path, size: tuple[int, int] = (40, 30)) -> Path:
 
 def test_bad_pictures_are_found(tool, tmp_path: Path) -> None:
     path = write_picture(tmp_path / "a.png")
-    assert list(tool.check_picture(path, (40, 30))) == []
-    assert [problem.kind for problem in tool.check_picture(path, (30, 40))] == ["picture of another size"]
-    assert [problem.kind for problem in tool.check_picture(tmp_path / "b.png")] == ["missing picture"]
+    assert list(tool.check_image(path, (40, 30))) == []
+    assert [problem.kind for problem in tool.check_image(path, (30, 40))] == ["image of another size than annotated"]
+    assert [problem.kind for problem in tool.check_image(tmp_path / "b.png")] == ["missing image"]
     whole = path.read_bytes()
     for broken in (b"", b"hello", whole[: len(whole) // 2], whole[:60] + bytes(100) + whole[160:]):
         path.write_bytes(broken)
-        assert [problem.kind for problem in tool.check_picture(path)] == ["picture that cannot be read"]
+        assert [problem.kind for problem in tool.check_image(path)] == ["unreadable image"]
 
 
 def test_bad_maps_are_found(tool, tmp_path: Path) -> None:
@@ -129,9 +127,9 @@ def test_bad_maps_are_found(tool, tmp_path: Path) -> None:
     assert kinds(values) == []
     assert kinds(values + (values == 2)) == ["unknown class in a map"]
     assert kinds(values + (values == 2), reduce_zero_label=True) == []
-    assert kinds(values.T) == ["map of another size than its picture"]
+    assert kinds(values.T) == ["map of another size than its image"]
     path.write_text("hello")
-    assert [problem.kind for problem in tool.check_map(path, picture, 3, False)] == ["picture that cannot be read"]
+    assert [problem.kind for problem in tool.check_map(path, picture, 3, False)] == ["unreadable image"]
 
 
 def test_config_of_a_detector(tool, tmp_path: Path) -> None:

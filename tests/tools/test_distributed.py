@@ -40,7 +40,7 @@ def runs(command: Command, make_config, tmp_path_factory) -> Runs:
     config = make_config("cls", batch_norm=False)
     halved = ("--exact-resume", "--cfg-options", "train_dataloader.batch_size=1")
     runs = Runs(config, halved, folder / "one", folder / "two")
-    command("train.py", config, "--work-dir", runs.one, "--exact-resume", **ON_CPU)
+    command.forked("train.py", config, "--work-dir", runs.one, "--exact-resume", **ON_CPU)
     command("dist_train.sh", config, 2, "--work-dir", runs.two, *halved, PORT=free_port(), **ON_CPU)
     return runs
 
@@ -66,7 +66,7 @@ def test_two_processes_go_on_from_a_checkpoint(runs: Runs, command: Command, tmp
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one_does(runs: Runs, command: Command, tmp_path: Path):
     checkpoint = runs.one / "iter_4.pth"
-    command("test.py", runs.config, checkpoint, "--work-dir", tmp_path / "one", **ON_CPU)
+    command.forked("test.py", runs.config, checkpoint, "--work-dir", tmp_path / "one", **ON_CPU)
     arguments = (runs.config, checkpoint, 2, "--work-dir", tmp_path / "two")
     command("dist_test.sh", *arguments, PORT=free_port(), **ON_CPU)
     metrics = [read_metrics(tmp_path / name)["accuracy/top5"] for name in ("one", "two")]
@@ -93,7 +93,7 @@ def test_sharded_training_goes_on_from_one_that_is_not(runs: Runs, command: Comm
     arguments = ("--work-dir", tmp_path, "--resume", runs.two / "iter_2.pth", *runs.halved)
     arguments += ("model.backbone.with_cp=True",)  # changes nothing but the memory
     output = command("dist_train.sh", config, 2, *arguments, PORT=free_port(), **ON_CPU)
-    assert re.search(r"sharded in 5 units: this process has [\d,]+ of [\d,]+ parameters", output)
+    assert re.search(r"Sharded the model in 5 units: this rank holds [\d,]+ of [\d,]+ parameters", output)
     scalars, expected_scalars = read_scalars(tmp_path), read_scalars(runs.two)
     assert sorted(scalars) == [3, 4]
     for iteration, line in scalars.items():
@@ -121,7 +121,7 @@ def test_frozen_stages_and_sync_bn_with_two_processes(command: Command, make_con
         PORT=free_port(),
         **ON_CPU,
     )
-    assert "2 x SyncBN in the config became BN" in output
+    assert "Replaced 2 x SyncBN in the config by BN" in output
     first, second = (read_checkpoint(tmp_path / f"iter_{i}.pth")["state_dict"] for i in (1, 2))
     frozen = ("backbone.stem.", "backbone.stages.0.", "backbone.stages.1.")
     for name, value in first.items():

@@ -1,6 +1,6 @@
 """Every piece of Python in the documentation is run, and every command is parsed with its arguments and its config.
 
-That the scripts do what they should is what the tests of the tools see to.
+The tests of the tools check what the scripts do.
 """
 
 import json

@@ -98,7 +98,7 @@ def test_one_clear_error(change: dict, message: str, picture: Path, call: Callab
 
 def test_other_outputs_are_refused(picture: Path, call: Callable, capsys: pytest.CaptureFixture) -> None:
     assert call(CLASSIFIER, "none", picture, "-o", "page.png") == 2
-    assert "does not end in .html" in capsys.readouterr().err
+    assert "must end in .html" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -141,7 +141,7 @@ def test_benchmark(call: Callable, caplog: pytest.LogCaptureFixture, monkeypatch
 
     monkeypatch.setattr(tool, "measure", missing)
     error = call(script="analysis_tools/benchmark_explorer.py")
-    assert error == "error: this needs a browser and Playwright: no Chromium or Chrome found"
+    assert error == "error: the benchmark needs Playwright and a browser: no Chromium or Chrome found"
 
 
 def test_installed_package_has_the_page(mim) -> None:

@@ -100,7 +100,7 @@ def call(folder: Path, *arguments: object) -> str | int | None:
 
 
 def run(folder: Path, *command: str, **environment: str) -> str:
-    """Run a command in a process of its own."""
+    """Run a command in a separate process."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | environment
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -273,13 +273,13 @@ def classification() -> list[str]:
 
 
 WRONG_CALLS = {
-    "suffix": (("out.pth",), "the output is a file NAME.pt2 or NAME.onnx, got 'out.pth'"),
-    "shape": (("out.pt2", "--shape", "0", "5"), "--shape takes two positive numbers, got 0 5"),
+    "suffix": (("out.pth",), "the output file must be NAME.pt2 or NAME.onnx, got 'out.pth'"),
+    "shape": (("out.pt2", "--shape", "0", "5"), "--shape must be two positive numbers, got 0 5"),
     "small": (
         ("out.pt2", "--dynamic-shape", "--shape", "64", "32"),
-        "--dynamic-shape takes sizes from 33 on, got 64 32",
+        "with --dynamic-shape, --shape must be at least 33, got 64 32",
     ),
-    "onnx": (("out.onnx", "--aoti"), "--aoti and --dynamic-shape go with NAME.pt2"),
+    "onnx": (("out.onnx", "--aoti"), "--aoti and --dynamic-shape need an output file NAME.pt2, got 'out.onnx'"),
 }
 
 
@@ -321,11 +321,11 @@ def text(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: "nothing.pth", "nothing.pth does not exist; give a checkpoint file"),
-        (text, "text.pth is no checkpoint, or is cut off or damaged"),
+        (lambda folder: "nothing.pth", "checkpoint 'nothing.pth' does not exist"),
+        (text, "text.pth is not a checkpoint, or is damaged"),
         (another_model, "this checkpoint does not fit GrootV"),
-        (another_size, "size.pth does not fit the model of the config: Error(s) in loading state_dict for ImageCl"),
-        (not_a_number, "weights cannot be loaded: 'head.fc.bias' is NaN at least in part"),
+        (another_size, "would stay random: 'head.fc.bias' is (3,), expected (10,)"),
+        (not_a_number, "weights cannot be loaded: 'head.fc.bias' is NaN in at least one element"),
         (half_precision, "would stay random: 'head.fc.bias' is float16, expected float32"),
     ],
     ids=["missing", "text", "another model", "another size", "NaN", "half precision"],
@@ -348,7 +348,7 @@ def test_files_that_are_not_there(classification: list, folder: Path) -> None:
     assert_fails(folder, "config 'nowhere.py' does not exist", "nowhere.py", "out.pt2")
     assert_fails(folder, "its folder does not exist", *classification, "nowhere/out.pt2")
     (folder / "folder.pt2").mkdir(exist_ok=True)
-    assert_fails(folder, "folder.pt2 cannot be written: it is a folder", *classification, "folder.pt2")
+    assert_fails(folder, "cannot write folder.pt2: it is a folder", *classification, "folder.pt2")
 
 
 def test_a_model_that_does_not_run(classification: list, folder: Path) -> None:
@@ -358,12 +358,12 @@ def test_a_model_that_does_not_run(classification: list, folder: Path) -> None:
 
 def test_no_compiler(classification: list, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    assert_fails(folder, "--aoti compiles C++, but no compiler works here", *classification, "out.pt2", "--aoti")
+    assert_fails(folder, "--aoti needs a C++ compiler, and none was found", *classification, "out.pt2", "--aoti")
 
 
 def test_no_operators(classification: list, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grootvl_mm.ops.extension_error", lambda: "no compiled library in FOLDER")
-    assert_fails(folder, "not in use here: no compiled library in FOLDER", *classification, "out.pt2")
+    assert_fails(folder, "not available: no compiled library in FOLDER", *classification, "out.pt2")
 
 
 def test_no_onnx(classification: list, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,6 +383,6 @@ def test_a_file_that_differs_from_the_model_is_not_kept(classification: list, fo
         config=config, checkpoint=None, out=out, shape=(32, 32), dynamic_batch=False, dynamic_shape=False, backbone=True
     )
     before = set(folder.iterdir())
-    with pytest.raises(SystemExit, match=r"differs from the model by 1.0e-02 of its output, more than 1.0e-04"):
+    with pytest.raises(SystemExit, match=r"has a relative error of 1.0e-02; at most 1.0e-04 is allowed"):
         tool.export(load_config(config), options, tool.Format("wrong file", write, ""))
     assert set(folder.iterdir()) == before

@@ -1,4 +1,4 @@
-"""A short cut of the fault campaign; .dev_scripts/fault_campaign runs the whole of it."""
+"""A short version of the fault campaign; .dev_scripts/fault_campaign runs all of it."""
 
 import importlib
 import random

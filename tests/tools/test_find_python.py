@@ -95,7 +95,7 @@ def test_no_python(script: str, checkout: Path) -> None:
     done = run(checkout, script)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert "error: no Python found that has grootvl_mm and torch (tried: " in done.stderr
+    assert "error: no Python with grootvl_mm and torch found (tried: " in done.stderr
     assert str(checkout.parent / "bin" / "python") in done.stderr
     assert "set PYTHON=/path/to/python" in done.stderr
 

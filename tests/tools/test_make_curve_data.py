@@ -96,7 +96,7 @@ def test_dashes_leave_both_ends(tool: ModuleType) -> None:
 def test_the_same_again_and_nothing_else(tool: ModuleType, made: Path, tmp_path: Path) -> None:
     counts = {"train": 6, "val": 4}
     assert not tool.make_curve_data(made, counts, options(tool))
-    with pytest.raises(FileExistsError, match=r"holds curve data made with length 18 \(asked: 20\)"):
+    with pytest.raises(FileExistsError, match=r"holds curve data made with length 18 \(requested: 20\)"):
         tool.make_curve_data(made, counts, options(tool, length=20))
     other = tmp_path / "other"
     tool.make_curve_data(other, counts, options(tool), workers=2)

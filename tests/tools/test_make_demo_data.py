@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -209,7 +210,7 @@ def test_mixed_sizes(demo, mixed):
 def test_mixed_sizes_are_remembered(demo, mixed):
     counts = {"train": 8, "val": 4}
     assert not demo.make_demo_data(mixed, counts, size=[(96, 160), (128, 128), (160, 96)])
-    with pytest.raises(FileExistsError, match=r"size \[\[96, 160\].* \(asked: 128\)"):
+    with pytest.raises(FileExistsError, match=r"size \[\[96, 160\].* \(requested: 128\)"):
         demo.make_demo_data(mixed, counts)
 
 
@@ -264,10 +265,10 @@ def test_finished_set_is_left_alone_and_other_arguments_are_refused(made):
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
     same = run("--out", made, "--train", 6, "--val", 3, "--workers", 1)
     assert same.returncode == 0
-    assert "already made with the same arguments" in same.stdout
+    assert "already exists with the same arguments" in same.stdout
     other = run("--out", made, "--train", 6, "--val", 3, "--seed", 5)
     assert other.returncode == 1
-    assert "seed 0 (asked: 5)" in other.stderr
+    assert "seed 0 (requested: 5)" in other.stderr
     assert "--force" in other.stderr
     assert "Traceback" not in other.stderr
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
@@ -280,7 +281,7 @@ def test_foreign_folder_is_refused_and_replaced_only_with_force(demo, tmp_path, 
     (out / "thesis.txt").write_text("dear")
     if meta is not None:
         (out / "meta.json").write_text(meta)
-    with pytest.raises(FileExistsError, match=r"something else than demo data.*--force"):
+    with pytest.raises(FileExistsError, match=r"something other than demo data.*--force"):
         demo.make_demo_data(out, {"train": 1, "val": 1})
     assert (out / "thesis.txt").read_text() == "dear"
     if meta is None:
@@ -294,7 +295,7 @@ def test_files_and_the_current_folder_are_refused_even_with_force(demo, tmp_path
     (tmp_path / "demo").write_text("")
     monkeypatch.chdir(tmp_path)
     for out in (tmp_path / "demo", tmp_path):
-        with pytest.raises(FileExistsError, match="give another --out"):
+        with pytest.raises(FileExistsError, match="choose another --out"):
             demo.make_demo_data(out, {"train": 1, "val": 1}, force=True)
 
 
@@ -310,12 +311,16 @@ def running(tmp_path):
     # A shell starts what runs in its background with SIGINT ignored, which children take over.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".demo-*/new/images/train/*.png")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return process
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob(".demo-*/new/images/train/*.png")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
@@ -350,7 +355,7 @@ def test_failure_keeps_the_old_set(demo, tmp_path, monkeypatch):
 
 def test_missing_photograph_is_named(demo, monkeypatch):
     monkeypatch.setattr(demo, "PHOTOS", (*demo.PHOTOS, "unicorn"))
-    with pytest.raises(FileNotFoundError, match="does not ship the photographs unicorn"):
+    with pytest.raises(FileNotFoundError, match="lacks the photographs unicorn"):
         demo.load_sources.__wrapped__()
 
 

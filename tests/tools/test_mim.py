@@ -1,4 +1,4 @@
-"""The commands of openmim, or of onedl-mim, after ``pip install .``, in an environment of its own."""
+"""The commands of openmim, or of onedl-mim, after ``pip install .``, in a separate environment."""
 
 import json
 from pathlib import Path

@@ -159,10 +159,10 @@ WRONG = {
     "another model": (lambda w: {"model": {"layer1.0.conv1.weight": torch.ones(2)}}, "not the weights of a published"),
     "own names": (
         lambda w: {"state_dict": convert_published(w)},
-        "expected names and tensors under 'model'; found 'state_dict'",
+        "expected a state dict under 'model'; found 'state_dict'",
     ),
-    "no weights": (lambda w: {"model": {}}, "expected names and tensors under 'model'$"),
-    "numbers": (lambda w: {"model": dict.fromkeys(w, 1)}, "expected names and tensors under 'model'$"),
+    "no weights": (lambda w: {"model": {}}, "expected a state dict under 'model'$"),
+    "numbers": (lambda w: {"model": dict.fromkeys(w, 1)}, "expected a state dict under 'model'$"),
     "missing layers": (lambda w: {"model": without(w, "x_proj")}, "do not fit the classifier: 5 missing: 'backbone"),
     "missing stage": (
         lambda w: {"model": without(w, "levels.3")},
@@ -171,18 +171,18 @@ WRONG = {
     "missing stem": (lambda w: {"model": without(w, "patch_embed")}, "stem or blocks of some of the four stages"),
     "missing block": (lambda w: {"model": without(w, "levels.2.blocks.0")}, "do not fit the classifier: 20 missing"),
     "no head": (lambda w: {"model": without(w, "head")}, "do not fit the classifier: 8 missing"),
-    "surplus": (lambda w: {"model": {**w, "extra.weight": torch.ones(1)}}, "1 surplus: 'extra.weight'"),
+    "surplus": (lambda w: {"model": {**w, "extra.weight": torch.ones(1)}}, "1 unexpected: 'extra.weight'"),
     "shape": (lambda w: {"model": {**w, "head.weight": torch.ones(5, 3)}}, "1 of another shape: 'head.fc.weight'"),
     "axes": (
         lambda w: {"model": {**w, "levels.0.blocks.0.TreeSSM.A_logs": torch.ones(48)}},
-        "some weights have too few axes",
+        "must have at least 2 axes, got shape",
     ),
     "odd stem": (lambda w: {"model": {**w, "patch_embed.conv2.weight": torch.ones(3)}}, "the stem or blocks of some"),
     "NaN": (lambda w: {"model": {**w, "head.bias": w["head.bias"] * torch.nan}}, "'head.fc.bias' is NaN"),
     "half precision": (lambda w: {"model": {k: v.half() for k, v in w.items()}}, "is float16, expected float32"),
     "sparse": (lambda w: {"model": {**w, "head.weight": w["head.weight"].to_sparse()}}, "sparse or nested"),
     "meta": (lambda w: {"model": {**w, "head.weight": w["head.weight"].to("meta")}}, "a meta tensor"),
-    "twice": (lambda w: {"model": {**w, "module.head.bias": torch.ones(5)}}, "hold 'head.bias' twice"),
+    "twice": (lambda w: {"model": {**w, "module.head.bias": torch.ones(5)}}, "contain 'head.bias' twice"),
 }
 
 
@@ -204,7 +204,7 @@ def test_weights_that_are_not_there(pico: dict, call: Callable, tmp_path: Path, 
     source = tmp_path / "published.pth"
     torch.save({"model": pico}, source)
     error = call(CONVERT, source, folder / "a.pth", "--weights", "model_ema")
-    assert error == f"error: {source}: the file has no 'model_ema'; it has 'model'"
+    assert error == f"error: {source}: the file has no 'model_ema'; found 'model'"
 
 
 @pytest.mark.parametrize("script", [CONVERT, PUBLISH])
@@ -212,9 +212,9 @@ def test_weights_that_are_not_there(pico: dict, call: Callable, tmp_path: Path, 
     ("source", "target", "message"),
     [
         ("nothing.pth", "out/a.pth", "nothing.pth does not exist; give a checkpoint file"),
-        ("text.pth", "out/a.pth", "text.pth is no checkpoint, or is cut off or damaged"),
-        ("text.pth", "nowhere/a.pth", "nowhere/a.pth does not exist; make it first"),
-        ("text.pth", "out/a.bin", "must be the name of a .pth file"),
+        ("text.pth", "out/a.pth", "text.pth is not a checkpoint, or is damaged"),
+        ("text.pth", "nowhere/a.pth", "nowhere/a.pth does not exist; create it first"),
+        ("text.pth", "out/a.bin", "must be the path of a .pth file"),
     ],
 )
 def test_bad_paths(
@@ -274,11 +274,11 @@ def test_published_model_loads_into_its_config(call: Callable, tmp_path: Path, f
     [
         ({"model": {"a": torch.ones(1)}}, (), "no weights under 'state_dict'; expected a checkpoint of mmengine's"),
         ({"state_dict": {}}, (), "no weights under 'state_dict'"),
-        ({"state_dict": {"a": torch.ones(1)}}, ("--no-ema",), "no averaged weights (the run had no EMAHook)"),
+        ({"state_dict": {"a": torch.ones(1)}}, ("--no-ema",), "no EMA weights (the run had no EMAHook)"),
         (
             {"state_dict": {"a": torch.ones(1)}, "ema_state_dict": {"module.b": torch.ones(1)}},
             ("--no-ema",),
-            "do not hold the same weights",
+            "have different names",
         ),
     ],
     ids=["published", "empty", "no ema", "other ema"],

@@ -1,4 +1,4 @@
-"""Versions that stand in two places are the same in both."""
+"""Versions stated in two places agree."""
 
 import re
 

@@ -71,7 +71,7 @@ def test_stack_that_can_be_installed_is_chosen(checkout: Path, versions: list[st
     output = setup(checkout, STACK=stack)
     assert f"preparing {folder} with Python" in output
     assert f"error: asked for -m venv {checkout / folder}" in output
-    assert f"the whole output is in {checkout / folder}/setup.log" in output
+    assert f"the complete output is in {checkout / folder}/setup.log" in output
     chosen_by_itself = folder == ".venv-onedl" and not stack
     assert ("using the maintained onedl packages" in output) == chosen_by_itself
     assert (checkout / ".venv").is_symlink() == chosen_by_itself
@@ -80,8 +80,8 @@ def test_stack_that_can_be_installed_is_chosen(checkout: Path, versions: list[st
 @pytest.mark.parametrize(
     ("python", "stack", "message"),
     [
-        ({"version": "3.9"}, "", "python3.9: 3.9, not 3.10 to 3.14"),
-        ({"version": "3.14"}, "", "python3.14: 3.14, for which onedl-mim's requirement pandas 2.2.3 has no wheel"),
+        ({"version": "3.9"}, "", "python3.9: 3.9, expected 3.10 to 3.14"),
+        ({"version": "3.14"}, "", "python3.14: 3.14, for which pandas 2.2.3, required by onedl-mim, has no wheel"),
         ({"version": "3.13"}, "openmmlab", "python3.13: 3.13, and OpenMMLab's packages need 3.10 or 3.11"),
         ({"version": "3.13", "without_venv": True}, "", "3.13 without venv (Debian, Ubuntu: python3-venv)"),
         ({"version": "3.13", "without_headers": True}, "", "3.13 without headers (Debian, Ubuntu: python3-dev)"),

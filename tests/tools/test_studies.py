@@ -1,40 +1,20 @@
-"""The studies of trees in tools/analysis_tools, for real but at tiny sizes: what they write and what they must find."""
+"""The studies of trees in tools/analysis_tools, run at tiny sizes: what they write and what they must find."""
 
-import json
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tests.helpers.analysis_runs import STAND_INS, TOOLS, read_results, run_here
 from tests.helpers.config_cases import ROOT, build_model, load_config
 from tests.helpers.tool_runs import load_script
 
-TOOLS = ROOT / "tools" / "analysis_tools"
 DETECTOR = ROOT / "configs" / "demo" / "mask-rcnn_grootv-pico_fpn_demo.py"
+SEGMENTER = ROOT / "configs" / "demo" / "grootv-pico_upernet_demo-seg.py"
 CLASSIFIER = ROOT / "configs" / "demo" / "grootv-pico_demo-cls.py"
-
-
-def run_here(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: object) -> None:
-    """Run a tool in this process, with the measurements that it would start processes for."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    module = load_script(f"tools/analysis_tools/{script}")
-    if script == "complexity.py":
-        monkeypatch.setattr(module, "run_fresh", lambda function, *args, **_: function(*args))
-        monkeypatch.setattr(module, "peak_memory", lambda step, device: step() or 2**20)
-    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-    module.main()
-
-
-def read_results(folder: Path, name: str) -> tuple[dict, str]:
-    """The JSON file and the text; the picture opens and is not empty."""
-    assert {path.name for path in folder.iterdir()} == {f"{name}.json", f"{name}.txt", f"{name}.png"}
-    with Image.open(folder / f"{name}.png") as picture:
-        extrema = picture.convert("L").getextrema()
-    assert extrema[0] < 100 < extrema[1]
-    return json.loads((folder / f"{name}.json").read_text()), (folder / f"{name}.txt").read_text()
 
 
 @pytest.fixture
@@ -74,22 +54,113 @@ def test_quality_of_trees(monkeypatch, capsys, checkpoint: Path, demo_data: Path
     assert found["checkpoints"]["none"]["pictures"] == {}
 
 
+@pytest.fixture
+def segmenter(tmp_path: Path) -> Path:
+    pytest.importorskip("mmseg")
+    path = tmp_path / "iter_6.pth"
+    torch.manual_seed(6)
+    torch.save({"state_dict": build_model(load_config(SEGMENTER)).state_dict()}, path)
+    return path
+
+
+def test_quality_and_miou_of_a_segmenter(monkeypatch, segmenter: Path, demo_data: Path, tmp_path: Path) -> None:
+    """Of class maps, one of which says nothing and one of which is missing."""
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    files = sorted((demo_data / "semantic" / "val").glob("*.png"))[1:]
+    for path in files:
+        (maps / path.name).write_bytes(path.read_bytes())
+    Image.fromarray(np.zeros((128, 128), np.uint8)).save(maps / files[0].name)
+    data = ("--images", demo_data / "images" / "val", "--annotations", maps, "--number", 2)
+    names = ("--names", "at the start", "at the end")
+    arguments = ("--checkpoints", "none", segmenter, *names, *data, "--out", tmp_path / "out")
+    run_here(monkeypatch, "tree_quality.py", SEGMENTER, *arguments)
+    found, text = read_results(tmp_path / "out", "tree_quality")
+    assert list(found["checkpoints"]) == ["at the start", "at the end"]
+    results = found["checkpoints"]["at the end"]["pictures"]
+    assert {name: len(values) for name, values in results.items()} == {"quality": 2, "mIoU": 2}
+    assert found["checkpoints"]["at the start"]["pictures"] == {}
+    assert "rank correlation of tree quality with mIoU" in text
+
+
+def test_miou_of_single_images(monkeypatch, segmenter: Path, demo_data: Path) -> None:
+    """A model that predicts the class map has 1, on what counts; its values are those of mmseg's metric."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    tool = load_script("tools/analysis_tools/image_results.py")
+    truth = tool.ClassMaps(demo_data / "semantic" / "val", demo_data / "images" / "val")
+    image = truth.images(1)[0]
+    labels = truth.labels(image)
+    predicted = torch.from_numpy(labels)
+
+    def step(batch: dict) -> list:
+        assert batch["inputs"][0].shape[1:] == labels.shape
+        return [SimpleNamespace(pred_sem_seg=SimpleNamespace(data=predicted[None]))]
+
+    segmentations = tool.choose_results(tool_model(segmenter), truth)
+    monkeypatch.setattr(segmentations.model, "test_step", step)
+    picture = np.zeros((*labels.shape, 3), np.uint8)
+    assert segmentations.measure(picture, image) == {"mIoU": 1}
+    predicted = torch.where(predicted == 0, 1, predicted)
+    assert segmentations.measure(picture, image)["mIoU"] < 1
+    segmentations.ignored = 0
+    assert segmentations.measure(picture, image)["mIoU"] == 1
+    segmentations.ignored, segmentations.first_is_ignored = 255, True
+    predicted = torch.from_numpy(labels) - 1  # where the class map has 0, anything goes
+    assert segmentations.measure(picture, image)["mIoU"] == 1
+
+
+def tool_model(checkpoint: Path) -> torch.nn.Module:
+    return load_script("tools/analysis_tools/tree_measures.py").build_model(load_config(SEGMENTER), str(checkpoint))
+
+
+def test_mean_iou_is_mmsegs(monkeypatch) -> None:
+    pytest.importorskip("mmseg")
+    monkeypatch.syspath_prepend(str(TOOLS))
+    from mmseg.evaluation import IoUMetric
+
+    tool = load_script("tools/analysis_tools/image_results.py")
+    predicted, labels = torch.randint(3, (2, 50), generator=torch.Generator().manual_seed(0))
+    intersect, union, *_ = IoUMetric.intersect_and_union(predicted, labels, 3, 255)
+    assert tool.mean_iou(predicted.numpy(), labels.numpy()) == pytest.approx(float((intersect / union).mean()))
+
+
+def test_results_need_suitable_ground_truth(monkeypatch, segmenter: Path, demo_data: Path, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    tool = load_script("tools/analysis_tools/image_results.py")
+    instances = tool.Instances(demo_data / "annotations" / "instances_val.json")
+    assert tool.choose_results(tool_model(segmenter), instances) is None
+    with pytest.raises(SystemExit, match="has no class maps"):
+        tool.ClassMaps(tmp_path, demo_data / "images" / "val")
+
+
+def test_names_of_checkpoints_for_readers(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    tool = load_script("tools/analysis_tools/tree_quality.py")
+    names = {
+        "none": "random weights, seed 0",
+        "none-3": "random weights, seed 3",
+        "iter_600": "iteration 600",
+        "run/epoch_12": "epoch 12, run",
+        "best": "best",
+    }
+    assert {name: tool.readable_name(name) for name in names} == names
+
+
 def test_ap_of_a_perfect_detector(monkeypatch, checkpoint: Path, demo_data: Path) -> None:
     """It finds the masks of the ground truth, and nothing else."""
     monkeypatch.syspath_prepend(str(TOOLS))
     tool = load_script("tools/analysis_tools/tree_quality.py")
     from mmengine.structures import InstanceData
-    from pycocotools.coco import COCO
 
-    coco = COCO(str(demo_data / "annotations" / "instances_val.json"))
-    image = tool.chosen_images(coco, 1)[0]
+    instances = tool.Instances(demo_data / "annotations" / "instances_val.json")
+    coco, image = instances.coco, instances.images(1)[0]
     truth = coco.loadAnns(coco.getAnnIds(image["id"]))
     found = InstanceData(
         labels=torch.tensor([one["category_id"] - 1 for one in truth]),
         scores=torch.ones(len(truth)),
         masks=torch.stack([torch.from_numpy(coco.annToMask(one)).bool() for one in truth]),
     )
-    detections = tool.Detections(tool.build_model(load_config(DETECTOR), str(checkpoint)), coco)
+    detections = tool.choose_results(tool.build_model(load_config(DETECTOR), str(checkpoint)), instances)
     sample = type("Sample", (), {"pred_instances": found})
     monkeypatch.setattr("mmdet.apis.inference_detector", lambda *args, **kwargs: sample)
     picture = np.zeros((image["height"], image["width"], 3), np.uint8)
@@ -121,7 +192,7 @@ def pictures(tmp_path: Path) -> Path:
 def test_robustness(monkeypatch, capsys, pictures: Path, tmp_path: Path) -> None:
     pytest.importorskip("mmpretrain")
     options = ("--number", 1, "--out", tmp_path / "out", "--cfg-options", "model.backbone.out_indices=(0,1,2,3)")
-    run_here(monkeypatch, "robustness.py", CLASSIFIER, "--pictures", pictures, *options)
+    run_here(monkeypatch, "robustness.py", CLASSIFIER, "--images", pictures, *options)
     found, text = read_results(tmp_path / "out", "robustness")
     assert text in capsys.readouterr().out
     assert found["not finite"] == {}
@@ -162,7 +233,7 @@ def test_changes_of_pictures() -> None:
 def test_complexity(monkeypatch, capsys, tmp_path: Path) -> None:
     sizes = ("--sides", 32, 64, "--operator-sides", 32, 64, "--width", 32, "--rounds", 2)
     run_here(monkeypatch, "complexity.py", *sizes, "--out", tmp_path)
-    found, text = read_results(tmp_path, "complexity")
+    found, text = read_results(tmp_path, "complexity", "measured.json")
     assert text in capsys.readouterr().out
     blocks = ["tree", "raster", "cross", "Swin", "ConvNeXt", "global attention"]
     assert {step: list(values) for step, values in found["steps"].items()} == {
@@ -177,7 +248,37 @@ def test_complexity(monkeypatch, capsys, tmp_path: Path) -> None:
     assert found["memory"]["training"]["tree"] == {"32": 2**20, "64": 2**20}
 
 
-def test_slope_and_limit(monkeypatch) -> None:
+def test_complexity_resumes(monkeypatch, capsys, tmp_path: Path) -> None:
+    """What is measured is kept, more sizes and contenders are added, and other conditions are refused."""
+    measured = []
+
+    def run(*arguments: object) -> dict:
+        measured.clear()
+        options = ("--width", 32, "--rounds", 2, "--steps", "inference", "--operator-sides", "--out", tmp_path)
+        run_here(monkeypatch, "complexity.py", *options, *arguments, run_fresh=run_fresh)
+        return read_results(tmp_path, "complexity", "measured.json")[0]
+
+    def run_fresh(function, *args, **_):
+        measured.append((function.__name__, *args[:2]))
+        return function(*args)
+
+    first = run("--sides", 32, "--contenders", "tree", "--no-memory")
+    assert first["memory"] == {}
+    again = run("--sides", 32, 64, "--contenders", "tree", "raster")
+    assert again["steps"]["inference"]["tree"][0] == first["steps"]["inference"]["tree"][0]
+    assert measured == [
+        ("time_blocks", 32, ("raster",)),
+        ("time_blocks", 64, ("tree", "raster")),
+        ("memory_of_block", [32, 64], "tree"),
+        ("memory_of_block", [32, 64], "raster"),
+    ]
+    with pytest.raises(SystemExit, match="give another folder to --out"):
+        run("--sides", 32, "--rounds", 3)
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        run("--steps")
+
+
+def test_slope_and_limit(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(TOOLS))
     tool = load_script("tools/analysis_tools/complexity.py")
     points = [{"positions": n, "rounds": [n**2 * 1e-6] * 3} for n in (10, 40, 160)]
@@ -190,8 +291,10 @@ def test_slope_and_limit(monkeypatch) -> None:
     def measure(side: int, names: tuple[str, ...], settings: object) -> dict[str, list[float]]:
         return {name: [side * (100.0 if name == "slow" else 1e-3)] * 2 for name in names}
 
-    monkeypatch.setattr(tool, "run_fresh", lambda function, *args, **_: function(*args))
-    found = tool.sweep(measure, ("fast", "slow"), (32, 64), None, limit=20.0, threads=1)
+    monkeypatch.setattr(tool, "run_fresh", STAND_INS["run_fresh"])
+    settings = tool.Settings(32, "inference", 2, "cpu")
+    measured = tool.Measured(tmp_path / "measured.json", {})
+    found = tool.sweep(measure, ("fast", "slow"), (32, 64), settings, 20.0, 1, measured)
     assert {name: len(values) for name, values in found.items()} == {"fast": 2, "slow": 1}
 
 
@@ -199,14 +302,23 @@ def test_slope_and_limit(monkeypatch) -> None:
     ("script", "arguments", "message"),
     [
         ("complexity.py", ("--width", 40), "--width must be a multiple of 32, got 40"),
-        ("robustness.py", (CLASSIFIER, "--pictures", "no.png"), "image 'no.png' does not exist"),
-        ("robustness.py", (CLASSIFIER, "--checkpoints", "a", "b", "--pictures", "c"), "takes one here, got 2"),
+        ("robustness.py", (CLASSIFIER, "--images", "no.png"), "image 'no.png' does not exist"),
+        (
+            "robustness.py",
+            (CLASSIFIER, "--checkpoints", "a", "b", "--images", "c"),
+            "takes a single checkpoint here, got 2",
+        ),
         (
             "tree_quality.py",
             (CLASSIFIER, "--images", "a", "--annotations", "no.json"),
             "annotations 'no.json' does not",
         ),
         ("tree_quality.py", (CLASSIFIER, "--images", "a"), "required: --annotations"),
+        (
+            "tree_quality.py",
+            (CLASSIFIER, "--images", "a", "--annotations", "b", "--names", "c", "d"),
+            "takes a name per checkpoint, got 2 for 1",
+        ),
     ],
 )
 def test_one_clear_error(script: str, arguments: tuple, message: str, monkeypatch, capsys) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import pickle
-import signal
+import shutil
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -15,12 +15,15 @@ from PIL import Image
 from grootvl_mm.apis.checkpoint_files import read_checkpoint
 from grootvl_mm.apis.resume import find_resumable_checkpoint, read_seed
 from tests.helpers.marks import needs_safe_globals
+from tests.helpers.sharing import made_once
 from tests.helpers.tool_runs import Command, read_metrics, read_scalars
 
 METRICS = {"det": "coco/bbox_mAP", "seg": "mIoU", "cls": "accuracy/top1"}
 
 
 class Trained(NamedTuple):
+    """A training of a task, as its command leaves it."""
+
     task: str
     config: Path
     work_dir: Path
@@ -30,10 +33,12 @@ class Trained(NamedTuple):
 
 @pytest.fixture(scope="module", params=["det", "seg", "cls"])
 def trained(request, command: Command, make_config, tmp_path_factory) -> Trained:
-    config = make_config(request.param)
-    work_dir = tmp_path_factory.mktemp(request.param)
-    output = command("train.py", config, "--work-dir", work_dir)
-    return Trained(request.param, config, work_dir, work_dir / "iter_4.pth", output)
+    def train(work_dir: Path) -> Trained:
+        config = make_config(request.param)
+        output = command("train.py", config, "--work-dir", work_dir)
+        return Trained(request.param, config, work_dir, work_dir / "iter_4.pth", output)
+
+    return made_once(tmp_path_factory, f"trained-{request.param}", train)
 
 
 def assert_pictures(folder: Path, count: int) -> None:
@@ -54,7 +59,8 @@ def test_train_logs_saves_and_evaluates(trained: Trained):
 
 def test_test_evaluates_draws_and_dumps(trained: Trained, command: Command, demo_data: Path, tmp_path: Path):
     shown, dumped = tmp_path / "shown", tmp_path / "predictions.pkl"
-    command("test.py", trained.config, trained.checkpoint, "--work-dir", tmp_path, "--show-dir", shown, "--out", dumped)
+    arguments = (trained.config, trained.checkpoint, "--work-dir", tmp_path, "--show-dir", shown, "--out", dumped)
+    command.forked("test.py", *arguments)
     crops = len(list((demo_data / "classification" / "val").rglob("*.png")))
     count = crops if trained.task == "cls" else 4
     assert_pictures(shown, count)
@@ -62,15 +68,16 @@ def test_test_evaluates_draws_and_dumps(trained: Trained, command: Command, demo
     assert math.isfinite(read_metrics(tmp_path)[METRICS[trained.task]])
 
 
-def test_amp_and_resume_go_on_from_the_last_checkpoint(trained: Trained, command: Command):
-    output = command(
+def test_amp_and_resume_go_on_from_the_last_checkpoint(trained: Trained, command: Command, tmp_path: Path):
+    work_dir = shutil.copytree(trained.work_dir, tmp_path / "run")
+    output = command.forked(
         "train.py",
         trained.config,
-        *("--work-dir", trained.work_dir, "--amp", "--resume", "--cfg-options", "train_cfg.max_iters=5"),
+        *("--work-dir", work_dir, "--amp", "--resume", "--cfg-options", "train_cfg.max_iters=5"),
         CUDA_VISIBLE_DEVICES="",
     )
     assert "AMP on the CPU: autocast to bfloat16" in output
-    scalars = read_scalars(trained.work_dir)
+    scalars = read_scalars(work_dir)
     assert sorted(scalars) == [5]
     assert math.isfinite(scalars[5]["loss"])
 
@@ -78,7 +85,7 @@ def test_amp_and_resume_go_on_from_the_last_checkpoint(trained: Trained, command
 def test_draw_predictions(trained: Trained, command: Command, tmp_path: Path):
     # A threshold of 0, so that a detector after four iterations has something to draw.
     picture = tmp_path / "new" / "predictions.png"
-    output = command(
+    output = command.forked(
         "visualization/draw_predictions.py",
         *(trained.config, trained.checkpoint, picture, "--num", 3, "--score-thr", 0),
     )
@@ -90,10 +97,10 @@ def test_draw_predictions(trained: Trained, command: Command, tmp_path: Path):
 def test_tta(trained: Trained, command: Command, tmp_path: Path):
     arguments = (trained.config, trained.checkpoint, "--tta", "--work-dir", tmp_path)
     if trained.task == "seg":
-        command("test.py", *arguments)
+        command.forked("test.py", *arguments)
         assert math.isfinite(read_metrics(tmp_path)["mIoU"])
     else:
-        output = command("test.py", *arguments, status=1)
+        output = command.forked("test.py", *arguments, status=1)
         assert "error: --tta needs tta_model and tta_pipeline" in output
         assert "Traceback" not in output
 
@@ -115,12 +122,14 @@ def test_killed_training_ends_as_one_that_was_not_killed(command: Command, make_
     process = command.popen(
         "train.py", config, "--work-dir", killed, "--resume", *options, any_seed, "train_cfg.max_iters=100000"
     )
-    deadline = time.monotonic() + 120
-    while not (killed / "iter_6.pth").exists():
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (killed / "iter_6.pth").exists():
+            assert process.poll() is None, process.communicate()[0][-4000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
     process.communicate()
     done = max(read_scalars(killed))
     last = find_resumable_checkpoint(killed)
@@ -128,10 +137,10 @@ def test_killed_training_ends_as_one_that_was_not_killed(command: Command, make_
     assert done - 2 <= int(last.stem.removeprefix("iter_")) <= done
 
     steps = f"train_cfg.max_iters={done + 3}"
-    command("train.py", config, "--work-dir", killed, "--resume", *options, any_seed, steps)
+    command.forked("train.py", config, "--work-dir", killed, "--resume", *options, any_seed, steps)
     assert max(read_scalars(killed)) == done + 3
     assert min(read_scalars(killed)) == int(last.stem.removeprefix("iter_")) + 1
-    command("train.py", config, "--work-dir", whole, *options, f"randomness.seed={read_seed(last)}", steps)
+    command.forked("train.py", config, "--work-dir", whole, *options, f"randomness.seed={read_seed(last)}", steps)
     assert read_scalars(whole)[1]["lr"] == pytest.approx(0.01 * 1.5e-3 * 2 / 8)
     for name in (last.name, f"iter_{done + 3}.pth"):
         expected, got = (read_checkpoint(folder / name) for folder in (whole, killed))
@@ -149,7 +158,7 @@ def test_checkpoints_of_strangers(trained: Trained, command: Command, tmp_path: 
     content["message_hub"]["runtime_info"]["cfg"] = code
     torch.save(content, crafted)
     options = ("--resume", crafted, "--cfg-options", "train_cfg.max_iters=5")
-    command("train.py", trained.config, "--work-dir", tmp_path / "run", *options)
+    command.forked("train.py", trained.config, "--work-dir", tmp_path / "run", *options)
     assert sorted(read_scalars(tmp_path / "run")) == [5]
     assert not canary.exists()
 
@@ -157,9 +166,9 @@ def test_checkpoints_of_strangers(trained: Trained, command: Command, tmp_path: 
     content["state_dict"][name] = torch.zeros(7, 7)
     torch.save(content, crafted)
     arguments = ("test.py", trained.config, crafted, "--work-dir", tmp_path / "test")
-    output = command(*arguments, status=1)
+    output = command.forked(*arguments, status=1)
     assert f"error: {crafted}: 1 of " in output
     assert f"{name!r} is (7, 7), expected" in output
     assert "Traceback" not in output
-    assert "1 of " in command(*arguments, "--allow-mismatch")
+    assert "1 of " in command.forked(*arguments, "--allow-mismatch")
     assert METRICS[trained.task] in read_metrics(tmp_path / "test")

@@ -1,4 +1,4 @@
-"""tools/analysis_tools/tree_measures.py: measures of trees against slow, obvious ways to compute them."""
+"""tools/analysis_tools/tree_measures.py: measures of trees against slow, obvious implementations."""
 
 from types import ModuleType
 

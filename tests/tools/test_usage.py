@@ -1,4 +1,4 @@
-"""What the tools say to those who call them wrongly, and to openmim, which reads their help."""
+"""What tools say when called wrongly, and to openmim, which reads their help."""
 
 import runpy
 import sys
@@ -42,8 +42,8 @@ def test_help_has_no_gpus(call):
         (("train.py", CONFIG, "--local-rank=0", "--resume", "no.pth"), 1, "error: checkpoint 'no.pth' does not exist"),
         (("train.py", CONFIG, "--auto-scale-lr"), 1, "error: --auto-scale-lr needs the batch size"),
         (("test.py", CONFIG, "no.pth"), 1, "error: checkpoint 'no.pth' does not exist"),
-        (("test.py", CONFIG, "no.pth", "--out", "a.json"), 2, "--out writes a pickle file, but 'a.json'"),
-        (("visualization/draw_predictions.py", CONFIG, "no.pth", "a.jpg"), 2, "'a.jpg' does not end in .png"),
+        (("test.py", CONFIG, "no.pth", "--out", "a.json"), 2, "--out must end in .pkl or .pickle, got 'a.json'"),
+        (("visualization/draw_predictions.py", CONFIG, "no.pth", "a.jpg"), 2, "must end in .png, got 'a.jpg'"),
         (("../demo/train_on_digits.py", "--task", "nothing"), 2, "invalid choice: 'nothing'"),
     ],
     ids=lambda value: " ".join(Path(str(part)).name for part in value[:1]) if isinstance(value, tuple) else None,

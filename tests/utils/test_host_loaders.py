@@ -1,4 +1,4 @@
-"""mmengine's ways to checkpoints, with our readers in them: from disk, from the network, from model zoos."""
+"""mmengine's ways to load checkpoints, with our loaders: from disk, from the network, from model zoos."""
 
 import functools
 import http.server
@@ -105,12 +105,20 @@ def test_damaged_and_missing_files(tmp_path: Path, address: str, monkeypatch: py
     torch.load(file)  # which does not see it
     with safe_loaders():
         for name in names(file, address, monkeypatch):
-            with pytest.raises(CheckpointError, match=r"the check sum of .* is wrong"):
+            with pytest.raises(CheckpointError, match=r"the checksum of .* is wrong"):
                 host._load_checkpoint(name)
         for name in (str(tmp_path / "nowhere.pth"), f"{address}/nowhere.pth", "http://127.0.0.1:1/a.pth"):
             with pytest.raises(CheckpointError, match=r"does not exist|cannot download") as raised:
                 host._load_checkpoint(name)
             assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["", "..", "%2e%2e", "a/.."])
+def test_addresses_of_no_file_write_nothing(name: str, tmp_path: Path, address: str) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with safe_loaders(), pytest.raises(CheckpointError, match="names no file"):
+        host._load_checkpoint(f"{address}/{name}")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.skipif(not hasattr(host, "_safe_torch_load"), reason="onedl-mmengine's way")

@@ -1,4 +1,4 @@
-"""A model whose weights were not loaded is not evaluated in silence."""
+"""A model whose weights were not loaded is never silently evaluated."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_damaged_and_unfit_files_of_backbone_and_neck(backbone: GrootV, tmp_path
     file.write_bytes(content)
     init_cfg = {"type": "Pretrained", "checkpoint": str(file)}
     for module in (GrootV(PICO, out_indices=(0, 1), init_cfg=init_cfg), GrootVNeck(16, 24, init_cfg=init_cfg)):
-        with pytest.raises(CheckpointError, match="the check sum of"):
+        with pytest.raises(CheckpointError, match="the checksum of"):
             module.init_weights()
     torch.save({"state_dict": {"head.weight": torch.ones(1)}}, file)
     with pytest.raises(CheckpointError, match="check init_cfg's prefix"):
@@ -120,5 +120,5 @@ def test_everything_of_a_model_is_watched(tmp_path: Path) -> None:
 
 
 def test_arrays_are_named_as_such() -> None:
-    with pytest.raises(CheckpointError, match="'state_dict' is no dictionary of names to tensors, but a list"):
+    with pytest.raises(CheckpointError, match="'state_dict' must map names to tensors, got a list"):
         check_weights({"state_dict": [np.ones(1)]})

@@ -1,6 +1,9 @@
+import io
 import pickle
 import subprocess
 import sys
+import threading
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -17,8 +20,20 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from grootvl_mm.utils.checkpoint_types import reconstruct
-from grootvl_mm.utils.safe_checkpoints import CheckpointError, load_safely, read_checkpoint, without_stand_ins
-from tests.helpers.crafted_pickles import HOSTILE, NO_DATA, Op, build, call, named, write
+from grootvl_mm.utils.safe_checkpoints import CheckpointError, load_safely, read_checkpoint
+from tests.helpers.crafted_pickles import (
+    HOSTILE,
+    HOSTILE_TENSORS,
+    NO_DATA,
+    Op,
+    build,
+    call,
+    dump,
+    named,
+    storage,
+    tensor,
+    write,
+)
 from tests.helpers.marks import needs_safe_globals
 
 
@@ -199,6 +214,18 @@ def test_hostile_pickles_are_refused(name: str, tmp_path: Path):
     assert "\n" not in str(raised.value)
 
 
+def test_no_hostile_pickle_hides_another():
+    assert len(HOSTILE | HOSTILE_TENSORS | NO_DATA) == len(HOSTILE) + len(HOSTILE_TENSORS) + len(NO_DATA)
+
+
+@needs_safe_globals
+def test_versions_of_modules_are_numbers(tmp_path: Path):
+    for metadata in ({"": 5}, {"": {"version": "2"}}, [1], {1: {"version": 1}}, {"": {"version": 1, "a": tensor()}}):
+        crafted = build(call(named("collections.OrderedDict"), [("a", 1)]), {"_metadata": metadata})
+        loaded = load_safely(write(tmp_path / "crafted.pth", {"weights": crafted}))["weights"]
+        assert not hasattr(loaded, "_metadata")
+
+
 @needs_safe_globals
 @pytest.mark.parametrize("name", NO_DATA)
 def test_what_is_no_data_is_refused(name: str, tmp_path: Path):
@@ -223,10 +250,10 @@ def test_real_types_beside_the_stand_ins_are_no_way_around():
 @needs_safe_globals
 def test_attributes_that_hide_methods_are_dropped(tmp_path: Path):
     dictionary = call(named("collections.OrderedDict"), [("a", 1)])
-    crafted = build(dictionary, {"items": "hidden", "_metadata": {"version": 1}})
+    crafted = build(dictionary, {"items": "hidden", "_metadata": {"": {"version": 1}}})
     loaded = load_safely(write(tmp_path / "crafted.pth", {"weights": crafted}))["weights"]
     assert list(loaded.items()) == [("a", 1)]
-    assert vars(loaded) == {"_metadata": {"version": 1}}
+    assert vars(loaded) == {"_metadata": {"": {"version": 1}}}
     weight = torch.ones(3)
     weight.numel = "hidden"
     torch.save({"a": weight}, tmp_path / "file.pth")
@@ -243,6 +270,56 @@ def test_content_that_holds_itself(tmp_path: Path):
         read_checkpoint(write(tmp_path / "crafted.pth", {"a": deep}))
 
 
+def archive(method: int, content: bytes) -> tuple[bytes, bytes, bytes]:
+    """A checkpoint of one tensor: its entries, their directory, and the end record."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as writer:
+        numbers = storage(numel=len(content) // 4)
+        writer.writestr("archive/data.pkl", dump({"a": tensor((len(content) // 4,), numbers=numbers)}))
+        writer.writestr("archive/data/0", content, method)
+        writer.writestr("archive/version", "3\n")
+        start = writer.start_dir
+    whole = file.getvalue()
+    return whole[:start], whole[start:-22], whole[-22:]
+
+
+@needs_safe_globals
+def test_an_archive_has_one_directory(tmp_path: Path):
+    """Python's reader looks for it before the end record, torch's where the end record says that it is."""
+    entries, directory, end = archive(zipfile.ZIP_DEFLATED, bytes(2**20))
+    size = len(entries)
+    harmless = next(
+        found
+        for content in range(size - size % 4, 0, -4)
+        for found in [archive(zipfile.ZIP_STORED, bytes(content))]
+        if len(found[0]) <= size
+    )
+    padding = bytes(size - len(harmless[0]))
+    path = tmp_path / "crafted.pth"
+    path.write_bytes(entries + directory + padding + harmless[0] + harmless[1] + end)
+    assert torch.load(path)["a"].numel() == 2**18
+    with pytest.raises(CheckpointError, match="its directory is not where it should be"):
+        read_checkpoint(path)
+    path.write_bytes(b"".join(harmless))
+    assert read_checkpoint(path)["a"].numel() < 2**18
+
+
+@needs_safe_globals
+def test_archives_written_as_large_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "file.pth"
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
+    write(path, {"a": tensor()})
+    assert read_checkpoint(path)["a"].tolist() == [0] * 4
+    content = bytearray(path.read_bytes())
+    assert content[-42:-38] == b"PK\6\7"
+    for place, message in ((-42 + 8, "end record is not where"), (-42 - 8, "directory is not where")):
+        changed = content.copy()
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(CheckpointError, match=message):
+            read_checkpoint(path)
+
+
 class Command:
     def __reduce__(self):
         return (print, ("executed",))
@@ -257,19 +334,55 @@ def test_objects_are_still_refused(tmp_path: Path, capsys):
     assert not capsys.readouterr().out
 
 
-@needs_safe_globals
-def test_other_libraries_read_numpys_own_types(tmp_path: Path) -> None:
-    """As Hugging Face's Trainer does it with the states of random generators when it resumes."""
-    path = tmp_path / "state.pth"
-    torch.save({"state": np.arange(3, dtype=np.uint32)}, path)
+def numpys_own() -> list:
+    """What Hugging Face's Trainer and Accelerate put on torch's list while they read states of random generators."""
     core = getattr(np, "_core", None) or np.core
-    own = [core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
-    before = set(torch.serialization.get_safe_globals())
-    with without_stand_ins(), torch.serialization.safe_globals(own):
-        found = torch.load(path, weights_only=True)["state"]
-    assert isinstance(found, np.ndarray)
-    assert found.tolist() == [0, 1, 2]
-    assert set(torch.serialization.get_safe_globals()) == before
-    with pytest.raises(ZeroDivisionError), without_stand_ins():
-        1 / 0  # noqa: B018
-    assert set(torch.serialization.get_safe_globals()) == before
+    return [core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+
+
+@needs_safe_globals
+def test_other_libraries_read_beside_the_stand_ins(tmp_path: Path) -> None:
+    """Whatever of their types torch's list has: it has no order, and a mixture would read nothing."""
+    path = tmp_path / "state.pth"
+    torch.save({"state": np.random.RandomState(5).get_state(), "score": np.float64(0.5)}, path)
+    own = numpys_own()
+    for number in range(2 ** len(own)):
+        allowed = [entry for position, entry in enumerate(own) if number >> position & 1]
+        with torch.serialization.safe_globals(allowed):
+            found = torch.load(path, weights_only=True)
+        generator = np.random.RandomState()
+        generator.set_state(found["state"])
+        assert generator.randint(1000) == np.random.RandomState(5).randint(1000)
+        assert found["score"] == 0.5
+
+
+@needs_safe_globals
+@pytest.mark.parametrize("name", HOSTILE)
+def test_other_libraries_types_are_no_way_around(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "crafted.pth", {"state": HOSTILE[name]()})
+    with (
+        torch.serialization.safe_globals(numpys_own()),
+        pytest.raises((pickle.UnpicklingError, AttributeError, TypeError)),
+    ):
+        torch.load(path, weights_only=True)
+
+
+@needs_safe_globals
+def test_threads_read_as_if_alone(tmp_path: Path) -> None:
+    """While one thread reads a checkpoint, another one's torch.load gives tensors, not what stands in for them."""
+    torch.save({"a": torch.ones(3)}, tmp_path / "file.pth")
+    done, wrong = threading.Event(), []
+
+    def read() -> None:
+        while not done.is_set():
+            wrong.extend(
+                type(value) for value in torch.load(tmp_path / "file.pth").values() if type(value) is not torch.Tensor
+            )
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    for _ in range(50):
+        assert type(load_safely(tmp_path / "file.pth")["a"]) is torch.Tensor
+    done.set()
+    thread.join()
+    assert not wrong

@@ -169,13 +169,13 @@ def test_what_cannot_be_drawn(images: Tensor, picture: Picture) -> None:
     records = records_of(images)
     with pytest.raises(ValueError, match="color must be one of order, weight, depth, got 'red'"):
         draw_trees(records, picture, "red")
-    with pytest.raises(ValueError, match=r"cut_share must be within 0..1, got 2"):
+    with pytest.raises(ValueError, match=r"cut_share must be between 0 and 1, got 2"):
         draw_trees(records, picture, cut_share=2)
     with pytest.raises(ValueError, match="no records"):
         draw_trees([], picture)
     with pytest.raises(ValueError, match="scale must be one of"):
         draw_affinity(records[0], picture, [(0, 0)], "square")
-    with pytest.raises(ValueError, match=r"\(28, 3\) is outside of the picture of 28x20 pixels"):
+    with pytest.raises(ValueError, match=r"\(28, 3\) is outside the picture of 28x20 pixels"):
         draw_affinity(records[0], picture, [(28, 3)])
 
 

@@ -1,4 +1,4 @@
-"""What follows from trees, against slow and obvious ways to compute it."""
+"""Quantities derived from trees, against slow and obvious implementations."""
 
 import itertools
 
@@ -84,7 +84,7 @@ def test_a_path_has_edges_that_are_not_of_the_grid() -> None:
 @pytest.mark.parametrize("cuts", [-1, 12])
 def test_no_more_cuts_than_edges(cuts: int) -> None:
     weight = random_weight(1, 3, 4, seed=0)
-    with pytest.raises(ValueError, match=f"cuts must be 0 to 11, the edges of a tree of 3x4, got {cuts}"):
+    with pytest.raises(ValueError, match=f"cuts must be 0 to 11, the edges of a 3x4 tree, got {cuts}"):
         cut_segments(grid_tree(weight, 3, 4), weight, 3, 4, cuts)
 
 
@@ -127,7 +127,7 @@ def test_affinity_is_the_derivative_of_the_scan(propagation: str) -> None:
 
 def test_affinity_of_a_position_outside() -> None:
     _, decay, tree = random_scan(1, 4, 5, 3, 0, torch.float32)
-    with pytest.raises(IndexError, match=r"within 0..19, got 20"):
+    with pytest.raises(IndexError, match=r"between 0 and 19, got 20"):
         affinity(tree, decay, [20])
 
 

@@ -326,7 +326,7 @@ def test_compiled_models(inplace: bool) -> None:
 
 def test_what_cannot_be_recorded() -> None:
     with (
-        pytest.raises(TypeError, match=r"must be a torch.nn.Module or have one as its model, got int"),
+        pytest.raises(TypeError, match=r"must be a torch.nn.Module or have one as attribute model, got int"),
         record_trees(3),
     ):
         pass

@@ -1,5 +1,5 @@
-// Stands in for CUDA's header of this name: the functions of the host that the operators use. Memory is the host's, and
-// a launch returns when the grid is done.
+// Replaces CUDA's header of this name: the host functions that the operators use. Memory is host memory, and launches
+// are synchronous.
 #pragma once
 
 #include <cstdlib>
@@ -43,10 +43,10 @@ struct cudaLaunchConfig_t {
 
 namespace emulation {
 
-// Static and dynamic shared memory of a block, without asking for more.
+// Static and dynamic shared memory of a block without opting in to more.
 constexpr size_t kSharedBytes = 48 * 1024;
 
-// What a kernel may ask for: that of compute capability 9.0, if the environment variable does not name another card's.
+// The limit with opt-in: that of compute capability 9.0, unless the environment variable sets that of another card.
 inline size_t shared_bytes_of_card() {
   const char* text = std::getenv("GROOTVL_EMULATION_SHARED_BYTES");
   return text == nullptr ? 232448 : std::strtoull(text, nullptr, 10);
@@ -63,13 +63,13 @@ inline cudaError_t report(cudaError_t error) {
 
 inline std::mutex limits_mutex;
 
-// Dynamic shared memory that a kernel has been allowed to use.
+// The dynamic shared memory that a kernel has opted in to.
 inline std::map<const void*, size_t>& shared_limits() {
   static std::map<const void*, size_t> limits;
   return limits;
 }
 
-// The same for a launch of the kernel; until it has been allowed to use more, with its static shared memory.
+// The limit for a launch of the kernel; without opt-in, it includes static shared memory.
 inline size_t shared_limit(const void* kernel) {
   const std::lock_guard<std::mutex> lock(limits_mutex);
   const auto found = shared_limits().find(kernel);
@@ -81,7 +81,7 @@ inline bool has_asked(const void* kernel) {
   return shared_limits().count(kernel) != 0;
 }
 
-// What a GPU of compute capability 9.0 refuses.
+// Rejects launches that a GPU of compute capability 9.0 would reject.
 inline cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
   const dim3 grid = config.gridDim, block = config.blockDim;
   const bool empty = grid.x == 0 || grid.y == 0 || grid.z == 0 || block.x == 0 || block.y == 0 || block.z == 0;
@@ -139,7 +139,7 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
     const auto bytes = static_cast<size_t>(value);
     auto& limits = emulation::shared_limits();
     const auto found = limits.find(reinterpret_cast<const void*>(kernel));
-    // A GPU allows it. But another thread may be about to launch the kernel with what it has been allowed before.
+    // A GPU permits this, but another thread may be about to launch the kernel with the previous limit.
     const bool takes_away = found != limits.end() && bytes < found->second;
     if (value < 0 || bytes > emulation::shared_bytes_of_card() || takes_away) {
       return emulation::report(cudaErrorInvalidValue);
@@ -153,7 +153,7 @@ struct cudaFuncAttributes {
   size_t sharedSizeBytes;
 };
 
-// Which shared variables a kernel uses shows when it runs: these are all that there are.
+// The shared variables of a kernel are only known when it runs, so this counts all of them.
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   attributes->sharedSizeBytes = emulation::bytes_of_shared_variables();

@@ -1,4 +1,4 @@
-// What nvcc knows by itself: the keywords and the functions of device code. Names, types and results are CUDA's.
+// Keywords and functions of device code that are built into nvcc, with CUDA's names, types and results.
 #pragma once
 
 #include <math.h>
@@ -22,7 +22,7 @@ constexpr int warpSize = emulation::kWarpSize;
 
 namespace emulation {
 
-// A parameter that takes no part in template argument deduction: any number converts, as to a function of one type.
+// A non-deduced parameter: any number converts to it, as for a function that is not a template.
 template <typename T>
 using Exactly = std::common_type_t<T>;
 
@@ -71,7 +71,7 @@ inline int __syncthreads_and(int predicate, emulation::Site site = emulation::Si
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffff, emulation::Site site = emulation::Site::here()) {
-  emulation::vote(mask, false, "__syncwarp", site);
+  emulation::vote(mask, false, emulation::kSyncWarp, site);
 }
 
 inline void __threadfence_block() {}
@@ -125,13 +125,29 @@ T __shfl_xor_sync(
 
 // Atomics
 
+namespace emulation {
+
+template <typename T>
+T load(const T* address) {
+  T value;
+  __atomic_load(address, &value, __ATOMIC_RELAXED);
+  return value;
+}
+
+template <typename T>
+void store(T* address, T value) {
+  __atomic_store(address, &value, __ATOMIC_RELAXED);
+}
+
+}  // namespace emulation
+
 #define EMULATED_ATOMIC(name, result, ...)                              \
   template <typename T>                                                 \
   T name(T* address, emulation::Exactly<T> value) {                     \
     static_assert(emulation::is_one_of<T, __VA_ARGS__>, "not in CUDA"); \
     emulation::pause();                                                 \
-    const T old = *address;                                             \
-    *address = result;                                                  \
+    const T old = emulation::load(address);                             \
+    emulation::store<T>(address, result);                               \
     return old;                                                         \
   }
 
@@ -150,9 +166,9 @@ template <typename T>
 T atomicCAS(T* address, emulation::Exactly<T> expected, emulation::Exactly<T> value) {
   static_assert(emulation::is_one_of<T, unsigned short, int, unsigned, unsigned long long>, "not in CUDA");
   emulation::pause();
-  const T old = *address;
+  const T old = emulation::load(address);
   if (old == expected) {
-    *address = value;
+    emulation::store<T>(address, value);
   }
   return old;
 }
@@ -248,6 +264,6 @@ inline float __fdividef(float x, float y) {
   return x / y;
 }
 
-// glibc declares functions of these names for itself.
+// glibc declares functions with these names.
 #define __expf(x) expf(x)
 #define __logf(x) logf(x)

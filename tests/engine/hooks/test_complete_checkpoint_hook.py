@@ -1,4 +1,4 @@
-"""What is resumed or tested is what the checkpoint holds, averaged weights included."""
+"""Runs resume and test exactly the weights in the checkpoint, including averaged weights."""
 
 from pathlib import Path
 

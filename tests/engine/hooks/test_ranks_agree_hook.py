@@ -1,4 +1,4 @@
-"""Processes that were not started alike are told before they train."""
+"""Processes whose settings differ raise an error before training."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from tests.helpers.small_runs import run
     [
         (None, None),
         ("seed", 4),
-        ("learning rates and other options of the optimizer (digest)", "0123abcd"),
-        ("parameters of the model (digest)", "0123abcd"),
-        ("size of the data set", 5),
-        ("first step", (0, 2)),
+        ("optimizer options (digest)", "0123abcd"),
+        ("model parameters (digest)", "0123abcd"),
+        ("dataset size", 5),
+        ("start (epoch, iteration)", (0, 2)),
     ],
 )
 def test_what_differs_is_named(
@@ -32,7 +32,7 @@ def test_what_differs_is_named(
     if part is None:
         RanksAgreeHook().before_train(runner)
         return
-    with pytest.raises(RanksDifferError, match=r"do not train the same: ") as raised:
+    with pytest.raises(RanksDifferError, match=r"ranks differ in: ") as raised:
         RanksAgreeHook().before_train(runner)
     assert f"{part}: " in str(raised.value)
     assert f"{value} on rank 1" in str(raised.value)
@@ -43,7 +43,7 @@ def test_digests_tell_rates_and_models_apart(tmp_path: Path) -> None:
     first = ranks_agree_hook.describe(run(tmp_path, 1))
     second = ranks_agree_hook.describe(run(tmp_path, 1, optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.2}}))
     different = {name for name in first if first[name] != second[name]} - {"seed"}
-    assert different == {"learning rates and other options of the optimizer (digest)", "first learning rate"}
+    assert different == {"optimizer options (digest)", "first learning rate"}
 
 
 def test_one_process_has_nothing_to_compare(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ SCORES = (1.0, 5.0, 2.0)
 
 
 class Killed(BaseException):
-    """What a process that is killed does: nothing more."""
+    """Stands in for a killed process."""
 
 
 def kill_at(moment: str, step: int) -> tuple[type, str, Callable]:

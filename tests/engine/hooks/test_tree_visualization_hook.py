@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from mmengine.model import BaseModel, ImgDataPreprocessor
@@ -107,9 +108,17 @@ def test_local_files(tmp_path: Path) -> None:
 
 
 def test_tensorboard(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    train(tmp_path, 1, {"interval": 1}, "TensorboardVisBackend")
-    assert list(tmp_path.glob("*/vis_data/events.out.tfevents*"))
+    """The pictures in the event file are those of the local files."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(tmp_path / "files", 1, {"interval": 1, "stages": [1]}, "LocalVisBackend")
+    train(tmp_path / "events", 1, {"interval": 1, "stages": [1]}, "TensorboardVisBackend")
+    (folder,) = tmp_path.glob("events/*/vis_data")
+    shown = accumulator.EventAccumulator(str(folder), size_guidance={"images": 0}).Reload().Images("trees")
+    assert [event.step for event in shown] == [0, 1]
+    for event in shown:
+        (file,) = tmp_path.glob(f"files/*/vis_data/vis_image/trees_{event.step}.png")
+        picture = cv2.imdecode(np.frombuffer(event.encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
+        np.testing.assert_array_equal(picture, cv2.imread(str(file)))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +126,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     [
         ({"interval": 0}, "interval must be at least 1, got 0"),
         ({"color": "red"}, "color must be one of order, weight, depth, got 'red'"),
-        ({"cut_share": -1}, r"cut_share must be within 0..1, got -1"),
+        ({"cut_share": -1}, r"cut_share must be between 0 and 1, got -1"),
     ],
 )
 def test_wrong_options(options: dict, message: str) -> None:
@@ -126,7 +135,7 @@ def test_wrong_options(options: dict, message: str) -> None:
 
 
 def test_runs_without_what_it_needs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the run needs a val_dataloader"):
+    with pytest.raises(ValueError, match="set val_dataloader in the config"):
         train(tmp_path / "a", hook={}, val_cfg=None, val_dataloader=None, val_evaluator=None)
     with pytest.raises(ValueError, match="none of the stages"):
         train(tmp_path / "b", hook={"stages": [2]})

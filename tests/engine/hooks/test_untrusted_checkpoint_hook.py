@@ -38,7 +38,7 @@ def test_resuming_executes_nothing_of_the_file(runner_type: str, tmp_path: Path)
     runner = run(tmp_path / "run", 3, crafted, runner_type=runner_type)
     assert runner.iter == 3
     assert not canary.exists()
-    # What is resumed does not go on into the run's own checkpoints, where an inferencer would execute it.
+    # Resumed configs must not get into the run's own checkpoints, where an inferencer would execute them.
     content = load_safely(tmp_path / "run" / "iter_3.pth")
     assert code not in (content["message_hub"]["runtime_info"]["cfg"], content["meta"]["cfg"])
     assert "config" not in content["meta"]
@@ -126,17 +126,27 @@ def test_no_file_elsewhere_is_deleted(target: object, several: bool, tmp_path: P
     assert (work_dir / "iter_3.pth").is_file()
 
 
+class Resuming:
+    """A runner that resumes, without optimizer."""
+
+    _resume, hooks, optim_wrapper, param_schedulers = True, (), None, None
+
+    def __init__(self, work_dir: Path) -> None:
+        self.work_dir = str(work_dir)
+
+
 @needs_safe_globals
 @pytest.mark.parametrize(
     ("change_it", "message"),
     [
-        (lambda content: content.pop("meta"), "no checkpoint of a training"),
-        (lambda content: content.pop("message_hub"), "no checkpoint of a training"),
-        (lambda content: content.pop("state_dict"), "no checkpoint of a training"),
+        (lambda content: content.pop("meta"), "not a training checkpoint"),
+        (lambda content: content.pop("message_hub"), "not a training checkpoint"),
+        (lambda content: content.pop("state_dict"), "not a training checkpoint"),
         (lambda content: content["meta"].pop("iter"), r"meta\['iter'\]"),
         (lambda content: content["meta"].update(iter="9"), r"meta\['iter'\]"),
         (lambda content: content["meta"].update(epoch=-1), r"meta\['epoch'\]"),
         (lambda content: content["meta"].update(seed={"type": "x"}), r"meta\['seed'\]"),
+        (lambda content: content["meta"].update(seed=2**32), r"meta\['seed'\]"),
         (lambda content: content["message_hub"].pop("log_scalars"), "log_scalars"),
         (lambda content: content["message_hub"]["log_scalars"].update(a=1), "log_scalars"),
         (lambda content: content["message_hub"].update(runtime_info=[]), "runtime_info"),
@@ -145,6 +155,7 @@ def test_no_file_elsewhere_is_deleted(target: object, several: bool, tmp_path: P
         (lambda content: content.update(param_schedulers=1), "param_schedulers"),
         (lambda content: content.update(ema_state_dict={"module.b": 1}), "ema_state_dict"),
         (lambda content: content.update(ema_state_dict=[1]), "ema_state_dict"),
+        (lambda content: content.update(ema_state_dict={"steps": 1, 5: 1}), "ema_state_dict"),
     ],
 )
 def test_what_cannot_be_resumed_is_told_in_one_line(change_it: object, message: str, tmp_path: Path) -> None:
@@ -158,11 +169,39 @@ def test_what_cannot_be_resumed_is_told_in_one_line(change_it: object, message: 
         },
     }
 
-    class Resuming:
-        _resume, work_dir, hooks = True, str(tmp_path), ()
-
-    UntrustedCheckpointHook().after_load_checkpoint(Resuming(), content)
+    UntrustedCheckpointHook().after_load_checkpoint(Resuming(tmp_path), content)
     change_it(content)
     with pytest.raises(CheckpointError, match=message) as raised:
-        UntrustedCheckpointHook().after_load_checkpoint(Resuming(), content)
+        UntrustedCheckpointHook().after_load_checkpoint(Resuming(tmp_path), content)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["best_" + 5000 * "a" + ".pth", "best_\0.pth", b"best_\xff.pth", [1], {}, 5, "best_\n.pth"]
+)
+def test_best_checkpoints_of_impossible_names_are_forgotten(name: object, tmp_path: Path) -> None:
+    content = {
+        "meta": {"epoch": 0, "iter": 1},
+        "state_dict": {},
+        "message_hub": {
+            "log_scalars": {"empty": HistoryBuffer(), "train/loss": HistoryBuffer([1.0], [1])},
+            "runtime_info": {"best_ckpt": name, "best_score": 1.0},
+            "resumed_keys": {},
+        },
+    }
+    UntrustedCheckpointHook().after_load_checkpoint(Resuming(tmp_path), content)
+    assert not content["message_hub"]["runtime_info"]
+    assert list(content["message_hub"]["log_scalars"]) == ["train/loss"]
+
+
+@pytest.mark.parametrize("score", ["0.5", None, float("nan"), [0.5], {}, torch.ones(2)])
+def test_scores_that_are_no_numbers_are_forgotten(score: object, tmp_path: Path) -> None:
+    (tmp_path / "best_a_iter_1.pth").touch()
+    info = {"best_score": score, "best_ckpt": "best_a_iter_1.pth", "best_score_b": 0.5, "validated_step": score}
+    content = {
+        "meta": {"epoch": 0, "iter": 1},
+        "state_dict": {},
+        "message_hub": {"log_scalars": {}, "runtime_info": info, "resumed_keys": {}},
+    }
+    UntrustedCheckpointHook().after_load_checkpoint(Resuming(tmp_path), content)
+    assert info == {"best_score_b": 0.5}

@@ -153,10 +153,10 @@ def test_bad_rates(paramwise: dict | None, message: str) -> None:
 
 
 def test_what_is_missing_is_named() -> None:
-    with pytest.raises(ValueError, match=r"multiplies optimizer\.lr, which is missing"):
+    with pytest.raises(ValueError, match=r"needs optimizer\.lr, which is missing"):
         LayerDecayOptimWrapperConstructor({"optimizer": {"type": "AdamW"}}, {"layer_decay_rate": 0.5})
     constructor = LayerDecayOptimWrapperConstructor(
         {"optimizer": {"type": "AdamW", "lr": 1e-3}}, {"layer_decay_rate": 0.5}
     )
-    with pytest.raises(ValueError, match="needs a backbone with get_layer_depth, which Linear has not"):
+    with pytest.raises(ValueError, match="needs a backbone with get_layer_depth, which Linear does not have"):
         constructor(nn.Sequential(OrderedDict(backbone=nn.Linear(2, 2))))

@@ -1,4 +1,4 @@
-"""What is taken from a model for the explorer."""
+"""The data that the explorer extracts from a model."""
 
 import pytest
 import torch

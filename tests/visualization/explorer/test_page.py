@@ -317,4 +317,4 @@ def test_measures_frames(page) -> None:
     page.locator("summary").click()
     assert page.evaluate("explorer.measure(0.3)")["fps"] > 0
     page.locator("#measure").click()
-    page.get_by_text(re.compile(r"\d+ a second at 18 . 25")).wait_for(timeout=20_000)
+    page.get_by_text(re.compile(r"\d+ per second at 18 . 25")).wait_for(timeout=20_000)
