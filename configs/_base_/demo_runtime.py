@@ -1,5 +1,5 @@
-# Runtime of the demo configs: a log line every 20 iterations and a checkpoint every 100, from which a
-# killed run goes on (`--resume`). Each config adds its scope and its task's visualizer.
+# Runtime of the demo configs: a log line every 20 iterations and a checkpoint every 100, from which `--resume`
+# continues a killed run. Each config adds its scope and its task's visualizer.
 default_hooks = dict(
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", interval=20, log_metric_by_epoch=False),

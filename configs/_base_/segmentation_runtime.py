@@ -1,5 +1,5 @@
-# Runtime of the segmentation recipes, as mmseg has it. Written out here, and in the other base files of segmentation:
-# onedl-mmengine finds no bases of mmseg by the name of their package.
+# mmseg's default runtime. The base files of segmentation do not inherit from mmseg, because onedl-mmengine cannot
+# find its configs by package name.
 default_scope = "mmseg"
 
 env_cfg = dict(

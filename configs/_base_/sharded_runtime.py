@@ -1,4 +1,4 @@
-# Shares the model, its gradients and its optimizer among the processes (PyTorch's FSDP2), block by block, for models
-# that are too large for one GPU. Add this file to `_base_` of a training config, behind the others.
+# Shards the model, its gradients and its optimizer over the processes (PyTorch's FSDP2), block by block, for models
+# that are too large for one GPU. Add this file as the last of a training config's `_base_`.
 runner_type = "FlexibleRunner"
 strategy = dict(type="grootvl_mm.FullyShardStrategy", units=["Block"])

@@ -1,5 +1,5 @@
-# After an ablation of the paper, "first vertex" instead of all vertices: a single pass over trees rooted
-# there. The paper does not say which of the two passes. Here: up, each vertex hears from the subtree below it.
+# Ablation of the paper, "first vertex" instead of all vertices: a single pass over trees rooted there. The
+# paper does not say which of the two passes; here, it is "up": each vertex sees the subtree below it.
 _base_ = "../grootv/grootv-tiny_8xb128_in1k.py"
 
 model = dict(backbone=dict(tree_root="first", propagation="up"))

@@ -1,6 +1,6 @@
-# Not of the paper, which has Mask R-CNN only: the detector of the tables of Swin and ConvNeXt, with the 3x
-# recipe of our Mask R-CNN (Swin, too, has one recipe for both). The backbone starts from ImageNet-1K
-# weights; give yours (prefix: only for a checkpoint of a classifier that mmpretrain wrote):
+# Not in the paper, which uses Mask R-CNN only: the detector in the tables of Swin and ConvNeXt, with the 3x recipe
+# of our Mask R-CNN (Swin also has one recipe for both). Start the backbone from ImageNet-1K weights (prefix: only
+# for a classifier checkpoint written by mmpretrain):
 #   --cfg-options model.backbone.init_cfg.type=Pretrained \
 #                 model.backbone.init_cfg.checkpoint=FILE model.backbone.init_cfg.prefix=backbone.
 _base_ = [

@@ -1,5 +1,5 @@
-# Which pixels belong to the curve with the mark? One stage at stride 4, so that nothing but the token mixers carries
-# information along a curve: in a pyramid, the later stages see the whole picture within a few positions.
+# Which pixels belong to the marked curve? A single stage at stride 4, so that only the token mixers carry information
+# along a curve: in a pyramid, the later stages see the whole image within a few positions.
 _base_ = [
     "../_base_/datasets/demo_curves.py",
     "../_base_/schedules/demo_adamw_600i.py",
@@ -33,7 +33,7 @@ model = dict(
         num_classes=3,
         norm_cfg=dict(type="BN", requires_grad=True),
         align_corners=False,
-        # Nine of ten pixels are background.
+        # Nine out of ten pixels are background.
         loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, class_weight=[0.2, 1.0, 1.0]),
         init_cfg=dict(type="Normal", std=0.1, override=dict(name="conv_seg")),
     ),
@@ -77,7 +77,7 @@ val_dataloader = dict(
         data_root=data_root,
         data_prefix=dict(img_path="images/val", seg_map_path="semantic/val"),
         img_suffix=".png",
-        # After the resize: the ground truth stays in the size of the image file.
+        # Annotations are loaded after resizing, so the ground truth keeps the size of the image file.
         pipeline=[
             dict(type="LoadImageFromFile"),
             resize,
@@ -88,7 +88,7 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-# Of the pixels of curves alone: 50 % for a model that finds the curves and cannot follow them.
+# Evaluated on curve pixels only: a model that finds the curves but cannot follow them scores 50 %.
 val_evaluator = dict(type="IoUMetric", ignore_index=0, iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
 

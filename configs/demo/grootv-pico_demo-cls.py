@@ -12,14 +12,14 @@ model = dict(head=dict(num_classes=10))
 
 data_preprocessor = dict(num_classes=10, mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
 
-# No flips: a mirrored digit is another digit or none.
+# No flips: a mirrored digit is a different digit or none.
 pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=64),
     dict(type="PackInputs"),
 ]
 
-# The folders are numbered in alphabetical order, so the names are given in that order too.
+# Folders are numbered in alphabetical order, so the names are in that order too.
 metainfo = dict(classes=sorted(_base_.digits))
 data_root = _base_.data_root + "classification/"
 train_dataloader = dict(

@@ -10,7 +10,7 @@ default_scope = "mmseg"
 
 # Plain batch norm: SyncBN needs a GPU.
 norm_cfg = dict(type="BN", requires_grad=True)
-# The classifier starts ten times as large as mmseg's default, which passes next to no gradient on at first.
+# Initial weights of the classifier are ten times mmseg's default, which passes on almost no gradient at first.
 init_cfg = dict(type="Normal", std=0.1, override=dict(name="conv_seg"))
 model = dict(
     data_preprocessor=dict(size=(128, 128)),
@@ -33,7 +33,7 @@ model = dict(
     ),
 )
 
-# An iteration costs half of the detector's, and the maps need more of them.
+# An iteration takes half as long as the detector's, and segmentation needs more of them.
 max_iters = 1500
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 optim_wrapper = dict(optimizer=dict(lr=4e-3))
@@ -44,7 +44,7 @@ param_scheduler = [
 
 data_root = _base_.data_root
 metainfo = dict(classes=["background", *_base_.digits], palette=[(0, 0, 0), *_base_.palette])
-# No flips, neither here nor in the multi-scale test: a mirrored digit is another digit or none.
+# No flips, not even in multi-scale testing: a mirrored digit is a different digit or none.
 pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
@@ -77,7 +77,7 @@ train_dataloader = dict(
         pipeline=pipeline,
     ),
 )
-# One image at a time, as the multi-scale test needs it.
+# Multi-scale testing needs a batch size of 1.
 val_dataloader = dict(
     batch_size=1,
     num_workers=1,

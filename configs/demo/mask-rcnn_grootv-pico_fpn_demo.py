@@ -33,7 +33,7 @@ model = dict(
 
 data_root = _base_.data_root
 metainfo = dict(classes=_base_.digits, palette=_base_.palette)
-# No flips: a mirrored digit is another digit or none.
+# No flips: a mirrored digit is a different digit or none.
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
@@ -43,8 +43,8 @@ train_pipeline = [
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(128, 128), keep_ratio=True),
-    dict(type="grootvl_mm.ToBGR"),  # for the greyscale arrays that inferencers get
-    # After the resize: the ground truth stays in the size of the image file.
+    dict(type="grootvl_mm.ToBGR"),  # lets inferencers accept greyscale arrays
+    # Annotations are loaded after resizing, so the ground truth keeps the size of the image file.
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]

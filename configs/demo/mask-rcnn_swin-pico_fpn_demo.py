@@ -1,4 +1,4 @@
-# Another yardstick: a Swin Transformer of the same depths and widths, all else equal.
+# Baseline for the demo: a Swin Transformer with the same depths and channels, all else equal.
 _base_ = "./mask-rcnn_grootv-pico_fpn_demo.py"
 
 model = dict(

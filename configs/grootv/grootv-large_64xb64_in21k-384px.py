@@ -1,5 +1,5 @@
-# The authors' table of models announces GrootV-L as "ImageNet-22K, 384x384" and no more: neither its size
-# nor its recipe is stated. Size and recipe are ours (see the base files).
+# The authors' table of models announces GrootV-L as "ImageNet-22K, 384x384" but states neither its size nor
+# its recipe. Both are ours (see the base files).
 _base_ = [
     "../_base_/models/grootv_large.py",
     "../_base_/datasets/imagenet21k_grootv_384.py",

@@ -1,5 +1,5 @@
-# Fine-tuning at 384x384, not of the paper. It starts from a classifier trained at 224x224, which must be
-# given: `--cfg-options load_from=FILE`. Drop path stays as it was, as in Swin's.
+# Fine-tuning at 384x384, not in the paper. Pass a classifier trained at 224x224:
+# `--cfg-options load_from=FILE`. Drop path is unchanged, as in Swin's fine-tuning.
 _base_ = [
     "../_base_/models/grootv_small.py",
     "../_base_/datasets/imagenet_grootv_384.py",

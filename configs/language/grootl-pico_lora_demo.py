@@ -1,11 +1,11 @@
-# Adapters for the small model that `make demo STACK=language` pretrains, on the sentences that it writes.
+# LoRA for the small model that `make demo STACK=language` pretrains, on the sentences that it writes.
 model = dict(pretrained="work_dirs/demo-language/base/final", tree_scale=0.3, tree_reach=3)
 lora = dict(targets="default", r=8, lora_alpha=16)
 data = dict(
     train="work_dirs/demo-language/data/train.json",
     val="work_dirs/demo-language/data/val.json",
     max_length=256,
-    template=dict(without_input="{instruction}"),  # the answer just goes on with the text
+    template=dict(without_input="{instruction}"),  # the answer simply continues the text
 )
 trainer = dict(
     num_train_epochs=1,

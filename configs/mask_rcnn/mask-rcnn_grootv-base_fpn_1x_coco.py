@@ -1,5 +1,5 @@
-# The paper reports no detector with GrootV-B: its recipe is that of tiny and small. Drop path 0.5, that of
-# its classifier, as small has it too.
+# The paper reports no detector with GrootV-B: this is the recipe of tiny and small. Drop path 0.5, as in its
+# classifier; small also has that of its classifier.
 _base_ = "./mask-rcnn_grootv-tiny_fpn_1x_coco.py"
 
 model = dict(

@@ -1,4 +1,4 @@
-# Not stated in the paper: drop path (0.3 taken).
+# Not stated in the paper: drop path (here 0.3).
 _base_ = "./mask-rcnn_grootv-tiny_fpn_3x_coco.py"
 
 model = dict(

@@ -1,8 +1,8 @@
-# The backbone starts from ImageNet-1K weights in the paper. Without them this recipe does not reach the
-# published numbers; give yours (prefix: only for a checkpoint of a classifier that mmpretrain wrote):
+# In the paper, the backbone starts from ImageNet-1K weights, without which this recipe does not reach the
+# published results (prefix: only for a classifier checkpoint written by mmpretrain):
 #   --cfg-options model.backbone.init_cfg.type=Pretrained \
 #                 model.backbone.init_cfg.checkpoint=FILE model.backbone.init_cfg.prefix=backbone.
-# Not stated in the paper: drop path (0.2, as Swin-T).
+# Not stated in the paper: drop path (here 0.2, as in Swin-T).
 _base_ = [
     "../_base_/models/mask-rcnn_grootv_fpn.py",
     "../_base_/datasets/coco_instance_grootv.py",

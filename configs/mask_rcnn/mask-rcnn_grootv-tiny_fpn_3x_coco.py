@@ -1,6 +1,6 @@
-# As the 1x recipe, which also says how to give the pretrained weights it needs.
-# Not stated in the paper: the augmentation beside the short side of 480 to 800 (DETR's resize and crop)
-# and drop path (0.2, as Swin-T).
+# Needs pretrained weights, as the 1x recipe does, which says how to pass them.
+# Not stated in the paper: the augmentation beyond the short side of 480 to 800 (here DETR's resize and crop)
+# and drop path (here 0.2, as in Swin-T).
 _base_ = [
     "../_base_/models/mask-rcnn_grootv_fpn.py",
     "../_base_/datasets/coco_instance_ms-crop.py",

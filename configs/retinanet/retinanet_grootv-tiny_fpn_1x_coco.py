@@ -1,6 +1,6 @@
-# Not of the paper, which has Mask R-CNN only: RetinaNet as PVT and its heirs report it, with the 1x recipe
-# of our Mask R-CNN (weight decay 0.05; PVT has 0.0001). The backbone starts from ImageNet-1K weights; give
-# yours (prefix: only for a checkpoint of a classifier that mmpretrain wrote):
+# Not in the paper, which uses Mask R-CNN only: RetinaNet as in PVT and its successors, with the 1x recipe of our
+# Mask R-CNN (weight decay 0.05; PVT has 0.0001). Start the backbone from ImageNet-1K weights (prefix: only for a
+# classifier checkpoint written by mmpretrain):
 #   --cfg-options model.backbone.init_cfg.type=Pretrained \
 #                 model.backbone.init_cfg.checkpoint=FILE model.backbone.init_cfg.prefix=backbone.
 _base_ = [

@@ -1,5 +1,5 @@
-# The paper reports no segmenter with GrootV-B: its recipe is that of tiny and small. Drop path 0.5, that of
-# its classifier, as small has it too.
+# The paper reports no segmenter with GrootV-B: this is the recipe of tiny and small. Drop path 0.5, as in its
+# classifier; small also has that of its classifier.
 _base_ = "./grootv-tiny_upernet_8xb2-160k_ade20k-512x512.py"
 
 model = dict(

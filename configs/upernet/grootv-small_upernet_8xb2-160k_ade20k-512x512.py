@@ -1,4 +1,4 @@
-# Not stated in the paper: drop path (0.3 taken).
+# Not stated in the paper: drop path (here 0.3).
 _base_ = "./grootv-tiny_upernet_8xb2-160k_ade20k-512x512.py"
 
 model = dict(

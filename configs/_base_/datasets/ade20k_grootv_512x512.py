@@ -12,15 +12,15 @@ train_pipeline = [
     dict(type="PhotoMetricDistortion"),
     dict(type="PackSegInputs"),
 ]
-# The ground truth keeps its size: it is loaded after the image was resized.
+# Annotations are loaded after resizing, so the ground truth keeps its size.
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(2048, 512), keep_ratio=True),
     dict(type="LoadAnnotations", reduce_zero_label=True),
     dict(type="PackSegInputs"),
 ]
-# Multi-scale and flip test (`--tta`). The ratios apply to the single-scale size of 2048x512, as in the
-# tables of Swin and its heirs; mmseg's own pipeline applies them to the original image size.
+# Multi-scale and flip testing (`--tta`). The ratios apply to the single-scale size of 2048x512, as in the
+# tables of Swin and its successors; mmseg's own pipeline applies them to the original image size.
 img_ratios = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
 tta_pipeline = [
     dict(type="LoadImageFromFile"),

@@ -1,4 +1,4 @@
-# COCO boxes as mmdet has them; inferencers, which use the test pipeline, take greyscale arrays too.
+# mmdet's COCO boxes. ToBGR in the test pipeline lets inferencers accept greyscale arrays.
 _base_ = "mmdet::_base_/datasets/coco_detection.py"
 
 test_pipeline = [

@@ -1,4 +1,4 @@
-# COCO instances as mmdet has them; inferencers, which use the test pipeline, take greyscale arrays too.
+# mmdet's COCO instances. ToBGR in the test pipeline lets inferencers accept greyscale arrays.
 _base_ = "mmdet::_base_/datasets/coco_instance.py"
 
 test_pipeline = [

@@ -1,5 +1,5 @@
-# COCO instances with the multi-scale resize and crop of DETR: short side 480 to 800, in half of the
-# cases after a random crop of 384 to 600.
+# COCO instances with DETR's multi-scale resize and crop: short side 480 to 800, half of the time after a
+# random crop of 384 to 600.
 _base_ = "./coco_instance_grootv.py"
 
 scales = [(short, 1333) for short in range(480, 801, 32)]

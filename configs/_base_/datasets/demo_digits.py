@@ -1,4 +1,4 @@
-# Where the demo data lie (tools/dataset_converters/make_demo_data.py), and the digits in them.
+# Folder, classes and colours of the demo data (tools/dataset_converters/make_demo_data.py).
 data_root = "data/demo/"
 digits = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 palette = [

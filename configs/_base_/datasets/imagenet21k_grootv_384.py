@@ -1,5 +1,5 @@
-# ImageNet-22K (all 21,841 classes of the fall 2011 release; mmpretrain says 21k) at 384x384, with the
-# augmentation of ImageNet-1K. It has no validation part.
+# ImageNet-22K (all 21,841 classes of the fall 2011 release; mmpretrain calls it 21k) at 384x384, with the
+# augmentation of ImageNet-1K. It has no validation split.
 _base_ = "./imagenet_grootv_384.py"
 
 data_preprocessor = dict(num_classes=21841)

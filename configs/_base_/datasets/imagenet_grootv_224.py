@@ -1,6 +1,6 @@
 # ImageNet-1K at 224x224 with Swin's augmentation (RandAugment m9-mstd0.5-inc1, random erasing 0.25).
-# The published recipe also names colour jitter 0.4, which its augmentation library leaves out as soon
-# as RandAugment is on, so it is left out here.
+# The published recipe also names colour jitter 0.4, but its augmentation library (timm) ignores it when
+# RandAugment is on, so it is omitted here.
 _base_ = "mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py"
 
 # The short side is resized to 224, not to the usual 256, before the centre crop.

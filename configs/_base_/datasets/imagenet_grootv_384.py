@@ -1,5 +1,5 @@
-# ImageNet-1K at 384x384, otherwise as at 224x224. (Swin's test at 384x384 squeezes the whole image into the
-# square; here it is the centre, as at 224x224.)
+# ImageNet-1K at 384x384, otherwise as at 224x224. (Swin tests on the whole image, squeezed into a 384x384
+# square; here, the test uses the centre crop, as at 224x224.)
 _base_ = "./imagenet_grootv_224.py"
 
 train_pipeline = _base_.train_pipeline

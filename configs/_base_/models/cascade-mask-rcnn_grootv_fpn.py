@@ -1,6 +1,5 @@
-# Cascade Mask R-CNN with FPN as mmdet defines it, with the box heads that Swin and ConvNeXt report: four
-# convolutions with SyncBN, one linear layer, class-wise boxes and the GIoU loss. Widths are those of
-# GrootV-T.
+# mmdet's Cascade Mask R-CNN with FPN, with the box heads of the Swin and ConvNeXt papers: four convolutions
+# with SyncBN, one linear layer, class-specific boxes and the GIoU loss. Channels are those of GrootV-T.
 _base_ = "mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py"
 
 custom_imports = dict(imports=["grootvl_mm"], allow_failed_imports=False)
@@ -20,7 +19,7 @@ bbox_head = dict(
     loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
     loss_bbox=dict(type="GIoULoss", loss_weight=10.0),
 )
-# Each stage of the cascade refines boxes that are already closer than those of the one before.
+# Each stage of the cascade refines the boxes of the one before, so its offsets are smaller.
 stds = [[0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067]]
 
 model = dict(

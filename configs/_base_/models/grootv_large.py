@@ -1,6 +1,6 @@
-# Not of the paper: the authors announce GrootV-L without its size. Taken: the depths of small and base,
-# and twice the width of small, as Swin-L and ConvNeXt-L have it; that gives 197 M parameters, as theirs.
-# Drop path 0.2, as Swin-L: with ImageNet-22K there is less to hold back than with ImageNet-1K.
+# Not in the paper: the authors announce GrootV-L without stating its size. We chose the depths of small and
+# base and twice the channels of small, like Swin-L and ConvNeXt-L, which gives 197 M parameters, as theirs.
+# Drop path 0.2, as in Swin-L: ImageNet-22K needs less regularization than ImageNet-1K.
 _base_ = "./grootv_classifier.py"
 
 model = dict(

@@ -1,5 +1,5 @@
-# Not of the paper: the size for demos and tests on the CPU. No mixing of images and no drop path:
-# it is trained for minutes, not for 300 epochs.
+# Not in the paper: the size for demos and tests on the CPU. No mixup, CutMix or drop path, because it is
+# trained for minutes, not for 300 epochs.
 _base_ = "./grootv_classifier.py"
 
 model = dict(

@@ -1,4 +1,4 @@
-# Mask R-CNN with FPN as mmdet defines it; only the backbone is ours. Widths are those of GrootV-T.
+# mmdet's Mask R-CNN with FPN; only the backbone is ours. Channels are those of GrootV-T.
 _base_ = "mmdet::_base_/models/mask-rcnn_r50_fpn.py"
 
 custom_imports = dict(imports=["grootvl_mm"], allow_failed_imports=False)

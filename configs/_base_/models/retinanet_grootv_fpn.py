@@ -1,5 +1,5 @@
-# RetinaNet with FPN as mmdet defines it; only the backbone is ours. The pyramid starts at stride 8, so the
-# first of the four feature maps is not asked for. Widths are those of GrootV-T.
+# mmdet's RetinaNet with FPN; only the backbone is ours. The pyramid starts at stride 8, so the backbone does
+# not return its first feature map. Channels are those of GrootV-T.
 _base_ = "mmdet::_base_/models/retinanet_r50_fpn.py"
 
 custom_imports = dict(imports=["grootvl_mm"], allow_failed_imports=False)

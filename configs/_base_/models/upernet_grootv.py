@@ -1,5 +1,5 @@
-# UperNet as mmseg defines it for Swin (512 channels, FCN auxiliary head of 256 channels and weight
-# 0.4, SyncBN); only the backbone is ours. Widths are those of GrootV-T.
+# mmseg's UperNet for Swin (512 channels, FCN auxiliary head with 256 channels and weight 0.4, SyncBN); only
+# the backbone is ours. Channels are those of GrootV-T.
 custom_imports = dict(imports=["grootvl_mm"], allow_failed_imports=False)
 
 norm_cfg = dict(type="SyncBN", requires_grad=True)

@@ -1,7 +1,7 @@
-# 160,000 iterations at a total batch of 16.
-# Not stated in the paper: the batch (16) and weight decay (0.05 taken; Swin and VMamba use 0.01).
-# Warm-up is given as 1,500 to 1,600 iterations: 1,500 here. Norms, biases and the other
-# one-dimensional parameters (A_log, Ds) are not decayed.
+# 160,000 iterations at a total batch size of 16.
+# Not stated in the paper: batch size (here 16) and weight decay (here 0.05; Swin and VMamba use 0.01).
+# The paper gives the warm-up as 1,500 to 1,600 iterations; here 1,500. No weight decay for norms, biases and
+# the other one-dimensional parameters (A_log, Ds).
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.05),
@@ -26,5 +26,5 @@ default_hooks = dict(
     visualization=dict(type="SegVisualizationHook"),
 )
 
-# 8 GPUs x 2 images; `--auto-scale-lr` fits the learning rate to another batch.
+# 8 GPUs x 2 images; `--auto-scale-lr` scales the learning rate to other batch sizes.
 auto_scale_lr = dict(enable=False, base_batch_size=16)

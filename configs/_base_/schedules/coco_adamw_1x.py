@@ -1,7 +1,7 @@
-# 12 epochs at a total batch of 16.
-# Not stated in the paper: weight decay (0.05), the epochs of the steps (8, 11), layer-wise decay of the
-# learning rate (none). Taken: the values of Swin and VMamba. Norms, biases and the other
-# one-dimensional parameters (A_log, Ds) are not decayed.
+# 12 epochs at a total batch size of 16.
+# Not stated in the paper, taken from Swin and VMamba: weight decay (0.05), epochs of the learning rate steps
+# (8, 11), layer-wise learning rate decay (none). No weight decay for norms, biases and the other
+# one-dimensional parameters (A_log, Ds).
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
@@ -17,5 +17,5 @@ train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=12, val_interval=1)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 
-# 8 GPUs x 2 images; `--auto-scale-lr` fits the learning rate to another batch.
+# 8 GPUs x 2 images; `--auto-scale-lr` scales the learning rate to other batch sizes.
 auto_scale_lr = dict(enable=False, base_batch_size=16)

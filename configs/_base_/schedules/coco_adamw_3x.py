@@ -1,4 +1,4 @@
-# 36 epochs. Not stated in the paper: the epochs of the steps (27, 33 taken, as Swin).
+# 36 epochs. Not stated in the paper: the epochs of the learning rate steps (27, 33, as in Swin).
 _base_ = "./coco_adamw_1x.py"
 
 param_scheduler = [

@@ -1,4 +1,4 @@
-# Some minutes on two CPU cores. The three demo configs share it, whatever their task.
+# A few minutes on two CPU cores. Shared by the demo configs of all tasks.
 max_iters = 600
 
 optim_wrapper = dict(

@@ -1,6 +1,6 @@
-# 90 epochs at a total batch of 4,096.
-# The paper has no such recipe. All values are those of Swin's pre-training on ImageNet-22K: learning rate
-# 1e-3 for this batch, from 1e-6 to 1e-5, 5 epochs of warm-up, no averaged weights.
+# 90 epochs at a total batch size of 4,096.
+# The paper has no such recipe. All values are from Swin's pre-training on ImageNet-22K: learning rate 1e-3 for
+# this batch size, from 1e-6 to 1e-5, 5 epochs of warm-up, no EMA.
 _base_ = "./imagenet_adamw_300e.py"
 
 param_scheduler = [
@@ -16,7 +16,7 @@ param_scheduler = [
 ]
 
 train_cfg = dict(max_epochs=90)
-# ImageNet-22K has no validation part.
+# ImageNet-22K has no validation split.
 val_cfg = None
 test_cfg = None
 custom_hooks = []

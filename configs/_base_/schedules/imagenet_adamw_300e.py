@@ -1,7 +1,6 @@
-# 300 epochs at a total batch of 1,024.
-# Weight decay skips biases, norms and every other one-dimensional parameter. A_log and the bias of
-# dt_proj are one-dimensional here and so stay free of it; the published code, which stores them with
-# two dimensions, decays them.
+# 300 epochs at a total batch size of 1,024.
+# No weight decay for biases, norms and all other one-dimensional parameters. That includes A_log and the bias
+# of dt_proj, which the published code stores with two dimensions and therefore decays.
 optim_wrapper = dict(
     type="AmpOptimWrapper",
     loss_scale="dynamic",
@@ -27,10 +26,10 @@ train_cfg = dict(by_epoch=True, max_epochs=300, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
 
-# Validation and the published number are those of the averaged weights (0.9999).
+# Validation and the published accuracy use the EMA weights (decay 0.9999).
 custom_hooks = [
     dict(type="EMAHook", momentum=1e-4, priority="ABOVE_NORMAL"),
-    # With it a run can start from a published file, of which it evaluates the averaged weights if there are any.
+    # Lets a run start from a published file and evaluate that file's EMA weights, if it has any.
     dict(type="grootvl_mm.PublishedCheckpointHook"),
 ]
 

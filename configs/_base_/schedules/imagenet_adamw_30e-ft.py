@@ -1,7 +1,7 @@
-# Fine-tuning of a trained classifier at a higher resolution: 30 epochs at a total batch of 512.
-# The paper has no such recipe. All values are those of Swin's fine-tuning at 384x384, since the published
-# recipe of GrootV at 224x224 is Swin's, too, but for the averaged weights: 5 epochs of warm-up, learning rate
-# 2e-5 for a batch of 512, from 2e-8 to 2e-7, next to no weight decay, no averaged weights.
+# Fine-tuning of a trained classifier at a higher resolution: 30 epochs at a total batch size of 512.
+# The paper has no such recipe. All values are from Swin's fine-tuning at 384x384, because the published recipe
+# of GrootV at 224x224 is also Swin's, except for EMA: 5 epochs of warm-up, learning rate 2e-5 for a batch size
+# of 512, from 2e-8 to 2e-7, almost no weight decay, no EMA.
 _base_ = "./imagenet_adamw_300e.py"
 
 optim_wrapper = dict(optimizer=dict(lr=2e-5, weight_decay=1e-8))
