@@ -45,6 +45,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+@compiles
 def test_kernels_are_in_the_library(library: Path) -> None:
     assert b".nv_fatbin" in library.read_bytes()
     tool = cuobjdump()
@@ -108,6 +109,7 @@ def find_kernel(code: dict[str, Code], kernel: str, streams: str, of: str) -> Co
 GIVEN, SELECTIVE = "GivenInputIffLi4ELi1E", "SelectiveInputIfffLi4ELb1ELb0E"
 
 
+@compiles
 @pytest.mark.parametrize(("of", "most"), [(GIVEN, 90), (SELECTIVE, 290)])
 def test_instructions_of_a_row_of_32_channels(code: dict[str, Code], of: str, most: int) -> None:
     """In the loops of both passes of a forward scan over tiles; ranks of the step sizes up to 8."""
@@ -123,6 +125,7 @@ def test_instructions_of_a_row_of_32_channels(code: dict[str, Code], of: str, mo
     assert 20 < total <= most
 
 
+@compiles
 @pytest.mark.parametrize("of", [GIVEN, SELECTIVE])
 @pytest.mark.parametrize("kernel", ["summarise", "finish"])
 def test_no_copy_of_a_tile_waits_for_another(code: dict[str, Code], kernel: str, of: str) -> None:
@@ -133,6 +136,7 @@ def test_no_copy_of_a_tile_waits_for_another(code: dict[str, Code], kernel: str,
     assert not function.count(loop, "LDGDEPBAR|DEPBAR|BAR")
 
 
+@compiles
 def test_blocks_of_row_kernels_have_registers_enough(usage: dict[str, Usage]) -> None:
     """Counts registers of the largest block, for every dtype: a launch that takes more than 65,536 fails."""
     found = [re.search(r"output(?:_backward)?_kernelILi(\d+)E", name) for name in usage]
