@@ -41,21 +41,25 @@ Unpack = Callable[[], Tensor]
 
 def fast(x: Tensor) -> contextlib.AbstractContextManager:
     """Context manager that uses the faster functions of ``_FAST`` for layers applied to ``x``."""
-    return _Fast(_FAST) if is_eager(x) and not has_foreign_mode() else contextlib.nullcontext()
+    return _Fast(_FAST) if _applies_to(x) else contextlib.nullcontext()
 
 
 def narrow(x: Tensor) -> contextlib.AbstractContextManager:
     """Like :func:`fast`; under autocast, norms also return the dtype that the following layers would cast to."""
-    return _Fast(_FAST_IN_BLOCKS) if is_eager(x) else contextlib.nullcontext()
+    return _Fast(_FAST_IN_BLOCKS) if _applies_to(x) else contextlib.nullcontext()
 
 
 def lean(x: Tensor) -> contextlib.AbstractContextManager:
     """Context manager for a block applied to ``x``: recomputation, and norms in the dtype of linear layers."""
-    if not is_eager(x) or has_foreign_mode():
+    if not _applies_to(x):
         return contextlib.nullcontext()
     if torch.is_grad_enabled() and are_saved_tensors_hooks_enabled():
         return _Lean(x.device.type)
     return _Fast(_FAST_IN_BLOCKS)
+
+
+def _applies_to(x: Tensor) -> bool:
+    return is_eager(x) and not has_foreign_mode()
 
 
 _FAST = {F.linear: linear, F.layer_norm: layer_norm}

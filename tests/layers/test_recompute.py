@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grootvl_mm.layers import recompute
 from grootvl_mm.layers.mlp import MLP
-from grootvl_mm.layers.recompute import lean
+from grootvl_mm.layers.recompute import fast, lean, narrow
 from tests.helpers.marks import needs_compiler
 
 pytestmark = needs_compiler
@@ -197,26 +197,39 @@ def test_where_hooks_on_saved_tensors_are_forbidden() -> None:
     torch.testing.assert_close(y, layers(x))
 
 
+class Doubled(TorchFunctionMode):
+    """Counts the calls of a function and doubles its results."""
+
+    def __init__(self, function: Callable) -> None:
+        super().__init__()
+        self.function = function
+        self.count = 0
+
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+        self.count += func is self.function
+        result = func(*args, **(kwargs or {}))
+        return 2 * result if func is self.function else result
+
+
 @pytest.mark.parametrize("function", [F.silu, F.layer_norm, F.linear])
 def test_function_modes_of_others_see_every_call(function: Callable) -> None:
-    class Seen(TorchFunctionMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.count = 0
-
-        def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
-            self.count += func is function
-            result = func(*args, **(kwargs or {}))
-            return 2 * result if func is function else result
-
     layers, x = make(dtype=torch.float32)
     results, counts = [], []
     for is_lean in (False, True):
-        with Seen() as seen:
+        with Doubled(function) as seen:
             results.append(call(layers, x, is_lean))
         counts.append(seen.count)
     assert counts[0] == counts[1] > 0
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("context", [fast, narrow, lean])
+def test_function_modes_of_others_see_norms_under_autocast(context: Callable) -> None:
+    norm, x = torch.nn.LayerNorm(8), torch.randn(2, 4, 8)
+    with Doubled(F.layer_norm) as seen, torch.autocast("cpu", dtype=torch.bfloat16), context(x):
+        y = norm(x)
+    assert seen.count == 1
+    torch.testing.assert_close(y, 2 * norm(x))
 
 
 def test_results_in_the_memory_of_an_input_are_kept() -> None:
