@@ -20,6 +20,7 @@ def mlp_in_pieces(x: Tensor, fc1: nn.Module, act: nn.Module, fc2: nn.Module) -> 
     """
     if not (
         is_eager(x)
+        and not _needs_gradient(x, fc1, fc2)
         and untouched(fc1, fc2, kinds=(nn.Linear,))
         and untouched(act, kinds=(nn.GELU,), bias=None)
         and act.approximate == "none"
@@ -27,7 +28,7 @@ def mlp_in_pieces(x: Tensor, fc1: nn.Module, act: nn.Module, fc2: nn.Module) -> 
         return None
     inputs = (x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     dtype = _dtype(*inputs)
-    if dtype is None or (torch.is_grad_enabled() and any(value.requires_grad for value in inputs)):
+    if dtype is None:
         return None
     x, weight1, bias1, weight2, bias2 = (value.to(dtype) for value in inputs)
     y = x.new_empty((*x.shape[:-1], weight2.shape[0]))
@@ -37,6 +38,13 @@ def mlp_in_pieces(x: Tensor, fc1: nn.Module, act: nn.Module, fc2: nn.Module) -> 
     for of_x, of_y in zip(*pieces, strict=True):
         of_y.copy_(linear(linear_gelu(of_x, weight1, bias1), weight2, bias2))
     return y
+
+
+@unwatched
+def _needs_gradient(x: Tensor, *layers: nn.Module) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad or any(value.requires_grad for layer in layers for value in layer.parameters())
+    )
 
 
 @unwatched
