@@ -24,24 +24,28 @@ _SHARED = WeakTensorKeyDictionary()
 class _SharedCut:
     """The cut of a tree, with the stream and tensor versions that it was computed from."""
 
-    def __init__(self, order: Tensor) -> None:
-        self.order = order
-        self._key: tuple | None = None
-        self._cut: Tensor | None = None
+    def __init__(self, tree: "Tree", cut: Tensor | None) -> None:
+        self.order = tree.order
+        self._key = None if cut is None else self._key_of(tree)
+        self._cut = cut
 
     def of(self, tree: "Tree") -> Tensor:
         """The cut, recomputed if the tree was modified in place or the current stream is another one."""
-        stream = torch.cuda.current_stream(tree.parent.device).cuda_stream if tree.parent.is_cuda else None
-        key = (stream, *(None if part.is_inference() else part._version for part in tree))
+        key = self._key_of(tree)
         if self._cut is None or self._key != key:
             self._cut, self._key = torch.ops.grootvl.tree_cut(*tree), key
         return self._cut
 
+    @staticmethod
+    def _key_of(tree: "Tree") -> tuple:
+        stream = torch.cuda.current_stream(tree.parent.device).cuda_stream if tree.parent.is_cuda else None
+        return stream, *(None if part.is_inference() else part._version for part in tree)
 
-def share_cut(tree: "Tree") -> None:
-    """Let all scans along a newly computed tree share its cut."""
-    if _may_share(tree.parent):
-        _SHARED[tree.parent] = _SharedCut(tree.order)
+
+def share_cut(tree: "Tree", cut: Tensor | None = None) -> None:
+    """Let all scans along a newly computed tree share its cut, which is computed when needed if not given."""
+    if may_share(tree.parent):
+        _SHARED[tree.parent] = _SharedCut(tree, cut)
 
 
 def cut_of(tree: "Tree") -> Tensor | None:
@@ -51,21 +55,21 @@ def cut_of(tree: "Tree") -> Tensor | None:
     """
     if tree.parent.device.type not in _library.CUTTING_DEVICES or is_exporting() or torch.jit.is_tracing():
         return None
-    if _may_share(tree.parent):
+    if may_share(tree.parent):
         shared = _SHARED.get(tree.parent)
         if shared is not None and shared.order is tree.order:
             return shared.of(tree)
     return torch.ops.grootvl.tree_cut(tree.parent, tree.order)
 
 
-def _may_share(parent: Tensor) -> bool:
-    """Whether scans may share a cut.
+def may_share(tensor: Tensor) -> bool:
+    """Whether scans may share the cut of a tree that is, or is computed from, a tensor.
 
     Not during CUDA graph capture, since replays change the tree without changing its version, nor in compilers and
     tracers.
     """
     return (
-        parent.device.type in _library.CUTTING_DEVICES
-        and is_eager(parent)
-        and not (parent.is_cuda and torch.cuda.is_current_stream_capturing())
+        tensor.device.type in _library.CUTTING_DEVICES
+        and is_eager(tensor)
+        and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     )

@@ -44,6 +44,12 @@ REFERENCES: dict[str, Callable] = {
     )
 }
 
+# Private operators of devices whose scans use cuts, and their schemas.
+CUTS = {
+    "tree_cut": "(Tensor parent, Tensor order) -> Tensor",
+    "grid_tree_and_cut": "(Tensor edge_weight, SymInt height, SymInt width, SymInt root) -> (Tensor, Tensor, Tensor)",
+}
+
 # Operators without CUDA kernels, for which copying to the host is faster than the reference on the GPU.
 THROUGH_HOST = frozenset({"graph_tree"})
 
@@ -69,7 +75,7 @@ def _load_extension() -> str | None:
         torch.ops.load_library(libraries[0])
     except (OSError, RuntimeError) as error:
         return f"{libraries[0].name} does not load with torch {torch.__version__}: {error}"
-    missing = [name for name in (*REFERENCES, "tree_cut") if not hasattr(getattr(torch.ops, NAMESPACE), name)]
+    missing = [name for name in (*REFERENCES, *CUTS) if not hasattr(getattr(torch.ops, NAMESPACE), name)]
     if missing:
         raise ImportError(
             f"{libraries[0]} was compiled from other sources: it has no {', '.join(missing)}. Recompile it: "
@@ -105,7 +111,8 @@ def _install_references(library: torch.library.Library) -> None:
                 goes_to_host = device_type == "cuda" and name in THROUGH_HOST
                 library.impl(name, _through_host(name) if goes_to_host else function, device_type.upper())
     if _EXTENSION_ERROR is not None:
-        library.define("tree_cut(Tensor parent, Tensor order) -> Tensor")
+        for name, schema in CUTS.items():
+            library.define(name + schema)
 
 
 def _find_kernels() -> frozenset[str]:
@@ -142,6 +149,12 @@ def _(edge_weight: Tensor, height: int, width: int, root: int) -> tuple[Tensor, 
     shape = (edge_weight.shape[0], height * width)
     parent = edge_weight.new_empty(shape, dtype=torch.int32)
     return parent, torch.empty_like(parent)
+
+
+@register_fake(f"{NAMESPACE}::grid_tree_and_cut")
+def _(edge_weight: Tensor, height: int, width: int, root: int) -> tuple[Tensor, Tensor, Tensor]:
+    parent, order = _operator("grid_tree")(edge_weight, height, width, root)
+    return parent, order, _operator("tree_cut")(parent, order)
 
 
 @register_fake(f"{NAMESPACE}::graph_tree")
@@ -198,6 +211,7 @@ def _no_gradient(name: str) -> None:
 
 _no_gradient("grid_edge_weight")
 _no_gradient("grid_tree")
+_no_gradient("grid_tree_and_cut")
 _no_gradient("graph_tree")
 _no_gradient("tree_cut")
 
@@ -297,6 +311,11 @@ def _(feature_shape: torch.Size, metric: str, log: bool, **kwargs: Any) -> int:
 
 
 @register_flop_formula(torch.ops.grootvl.grid_tree)
+def _(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+@register_flop_formula(torch.ops.grootvl.grid_tree_and_cut)
 def _(*args: Any, **kwargs: Any) -> int:
     return 0
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from grootvl_mm.ops import _library  # noqa: F401  defines torch.ops.grootvl
 from grootvl_mm.ops._checks import check_choice, check_tensor
-from grootvl_mm.ops._cuts import share_cut
+from grootvl_mm.ops._cuts import may_share, share_cut
 from grootvl_mm.ops.reference import vertex_depth
 
 METRICS = ("cosine", "euclidean", "manhattan")
@@ -103,6 +103,11 @@ def grid_tree(edge_weight: Tensor, height: int, width: int, root: int = 0) -> Tr
         )
     if not 0 <= root < height * width:
         raise ValueError(f"root must be a vertex of 0..{height * width - 1}, got {root}")
-    tree = Tree(*torch.ops.grootvl.grid_tree(edge_weight, height, width, root))
-    share_cut(tree)
+    cut = None
+    if may_share(edge_weight):
+        parent, order, cut = torch.ops.grootvl.grid_tree_and_cut(edge_weight, height, width, root)
+    else:
+        parent, order = torch.ops.grootvl.grid_tree(edge_weight, height, width, root)
+    tree = Tree(parent, order)
+    share_cut(tree, cut)
     return tree

@@ -6,6 +6,7 @@ TORCH_LIBRARY(grootvl, m) {
   m.def("grid_edge_weight(Tensor feature, str metric, bool log) -> Tensor");
   m.def("grid_tree(Tensor edge_weight, SymInt height, SymInt width, SymInt root) -> (Tensor, Tensor)");
   m.def("graph_tree(Tensor edge_index, Tensor edge_weight, SymInt num_vertices, Tensor root) -> (Tensor, Tensor)");
+  m.def("grid_tree_and_cut(Tensor edge_weight, SymInt height, SymInt width, SymInt root) -> (Tensor, Tensor, Tensor)");
   m.def("tree_cut(Tensor parent, Tensor order) -> Tensor");
   m.def("tree_scan(Tensor x, Tensor decay, Tensor parent, Tensor order, str propagation, Tensor? cut=None) -> Tensor");
   m.def(

@@ -8,6 +8,8 @@
 //   edge_weight (B, E) float32, finite. parent (B, L) int32, L = height * width: the parents in the minimum spanning
 //   tree; the root is its own parent. order (B, L) int32: all vertices, each parent before its children. Ties go to the
 //   lower edge index.
+// grid_tree_and_cut(edge_weight, height, width, root) -> (parent, order, cut)
+//   The results of grid_tree and of tree_cut (scan.h) in fewer kernels. Only devices with tree_cut have it.
 #pragma once
 
 #include <ATen/core/Tensor.h>

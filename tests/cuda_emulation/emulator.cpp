@@ -215,8 +215,13 @@ void take_over_work([[maybe_unused]] void* at) {
 #endif
 }
 
-// Addresses for release and acquire: the start and end of a grid, the next block in each place, and each warp.
-char work_of_grid[2], work_of_places[kMostPlaces], work_of_warps[kMostPlaces][kMaxThreads / kWarpSize];
+// Addresses for release and acquire: the start and end of a grid, the barriers of the block in each place, and each
+// warp.
+char work_of_grid[2], work_of_barriers[kMostPlaces], work_of_warps[kMostPlaces][kMaxThreads / kWarpSize];
+// Likewise the end of a block, for the next block in its place. The two alternate, since a thread that begins must not
+// acquire the accesses of threads of its own block that have ended.
+char work_of_blocks[kMostPlaces][2];
+unsigned block_turn = 0;
 
 // Each of these threads acquires the accesses of all of them.
 [[maybe_unused]] void share_work(const uint16_t* numbers, unsigned count, void* at) {
@@ -378,7 +383,7 @@ void open_barrier() {
       order[count++] = i;
     }
   }
-  share_work(order, count, &work_of_places[block_place]);
+  share_work(order, count, &work_of_barriers[block_place]);
   if (shuffled) {
     chance.shuffle(order, count);
   }
@@ -391,7 +396,7 @@ void end_thread() {
   if (!current->copies.empty()) {
     fail("thread ", current->index, " has ended without waiting for the copies that it has begun");
   }
-  leave_work(&work_of_places[block_place]);
+  leave_work(&work_of_blocks[block_place][block_turn]);
   leave_work(&work_of_grid[1]);
   Warp& warp = warps[current->number / kWarpSize];
   const unsigned bit = 1u << current->number % kWarpSize;
@@ -419,7 +424,7 @@ void end_thread() {
 void live() {
   complete_switch(current->fiber);
   for (;;) {
-    take_over_work(&work_of_places[block_place]);
+    take_over_work(&work_of_blocks[block_place][1 - block_turn]);
     take_over_work(&work_of_grid[0]);
     std::exception_ptr reason;
     try {
@@ -608,6 +613,7 @@ void run(
     const uint32_t i = order[run];
     blockIdx = {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)};
     block_place = run % places;
+    block_turn = run / places % 2;
     void*& shared = memory.of_places[block_place];
     if (shared == nullptr && shared_bytes > 0) {
       shared = allocate_shared(shared_bytes);

@@ -10,6 +10,7 @@ everything else, so it is a lower bound: an H100 took about twice as long for th
 decide which of two designs to implement.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,10 +21,10 @@ from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree
 
 # H100 SXM: multiprocessors, cycles per second, bytes per second of a copy, warp instructions per cycle and
 # multiprocessor; latency in cycles of a load, of a member of a piece (a load, a sum and a store in shared memory), of a
-# critical vertex, and of a kernel launch.
+# critical vertex, and of a kernel launch. What a block may have, and what is reserved for it, in bytes.
 PROCESSORS, CLOCK, BANDWIDTH, ISSUE = 132, 1.755e9, 2.86e12, 4
 MEMORY_CYCLES, MEMBER_CYCLES, CRITICAL_CYCLES, LAUNCH_CYCLES = 700, 70, 75, 3500
-SHARED_BYTES, RESERVED_BYTES, THREADS = 232448, 1024, 256
+SHARED_BYTES, RESERVED_BYTES, THREADS = 232448, 3072, 256
 
 
 class Shape(NamedTuple):
@@ -44,6 +45,7 @@ class Design(NamedTuple):
 
     lanes: int
     blocks: dict[int, int]  # by the number of streams
+    divides_rest: bool  # whether the shortest pieces get smaller tiles
     waits: int  # consecutive memory latencies before the pieces of a tile can be walked
     kernels: dict[str, tuple["Kernel", ...]]
 
@@ -51,7 +53,8 @@ class Design(NamedTuple):
 class Kernel(NamedTuple):
     """A kernel over tiles, or over rows if it has no streams: the maps it reads and writes, and its walks over pieces.
 
-    ``instructions`` are warp instructions per row of 32 channels, counted in the disassembly.
+    ``instructions`` are warp instructions per row of 32 channels, counted in the disassembly, for rank 5 of the step
+    sizes. Partial sums of their products, for each row and 16 channels, count as 5/16 of a map.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Kernel(NamedTuple):
 BEFORE = Design(
     lanes=8,
     blocks={1: 3, 2: 2},
+    divides_rest=False,
     waits=4,
     kernels={
         "tree_scan": (Kernel("summarise", 2, 30, 1, 1), Kernel("finish", 3, 32, 1, 2)),
@@ -83,26 +87,27 @@ BEFORE = Design(
 AFTER = Design(
     lanes=4,
     blocks={1: 4, 2: 3},
+    divides_rest=True,
     waits=3,
     kernels={
         "tree_scan": (Kernel("summarise", 2, 29, 1, 1), Kernel("finish", 3, 31, 1, 2)),
         "tree_scan_backward": (Kernel("summarise", 3, 41, 2, 1), Kernel("finish", 5, 51, 2, 2)),
-        "selective": (Kernel("summarise", 1, 88, 1, 1), Kernel("finish", 2, 90, 1, 2), Kernel("output", 4, 59)),
+        "selective": (Kernel("summarise", 1, 87, 1, 1), Kernel("finish", 2, 89, 1, 2), Kernel("output", 4, 59)),
         "selective_backward": (
-            Kernel("summarise", 1, 88, 1, 1),
-            Kernel("finish", 2, 90, 1, 2),
+            Kernel("summarise", 1, 87, 1, 1),
+            Kernel("finish", 2, 89, 1, 2),
             Kernel("output", 7, 127),
             Kernel("summarise", 1, 83, 1, 1),
-            Kernel("finish", 5, 223, 2, 2),
-            Kernel("products", 2, 10),
+            Kernel("finish", 4.4, 276, 2, 2),
+            Kernel("sums", 0.4, 1),
         ),
     },
 )
 
 
-def make_tree(shape: Shape) -> Tree:
+def make_tree(shape: Shape, seed: int = 0) -> Tree:
     """The tree of a random image of this shape."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     rows, columns = torch.fft.fftfreq(shape.height), torch.fft.rfftfreq(shape.width)
     frequency = torch.hypot(rows[:, None], columns).clamp(min=1 / shape.width)
     white = torch.randn(1, 16, shape.height, shape.width, generator=generator)
@@ -146,22 +151,36 @@ class Tile(NamedTuple):
     @property
     def steps(self) -> int:
         """The members if all pieces were as long as the longest."""
-        return max(self.members) * len(self.members)
+        return max(self.members, default=0) * len(self.members)
 
 
-def make_tiles(pieces: Cut, lanes: int, streams: int, blocks: int) -> list[Tile]:
+def tile_begins(rows: int, total: int, divides_rest: bool) -> list[int]:
+    """Where tiles of up to ``rows`` members begin, as in ``Tiling``; without ``divides_rest``, all are alike."""
+    count = -(-total // rows)
+    if count == 1 or not divides_rest:
+        return list(range(0, total, -(-total // count)))
+    full = count - 2
+    rest = total - full * rows
+    return [*(tile * rows for tile in range(full + 1)), total - (rest >> 1), total - (rest >> 2)]
+
+
+def make_tiles(pieces: Cut, design: Design, streams: int) -> list[Tile]:
     """Make tiles as in ``choose_tiling``, for float32 in packs of 4."""
-    row_bytes = (streams + 1) * lanes * 16 + 8
+    row_bytes = (streams + 1) * design.lanes * 16 + 8
     total, room = sum(pieces.members), SHARED_BYTES - RESERVED_BYTES
-    wished = max((room // blocks - RESERVED_BYTES) // row_bytes, 2 * pieces.most)
-    most_rows = max(min(wished, room // row_bytes) - pieces.most, 1)
-    rows = -(-total // -(-total // most_rows))
-    tiles: dict[int, list[int]] = {}
+    wished = max((room // design.blocks[streams] - RESERVED_BYTES) // row_bytes, 2 * pieces.most)
+    begins = tile_begins(max(min(wished, room // row_bytes) - pieces.most, 1), total, design.divides_rest)
+    tiles: list[list[int]] = [[] for _ in begins]
     slot = 0
     for members in pieces.members:
-        tiles.setdefault(-(-slot // rows) if slot % rows else slot // rows, []).append(members)
+        tiles[bisect_right(begins, slot) - 1].append(members)
         slot += members
-    return [Tile(members) for members in tiles.values()]
+    return [Tile(members) for members in tiles]
+
+
+def useful_share(tiles: Sequence[Tile]) -> float:
+    """The mean length of the pieces of a tile over the longest, weighted with the steps of the tiles."""
+    return sum(sum(tile.members) for tile in tiles) / sum(tile.steps for tile in tiles)
 
 
 def resident_blocks(pieces: Cut, lanes: int, streams: int, blocks: int) -> int:
@@ -181,7 +200,7 @@ def seconds_of(kernel: Kernel, shape: Shape, pieces: Cut, design: Design) -> flo
     ]
     if kernel.streams:
         blocks = design.blocks[kernel.streams]
-        tiles = make_tiles(pieces, design.lanes, kernel.streams, blocks)
+        tiles = make_tiles(pieces, design, kernel.streams)
         groups = THREADS // design.lanes
         # If there are more pieces than groups, the others wait.
         cycles = sum(
@@ -191,7 +210,7 @@ def seconds_of(kernel: Kernel, shape: Shape, pieces: Cut, design: Design) -> flo
         )
         columns = shape.batch * -(-shape.channels // (design.lanes * 4))
         places = PROCESSORS * resident_blocks(pieces, design.lanes, kernel.streams, blocks)
-        times.append(max(columns * cycles / places, max(tile.members[0] for tile in tiles) * MEMBER_CYCLES) / CLOCK)
+        times.append(max(columns * cycles / places, pieces.members[0] * MEMBER_CYCLES) / CLOCK)
     return max(times)
 
 
@@ -220,14 +239,11 @@ def main() -> None:
     """Print the modelled times."""
     trees: list[tuple[Shape, Cut]] = [(shape, cut(make_tree(shape))) for shape in SHAPES]
     for shape, pieces in trees:
-        share = {}
-        for name, design in (("before", BEFORE), ("after", AFTER)):
-            tiles = make_tiles(pieces, design.lanes, 1, design.blocks[1])
-            share[name] = sum(sum(tile.members) for tile in tiles) / sum(tile.steps for tile in tiles)
+        before, after = (useful_share(make_tiles(pieces, design, 1)) for design in (BEFORE, AFTER))
         mean = Tensor(pieces.members).mean().item()
         print(  # noqa: T201
             f"{shape.name}: {len(pieces.members)} pieces of {mean:.0f} (most {pieces.members[0]}), {pieces.criticals} "
-            f"critical vertices; useful share of a tile's steps {share['before']:.2f}, {share['after']:.2f}"
+            f"critical vertices; useful share of a tile's steps {before:.2f}, {after:.2f}"
         )
     rows = [["operator", *(f"{shape.name} {when}" for shape, _ in trees for when in ("before", "after"))]]
     for operator in BEFORE.kernels:

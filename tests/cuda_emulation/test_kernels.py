@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from grootvl_mm.ops import grid_tree
+from tests.cuda_emulation import latency_model
 from tests.cuda_emulation.build import ROOT, operator_library
 from tests.cuda_emulation.run import CARDS, environment
 from tests.helpers.trees import random_weight
@@ -71,9 +72,13 @@ def test_every_size_is_launched_on_every_card(tree_kernels: Path, tmp_path: Path
     weights = [random_weight(1, height, width, seed=0) for height, width in SIZES]
     torch.save(weights, tmp_path / "weights.pt")
     run_kernels(
-        f"trees = [grid_tree(w, h, v) for w, (h, v) in zip(torch.load('weights.pt'), {SIZES})]\n"
+        f"sizes = {SIZES}\n"
+        "weights = torch.load('weights.pt')\n"
+        "trees = [ops.grid_tree(w, h, v, 0) for w, (h, v) in zip(weights, sizes)]\n"
         "cuts = [ops.tree_cut(*tree) for tree in trees]\n"
-        "torch.save([tree.parent for tree in trees], 'parents.pt')\n",
+        "for w, (h, v), tree, cut in zip(weights, sizes, trees, cuts):\n"
+        "    assert all(map(torch.equal, ops.grid_tree_and_cut(w, h, v, 0), (*tree, cut)))\n"
+        "torch.save([parent for parent, _ in trees], 'parents.pt')\n",
         tmp_path,
         tree_kernels,
         card,
@@ -91,7 +96,7 @@ def test_threads_with_trees_of_different_sizes(tree_kernels: Path, tmp_path: Pat
         "    height, width = size\n"
         "    weight = torch.rand(1, 2 * height * width - height - width)\n"
         "    for _ in range(4):\n"
-        "        ops.tree_cut(*grid_tree(weight, height, width))\n"
+        "        ops.tree_cut(*ops.grid_tree(weight, height, width, 0))\n"
         "with ThreadPoolExecutor(2) as pool:\n"
         "    list(pool.map(work, [(32, 64), (40, 80)]))\n",
         tmp_path,
@@ -116,8 +121,8 @@ def detection(tree_kernels: Path, tmp_path_factory: pytest.TempPathFactory) -> C
     weight = random_weight(batch, height, width, seed=0)
     torch.save(weight, folder / "weight.pt")
     launches = run_kernels(
-        f"tree = grid_tree(torch.load('weight.pt'), {height}, {width})\n"
-        "torch.save(tree.parent, 'parent.pt')\n"
+        f"tree = ops.grid_tree(torch.load('weight.pt'), {height}, {width}, 0)\n"
+        "torch.save(tree[0], 'parent.pt')\n"
         "ops.tree_cut(*tree)\n",
         folder,
         tree_kernels,
@@ -145,6 +150,31 @@ def test_cut_of_a_detector_leaves_one_kernel_to_few_blocks(detection: Counts) ->
     assert sum(launch.steps for launch in detection.cut) <= 300
 
 
+def test_pieces_are_those_of_the_model(tree_kernels: Path, tmp_path: Path) -> None:
+    height, width = 28, 40
+    tree = latency_model.make_tree(latency_model.Shape("small", 1, height, width, 1))
+    torch.save(tree, tmp_path / "tree.pt")
+    run_kernels(
+        "tree = torch.load('tree.pt', weights_only=False)\ntorch.save(ops.tree_cut(*tree), 'cut.pt')\n",
+        tmp_path,
+        tree_kernels,
+    )
+    cut, vertices, expected = torch.load(tmp_path / "cut.pt")[0], height * width, latency_model.cut(tree)
+    first = cut[2 * vertices : 2 * vertices + len(expected.members) + 1]
+    assert first.diff().tolist() == expected.members
+    most_criticals = 2 * -(-vertices // (expected.most - 1))
+    counts = cut[6 * vertices + 2 * most_criticals :]
+    assert counts[:2].tolist() == [len(expected.members), expected.criticals]
+
+
+@pytest.mark.parametrize("shape", latency_model.SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("streams", [1, 2])
+def test_pieces_of_a_tile_are_of_like_length(shape: latency_model.Shape, streams: int) -> None:
+    """The mean length over the longest; with equal tiles, it was 0.77 in the first shape."""
+    pieces = latency_model.cut(latency_model.make_tree(shape))
+    assert latency_model.useful_share(latency_model.make_tiles(pieces, latency_model.AFTER, streams)) >= 0.85
+
+
 @pytest.mark.slow
 def test_a_tree_is_cut_once(tmp_path: Path) -> None:
     """For all scans along it, forward and backward."""
@@ -168,5 +198,5 @@ def test_a_tree_is_cut_once(tmp_path: Path) -> None:
         tmp_path,
         Path(environment(0)["GROOTVL_LIBRARY"]),
     )
-    # The tree, the copy without a history, the tree with new vertices, and the fresh one.
-    assert sum("Cuts" in launch.parameters for launch in launches) == 4
+    # The copy without a history, and the tree with new vertices; the trees themselves were cut as they were built.
+    assert sum("Cuts" in launch.parameters and "Grid" not in launch.parameters for launch in launches) == 2

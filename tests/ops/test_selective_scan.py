@@ -1,47 +1,24 @@
 """tree_selective_scan, its gradients and its checks."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grootvl_mm.ops import Tree, grid_tree, reference, tree_selective_scan
+from grootvl_mm.ops import reference, tree_selective_scan
 from grootvl_mm.ops.scan import PROPAGATIONS, SelectiveScanInputs
 from tests.helpers.precision import assert_rounded_once, copied_elements
-from tests.helpers.trees import SEEDS, SIZES, random_weight
+from tests.helpers.trees import SEEDS, SIZES
+from tests.helpers.trees import random_selective_scan as sample
 
 NAMES = SelectiveScanInputs._fields
 EPS = 1e-5
 SCAN = torch.ops.grootvl.tree_selective_scan
 BACKWARD = torch.ops.grootvl.tree_selective_scan_backward
-
-
-def sample(
-    batch: int, height: int, width: int, channels: int, rank: int, seed: int, dtype: torch.dtype = torch.float64
-) -> tuple[dict[str, Tensor], Tree]:
-    """Inputs as in a layer after some training, and trees."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
-        return (mean + scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
-
-    vertices = height * width
-    inputs = {
-        "x": normal(batch, vertices, channels),
-        "dt": normal(batch, vertices, rank),
-        "b": normal(batch, vertices, 1),
-        "c": normal(batch, vertices, 1),
-        "gate": normal(batch, vertices, channels, scale=2.0),
-        "dt_weight": normal(channels, rank, scale=0.5),
-        "dt_bias": normal(channels, scale=2.0, mean=-2.0),
-        "A_log": normal(channels, scale=0.3),
-        "Ds": normal(channels),
-    }
-    for norm in ("h_norm", "out_norm"):
-        inputs[f"{norm}_weight"] = normal(channels, scale=0.2, mean=1.0)
-        inputs[f"{norm}_bias"] = normal(channels, scale=0.2)
-    return inputs, grid_tree(random_weight(batch, height, width, seed), height, width)
 
 
 def double(inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -67,7 +44,8 @@ def test_equals_the_reference(size: tuple, channels: int, rank: int, seed: int, 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("size", "channels", "rank"), [((12, 13), 16, 5), ((12, 13), 40, 5), ((12, 13), 160, 5), ((3, 4), 2560, 80)]
+    ("size", "channels", "rank"),
+    [((12, 13), 16, 5), ((12, 13), 40, 16), ((5, 6), 40, 17), ((12, 13), 160, 5), ((3, 4), 2560, 80)],
 )
 def test_all_dtypes(device: torch.device, dtype: torch.dtype, size: tuple, channels: int, rank: int) -> None:
     inputs, tree = sample(2, *size, channels, rank, seed=channels, dtype=dtype)
@@ -178,6 +156,38 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
             torch.set_num_threads(threads)
         for result in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.cpu_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_kept_from_another_call_does_not_show(dtype: torch.dtype) -> None:
+    inputs, tree = sample(1, 80, 90, 64, rank=4, seed=0, dtype=dtype)
+    bad = {name: torch.full_like(value, torch.nan) for name, value in inputs.items()}
+    grad_y = torch.randn_like(inputs["x"])
+    results = []
+    for _ in range(2):
+        results.append(
+            (SCAN(*inputs.values(), *tree, EPS, "all"), *BACKWARD(grad_y, *inputs.values(), *tree, EPS, "all"))
+        )
+        BACKWARD(grad_y, *bad.values(), *tree, EPS, "all")
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert all(result.isfinite().all() for result in results[0])
+
+
+@pytest.mark.cpu_kernels
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is kept on Linux only")
+def test_a_forward_pass_frees_what_a_backward_pass_keeps() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    inputs, tree = sample(1, 128, 128, 128, rank=4, seed=0, dtype=torch.float32)
+    map_bytes = inputs["x"].nbytes
+    small, small_tree = sample(1, 2, 2, 8, rank=1, seed=0, dtype=torch.float32)
+    for _ in range(2):  # only the first call loads code
+        BACKWARD(inputs["x"], *inputs.values(), *tree, EPS, "all")
+        kept = resident_bytes()
+        SCAN(*small.values(), *small_tree, EPS, "all")
+    assert kept - resident_bytes() > 3 * map_bytes
 
 
 @pytest.mark.cpu_kernels

@@ -54,7 +54,6 @@ def test_tests_come_before_benchmarks_that_their_tools_understand(
     assert calls[0].startswith("-q")
     assert calls[1].startswith("-m pytest tests/ops")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.syspath_prepend(str(ROOT / "tools" / "analysis_tools"))
     for call in calls[2:]:
         tool, *arguments = call.split()
         monkeypatch.setattr(sys, "argv", [tool, *arguments])

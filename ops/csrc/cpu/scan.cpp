@@ -107,7 +107,7 @@ struct Cpu {
       using acc_t = Accumulated<stored_t>;
       constexpr int64_t kMaps = std::is_same_v<acc_t, stored_t> ? 1 : 3;
       for_each_task(x_rows, [&](const Task& task, uint8_t* has_sum) {
-        const Scratch<acc_t> scratch(kMaps, x.size(1), task.width);
+        const Scratch<acc_t> scratch(kMaps, x.size(1), task.width, Rest::kKept);
         const Rows<stored_t> of_x = rows_of_result<stored_t>(grad_x, task);
         const Rows<stored_t> of_decay = rows_of_result<stored_t>(grad_decay, task);
         const ScanSums<acc_t> sums{scratch.in_place_of(of_decay, 1), scratch.in_place_of(of_x, 2), scratch[0]};

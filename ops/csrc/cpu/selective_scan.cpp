@@ -146,7 +146,7 @@ at::Tensor selective_scan_forward(
           const Selective<stored_t> s = prepared.of_image<stored_t>(image, eps);
           for_each_piece(vertices, [&](int64_t, int64_t first, int64_t last) {
             std::vector<acc_t> tile(Kernels::tile_size(channels, rank));
-            kernels.discretise(s, first, last, decay, h, tile.data());
+            kernels.discretize(s, first, last, decay, h, tile.data());
           });
           scan_in_place(kernels, trees[image], channels, propagation, decay, h);
           for_each_piece(vertices, [&](int64_t, int64_t first, int64_t last) {
@@ -237,7 +237,7 @@ SelectiveScanInputs selective_scan_backward(
     with_kernels([&](auto kernels) {
       using Kernels = decltype(kernels);
       for_each_image(inputs.x.size(0), [&](int64_t begin, int64_t end) {
-        const Scratch<acc_t> scratch(kMaps, vertices, channels);
+        const Scratch<acc_t> scratch(kMaps, vertices, channels, Rest::kKept);
         // The backward scan overwrites grad (of h) with the gradient of the input, and sums with that of the decay.
         const Rows<acc_t> decay = scratch[0], sums = scratch[1], h = scratch[2], grad = scratch[3];
         for (int64_t image = begin; image < end; ++image) {
@@ -252,7 +252,7 @@ SelectiveScanInputs selective_scan_backward(
           of_inputs.x_by_skip = scratch.in_place_of(of_inputs.x, 4);
           for_each_piece(vertices, [&](int64_t, int64_t first, int64_t last) {
             std::vector<acc_t> tile(Kernels::tile_size(channels, rank));
-            kernels.discretise(s, first, last, decay, sums, tile.data());
+            kernels.discretize(s, first, last, decay, sums, tile.data());
           });
           for_each_share(channels, [&](int64_t first, int64_t width) {
             std::vector<uint8_t> flags(vertices);
@@ -285,7 +285,7 @@ SelectiveScanInputs selective_scan_backward(
           });
           for_each_piece(vertices, [&](int64_t piece, int64_t first, int64_t last) {
             std::vector<acc_t> rows(Kernels::tile_size(channels, rank) + channels);
-            kernels.discretise_backward(
+            kernels.discretize_backward(
                 s, first, last, decay, grad, sums, parameters.of_piece(of_inputs, image, piece), rows.data());
           });
         }

@@ -1,11 +1,11 @@
-// The row-wise steps before and after the scan of a tree state space layer: discretise computes decay and scan input,
+// The row-wise steps before and after the scan of a tree state space layer: discretize computes decay and scan input,
 // read_out the two layer norms and the gate. Rows are those of scan_kernels-inl.h, all `channels` wide. Activations and
 // their gradients are stored as stored_t, everything else as acc_t.
 
 struct SelectiveScanKernels : StepProjectionKernels {
   // decay = exp(rate * delta) and input = delta * b * x for vertices begin..end-1. scratch: tile_size() values.
   template <typename stored_t, typename acc_t>
-  static void discretise(
+  static void discretize(
       const Selective<stored_t>& s,
       int64_t begin,
       int64_t end,
@@ -140,10 +140,10 @@ struct SelectiveScanKernels : StepProjectionKernels {
     }
   }
 
-  // The backward pass of discretise: from the gradients of input and decay to those of x (plus x_by_skip), b, dt and
+  // The backward pass of discretize: from the gradients of input and decay to those of x (plus x_by_skip), b, dt and
   // the parameters. scratch: tile_size() + channels values.
   template <typename stored_t, typename acc_t>
-  static void discretise_backward(
+  static void discretize_backward(
       const Selective<stored_t>& s,
       int64_t begin,
       int64_t end,

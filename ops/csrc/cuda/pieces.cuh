@@ -44,6 +44,10 @@ struct Pieces {
     return (kVertexArrays + 1) * vertices + 8;
   }
 
+  // The size of the definition above.
+  __device__ int size_limit() const {
+    return most_members - 1;
+  }
   // Most images have about three pieces per two critical vertices; there may be more.
   int64_t usual_pieces() const {
     return 3 * divide_up<int64_t>(most_criticals, 2) + 1;
@@ -86,6 +90,9 @@ struct PieceTensors {
   at::Tensor memory;
   Pieces pieces;
 };
+
+// Memory for the pieces of a batch of trees with at least one vertex.
+PieceTensors allocate_pieces(int64_t batch, int64_t vertices, const at::TensorOptions& options);
 
 // The pieces of all trees of a batch; parent, order (B, L) int32, L >= 1. `cut`, the memory of an earlier result for
 // the same trees, saves cutting them again. Invalid trees give the pieces of some other tree, but no access out of

@@ -52,7 +52,7 @@ struct StepInput {
   using Values = Pack<acc_t, kPack>;
 
   Rows<const T> dt;
-  // (R, D), (D).
+  // (D, R), (D).
   const acc_t *weight, *bias;
   int rank;
   int64_t channels;
@@ -69,12 +69,23 @@ struct StepInput {
     });
   }
 
+  // The weights of this lane's channels, for weights().
+  __device__ const acc_t* weights_of(int64_t channel) const {
+    return weight + channel * rank;
+  }
+
+  // The weights of each of them for one of the low-rank terms. The caches hold them.
+  __device__ Values weights(const acc_t* of_channels, int term) const {
+    return make_pack<acc_t, kPack>([&](int p) { return __ldg(of_channels + (p * rank + term)); });
+  }
+
   // Computes the steps of rows row_of(0), ..., row_of(kCount - 1) together, so that each weight is read once for all of
   // them. `terms` are the results of load. Called by whole warps.
   template <int kCount, typename RowOf>
   __device__ void steps(
       const RowOf& row_of, Terms (&terms)[kCount], int64_t channel, int lane, Values (&steps)[kCount]) const {
     const Values bias_of_lane = load_pack<kPack>(bias + channel);
+    const acc_t* const of_channels = weights_of(channel);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       steps[j] = bias_of_lane;
@@ -89,8 +100,9 @@ struct StepInput {
 #pragma unroll
       for (int k = 0; k < kTerms; ++k) {
         const int first = begin + k * kRowLanes, count = min(kRowLanes, rank - first);
+#pragma unroll 1
         for (int r = 0; r < count; ++r) {
-          const Values factor = load_pack<kPack>(weight + (first + r) * channels + channel);
+          const Values factor = weights(of_channels, first + r);
 #pragma unroll
           for (int j = 0; j < kCount; ++j) {
             const acc_t term = __shfl_sync(kAllLanes, terms[j][k], r, kRowLanes);
@@ -134,7 +146,8 @@ struct SelectiveInput {
   __device__ void prepare(const LanePlace<kPack>& place, int64_t first_row, int rows, const Cells& cells) const {
     const Values rate_of_lane = rate(place.channel);
     for_each_batch<kStepRows>(place.group, rows, [&](const int (&of_group)[kStepRows]) {
-      const auto row_of = [&](int j) { return first_row + cells.vertex[min(of_group[j], rows - 1)]; };
+      // Only vertices of the own group are there already. Groups without a row read that of vertex 0 instead.
+      const auto row_of = [&](int j) { return first_row + (of_group[j] < rows ? cells.vertex[of_group[j]] : 0); };
       Terms terms[kStepRows];
       acc_t b_of[kStepRows];
 #pragma unroll

@@ -80,8 +80,6 @@ struct Prepared {
   using between_t = Between<T>;
 
   SelectiveScanInputs in;
-  // (R, D).
-  at::Tensor step_weight;
   PieceTensors trees;
   Propagation propagation;
   double eps;
@@ -103,7 +101,6 @@ struct Prepared {
         eps(eps) {
     in.x = readable_rows(in.x, kPack);
     in.gate = readable_rows(in.gate, kPack);
-    step_weight = in.dt_weight.t().contiguous();
   }
 
   int64_t rows() const {
@@ -124,7 +121,7 @@ struct Prepared {
   SelectiveInput<T, between_t, acc_t, kPack, kValues, kGradients> scan_input(const at::Tensor& grad_h = {}) const {
     return {
         {rows_of<T>(in.dt),
-         step_weight.const_data_ptr<acc_t>(),
+         in.dt_weight.const_data_ptr<acc_t>(),
          in.dt_bias.const_data_ptr<acc_t>(),
          static_cast<int>(in.dt.size(2)),
          in.x.size(2)},
@@ -205,13 +202,16 @@ void run_backward(const Prepared<T, kPack>& prepared, const at::Tensor& grad_y, 
         over.lanes);
   });
 
+  const int64_t rank = prepared.in.dt.size(2), channel_tiles = divide_up<int64_t>(channels, kRowLanes * kPack);
+  const bool sums_products = rank <= kMostSummedRank<kPack>;
   // A tile's rows of the gradient of h are in shared memory before those of the step's are written.
   const at::Tensor grad_step = grad_h;
-  const int64_t channel_tiles = divide_up<int64_t>(channels, kRowLanes * kPack);
   const Pieces& pieces = prepared.trees.pieces;
   const int64_t images = grads.x.size(0), tiles = images * tiling_of<acc_t, kPack, 2>(pieces).tiles;
+  const int64_t sums_of_tile = kInputSums + (sums_products ? rank : 0);
   const at::Tensor b_parts = at::empty({rows, channel_tiles}, options);
-  const at::Tensor input_sums = at::empty({tiles, kInputSums, channels}, options);
+  const at::Tensor dt_parts = at::empty({rows, channel_tiles, sums_products ? rank : 0}, grad_step.options());
+  const at::Tensor input_sums = at::empty({tiles, sums_of_tile, channels}, options);
   with_directions(prepared.propagation, [&](auto directions) {
     using Of = decltype(directions);
     // h is not needed any more. The values have been scanned.
@@ -224,9 +224,11 @@ void run_backward(const Prepared<T, kPack>& prepared, const at::Tensor& grad_y, 
         grad_mixed.const_data_ptr<between_t>(),
         prepared.in.Ds.template const_data_ptr<acc_t>(),
         grads.x.mutable_data_ptr<T>(),
-        grad_step.mutable_data_ptr<between_t>(),
+        sums_products ? nullptr : grad_step.mutable_data_ptr<between_t>(),
         b_parts.mutable_data_ptr<acc_t>(),
+        dt_parts.mutable_data_ptr<between_t>(),
         input_sums.mutable_data_ptr<acc_t>(),
+        static_cast<int>(sums_of_tile),
         static_cast<int>(channel_tiles)};
     finish_pieces<typename Of::Both, acc_t, kPack>(
         prepared.template scan_input<true, true>(grad_h),
@@ -251,6 +253,11 @@ void run_backward(const Prepared<T, kPack>& prepared, const at::Tensor& grad_y, 
   grads.out_norm_bias = as(of_output[kOutNormBias], grads.out_norm_bias);
   grads.dt_bias = as(of_input[kBias], grads.dt_bias);
   grads.A_log = of_input[kRate].mul(prepared.in.A_log.exp().neg()).to(grads.A_log.scalar_type());
+  if (sums_products) {
+    grads.dt = dt_parts.sum(1).view(grads.dt.sizes()).to(grads.dt.scalar_type());
+    grads.dt_weight = of_input.slice(0, kInputSums).t().contiguous().to(grads.dt_weight.scalar_type());
+    return;
+  }
   // The products are as exact as the kernels, whatever precision the caller allows for matrix products of their own.
   const at::NoTF32Guard full_precision;
   const auto between = grad_step.scalar_type();

@@ -48,10 +48,21 @@ struct LanePlace {
   }
 };
 
-// The distribution of a tree's pieces over tiles: a tile has the pieces that begin within `rows` slots, and thus at
-// most `capacity` rows, including the root in the first tile.
+// The distribution of a tree's pieces over tiles. Each of the first `full` tiles has the pieces that begin within
+// `rows` slots. The rest, `rest` slots with the shortest pieces, is divided into a half and two quarters, since many
+// short pieces would wait for the longest among them. A tile has at most `capacity` rows, including the root in the
+// first tile.
 struct Tiling {
-  int rows, capacity, tiles;
+  int rows, capacity, full, rest, tiles;
+
+  // The number of tiles into which the rest is divided.
+  static constexpr int kOfRest = 3;
+
+  // Where a tile begins, and the one before it ends.
+  __device__ int begin(int tile) const {
+    const int all = full * rows + rest, after = tile - full;
+    return after <= 0 ? tile * rows : tile == tiles ? all : all - (rest >> after);
+  }
 };
 
 // The pieces and slots of one tile. The root, in the first tile only, follows the members.
@@ -68,7 +79,7 @@ __device__ inline Tile find_tile(const TreePieces& tree, const Tiling& tiling, i
     ends[threadIdx.x] = tree.pieces;
   }
   __syncthreads();
-  const int from = index * tiling.rows, to = from + tiling.rows;
+  const int from = tiling.begin(index), to = tiling.begin(index + 1);
   for (int piece = threadIdx.x; piece < tree.pieces; piece += blockDim.x) {
     const int first = tree.first[piece], before = piece == 0 ? -1 : tree.first[piece - 1];
     if (before < from && from <= first) {
@@ -88,6 +99,9 @@ template <typename acc_t, int kPack, int kStreams>
 struct Cells {
   using Values = Pack<acc_t, kPack>;
 
+  // The place of the decays or their gradients among the values of the streams.
+  static constexpr int kKept = kStreams;
+
   Values* own;
   int *vertex, *link;
   int capacity;
@@ -104,7 +118,11 @@ struct Cells {
     return own[(stream * capacity + row) * kRowLanes];
   }
   __device__ Values& kept(int row) const {
-    return (*this)(kStreams, row);
+    return (*this)(kKept, row);
+  }
+  // The values of all lanes.
+  __device__ acc_t* of_lanes(int stream, int row) const {
+    return shared_memory_as<acc_t>() + (stream * capacity + row) * kRowLanes * kPack;
   }
   // Starts an asynchronous copy of a pack to the memory of a value; as<T> reads the pack after the copy.
   template <typename T>
@@ -188,16 +206,24 @@ __device__ void for_each_member(
 }
 
 // The largest tiles with which `blocks` blocks fit on a multiprocessor, because walking takes as long as the longest
-// piece, however large the tile; but at least twice the longest piece. All tiles of a tree have about as many rows.
+// piece, however large the tile; but at least twice the longest piece.
 inline Tiling choose_tiling(const Pieces& pieces, int64_t bytes_a_row, int blocks) {
   // The shared memory that the device reserves for each block, and the kernels' static shared memory.
   constexpr int64_t kReserved = 3 << 10;
   const int64_t room = shared_memory_limit() - kReserved, members = std::max(pieces.vertices - 1, 1);
   const int64_t wished = std::max<int64_t>((room / blocks - kReserved) / bytes_a_row, 2 * int64_t{pieces.most_members});
   const int64_t most_rows = std::max<int64_t>(std::min(wished, room / bytes_a_row) - pieces.most_members, 1);
-  const int64_t tiles = divide_up(members, most_rows), rows = divide_up(members, tiles);
+  const int64_t rows = std::min(most_rows, members);
+  // More than one tile and at most two remain for the rest, unless everything fits into one tile.
+  const int64_t full = rows == members ? 1 : divide_up(members, rows) - 2, rest = members - full * rows;
+  const int64_t tiles = full + (rest == 0 ? 0 : Tiling::kOfRest);
   const int64_t capacity = std::min<int64_t>(rows + pieces.most_members, pieces.vertices);
-  return {static_cast<int>(rows), static_cast<int>(capacity), static_cast<int>(tiles)};
+  return {
+      static_cast<int>(rows),
+      static_cast<int>(capacity),
+      static_cast<int>(full),
+      static_cast<int>(rest),
+      static_cast<int>(tiles)};
 }
 
 }  // namespace grootvl::cuda

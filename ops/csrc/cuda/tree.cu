@@ -12,6 +12,7 @@
 
 #include "cuda/boruvka.cuh"
 #include "cuda/collectives.cuh"
+#include "cuda/cut.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/steps.cuh"
 #include "cuda/tour.cuh"
@@ -27,12 +28,15 @@ constexpr int kTileThreads = kTileSide * kTileSide;
 
 using SmallTour = Tour<unsigned, unsigned short>;
 
-// Bytes of shared memory per vertex. The tour reuses the memory of the components.
+// Bytes of shared memory per vertex. The tour and the cut reuse the memory of the components.
 constexpr int64_t kBytesOfVertex = TileMemory::kBytesOfVertex;
 static_assert(kDirections * sizeof(unsigned) + 2 * sizeof(unsigned short) + sizeof(int) <= kBytesOfVertex);
+static_assert(Cut::kArrays * sizeof(int) <= kBytesOfVertex);
 
+// With kCut, cuts the tree as well.
+template <bool kCut>
 __global__ void __launch_bounds__(kTileThreads)
-    tree_kernel(const float* __restrict__ weight, Grid grid, int root, int* parent, int* order) {
+    tree_kernel(const float* __restrict__ weight, Grid grid, int root, int* parent, int* order, Cuts cuts) {
   const int64_t image = blockIdx.x;
   const int vertices = grid.vertices();
   TileMemory memory(shared_memory_as<unsigned char>(), vertices);
@@ -57,6 +61,9 @@ __global__ void __launch_bounds__(kTileThreads)
   for_each_index(vertices, [&](int v) { tour.root_vertex(v); });
   __syncthreads();
   number_in_block<OrderVertices>(tour, tour.arcs());
+  if constexpr (kCut) {
+    cut_in_block(cuts.of(image, shared_memory_as<int>()));
+  }
 }
 
 // ---- many blocks per image ----
@@ -224,40 +231,69 @@ void grow_large_trees(const at::Tensor& weight, Grid grid, int root, at::Tensor&
   launch_number<OrderVertices>(trees, batch, 2 * vertices - 2, sums.mutable_data_ptr<int>());
 }
 
-}  // namespace
+struct Trees {
+  at::Tensor parent, order, cut;
+};
 
-std::tuple<at::Tensor, at::Tensor> grid_tree(
-    const at::Tensor& edge_weight, int64_t height, int64_t width, int64_t root) {
+// The cut is undefined without with_cut.
+Trees make_trees(const at::Tensor& edge_weight, int64_t height, int64_t width, int64_t root, bool with_cut) {
   check_edge_weight(edge_weight, height, width, root);
   const c10::cuda::CUDAGuard guard(edge_weight.device());
   const at::Tensor weight = edge_weight.contiguous();
   const int64_t batch = weight.size(0), vertices = height * width;
-  at::Tensor parent = at::empty({batch, vertices}, weight.options().dtype(at::kInt));
-  at::Tensor order = at::empty({batch, vertices}, weight.options().dtype(at::kInt));
+  const auto integers = weight.options().dtype(at::kInt);
+  Trees trees{at::empty({batch, vertices}, integers), at::empty({batch, vertices}, integers), {}};
+  PieceTensors pieces;
+  if (with_cut) {
+    pieces = allocate_pieces(batch, vertices, integers);
+    trees.cut = pieces.memory;
+  }
   if (batch == 0) {
-    return {parent, order};
+    return trees;
   }
   const Grid grid{static_cast<int>(height), static_cast<int>(width)};
   const int64_t bytes = vertices * kBytesOfVertex;
-  if (vertices > SmallTour::kMostVertices || bytes > dynamic_shared_memory_limit(tree_kernel)) {
-    grow_large_trees(weight, grid, static_cast<int>(root), parent, order);
-    return {parent, order};
+  const auto kernel = with_cut ? tree_kernel<true> : tree_kernel<false>;
+  if (vertices > SmallTour::kMostVertices || bytes > dynamic_shared_memory_limit(kernel)) {
+    grow_large_trees(weight, grid, static_cast<int>(root), trees.parent, trees.order);
+    if (with_cut) {
+      trees.cut = cut_trees(trees.parent, trees.order, c10::nullopt).memory;
+    }
+    return trees;
   }
+  int* const parents = trees.parent.mutable_data_ptr<int>();
+  int* const orders = trees.order.mutable_data_ptr<int>();
   launch(
-      tree_kernel,
+      kernel,
       blocks_in_row(batch),
       static_cast<int>(std::min<int64_t>(kTileThreads, divide_up<int64_t>(vertices, kWarpSize) * kWarpSize)),
       bytes,
       weight.const_data_ptr<float>(),
       grid,
       static_cast<int>(root),
-      parent.mutable_data_ptr<int>(),
-      order.mutable_data_ptr<int>());
-  return {parent, order};
+      parents,
+      orders,
+      Cuts{pieces.pieces, orders, parents});
+  return trees;
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> grid_tree(
+    const at::Tensor& edge_weight, int64_t height, int64_t width, int64_t root) {
+  const Trees trees = make_trees(edge_weight, height, width, root, false);
+  return {trees.parent, trees.order};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> grid_tree_and_cut(
+    const at::Tensor& edge_weight, int64_t height, int64_t width, int64_t root) {
+  const Trees trees = make_trees(edge_weight, height, width, root, true);
+  return {trees.parent, trees.order, trees.cut};
 }
 
 TORCH_LIBRARY_IMPL(grootvl, CUDA, m) {
   m.impl("grid_tree", &grid_tree);
+  m.impl("grid_tree_and_cut", &grid_tree_and_cut);
 }
 
 }  // namespace grootvl::cuda
