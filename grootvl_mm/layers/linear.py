@@ -51,6 +51,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and all(type(value) in (Tensor, torch.nn.Parameter, type(None)) for value in (x, weight, bias))
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and weight.layout == torch.strided
         and weight.dim() == 2
         and x.dim() > 1
         and x.numel() > 0
@@ -60,7 +61,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = onednn_linear(x.flatten(0, -2), weight, bias, "none", [], "none")
+    rows = onednn_linear(x.reshape(-1, x.shape[-1]), weight, bias, "none", [], "none")
     # Not a differentiable view: autograd forbids in-place changes of such views of a custom function's result.
     return torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], weight.shape[0]))
 
@@ -83,7 +84,8 @@ class _OneDNNLinear(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        rows, x_rows = grad.flatten(0, -2).contiguous(), x.flatten(0, -2)
+        # Not flatten, which batched gradients (is_grads_batched) do not support.
+        rows, x_rows = (value.reshape(-1, value.shape[-1]) for value in (grad.contiguous(), x))
         grad_x = linear(rows, weight.t()).view_as(x) if needs_x else None
         grad_weight = None
         if needs_weight:

@@ -9,9 +9,9 @@ Inside :func:`lean`, the modules of a block are called and differentiated as usu
   under autocast uses our operator, see :mod:`grootvl_mm.layers.norm`.
 
 Both replace functions that modules call, not the modules, so hooks, adapters, parametrizations and replaced modules
-behave as in any other model. PyTorch's defaults apply under ``torch.compile``, tracers, ``torch.func`` transforms and
-other torch function modes. They also apply where activation checkpointing or other saved-tensor hooks start inside a
-block, because these call parts of the block again themselves.
+behave as in any other model. PyTorch's defaults apply under ``torch.compile``, tracers, ``torch.func`` transforms,
+other torch function modes and replaced functions of PyTorch. They also apply where activation checkpointing or other
+saved-tensor hooks start inside a block, because these call parts of the block again themselves.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from grootvl_mm.layers.linear import linear
 from grootvl_mm.layers.norm import layer_norm, narrow_layer_norm
-from grootvl_mm.layers.untouched import has_foreign_mode
+from grootvl_mm.layers.untouched import are_functions_watched
 from grootvl_mm.ops._compat import (
     are_saved_tensors_hooks_enabled,
     autocast_dtype,
@@ -59,7 +59,7 @@ def lean(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def _applies_to(x: Tensor) -> bool:
-    return is_eager(x) and not has_foreign_mode()
+    return is_eager(x) and not are_functions_watched()
 
 
 _FAST = {F.linear: linear, F.layer_norm: layer_norm}

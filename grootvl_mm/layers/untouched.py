@@ -1,6 +1,7 @@
 """Decides whether a fused operator may replace calls of modules and of PyTorch functions."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules import module as global_hooks
@@ -18,18 +19,20 @@ except ImportError:  # before torch 2.4
 
 # torch.export replaces plain parameters by fake tensors.
 _PLAIN = (nn.Parameter, FakeTensor)
-# Methods that profilers and similar tools replace, for all modules of a class or for all modules.
+# Methods and functions that profilers and similar tools replace: of a class, of all modules, of torch.nn.functional.
 _FORWARDS = (nn.Linear.forward, nn.Conv2d.forward, nn.LayerNorm.forward, nn.GELU.forward)
 _CALL = nn.Module.__call__
+_FUNCTIONS = {name: getattr(F, name) for name in ("linear", "conv2d", "layer_norm", "gelu", "silu", "softplus")}
 
 
 def untouched(*modules: nn.Module, kinds: tuple[type[nn.Module], ...], bias: bool | None = True) -> bool:
     """Whether calling each module would run exactly the forward of its class on its own weight and bias.
 
     False for any other class (adapters, quantized and parametrized layers, replaced norms, FSDP), for hooks on the
-    module or global hooks, for a ``forward`` set on the instance or its class, for weights that are not plain
-    parameters (pruning, weight norm, quantized tensors), and inside a foreign torch function mode, which would not see
-    the functions that the modules call. Evaluated at every call, so later changes take effect at the next call.
+    module or global hooks, for a ``forward`` set on the instance or its class, for weights that are not plain dense
+    parameters (pruning, weight norm, quantized and sparse tensors), and where a foreign torch function mode or a
+    replaced function of ``torch.nn.functional`` must see the calls of the modules. Evaluated at every call, so later
+    changes take effect at the next call.
 
     Args:
         modules: the modules that a fused operator would replace.
@@ -39,8 +42,12 @@ def untouched(*modules: nn.Module, kinds: tuple[type[nn.Module], ...], bias: boo
     return not _is_watched() and all(_is_untouched(module, kinds, bias) for module in modules)
 
 
-def has_foreign_mode() -> bool:
-    """Whether a torch function mode is active that may change the results of functions or must see their calls."""
+def are_functions_watched() -> bool:
+    """Whether a torch function mode, or a replaced function, may change the results of functions or must see calls."""
+    return any(getattr(F, name) is not function for name, function in _FUNCTIONS.items()) or _has_foreign_mode()
+
+
+def _has_foreign_mode() -> bool:
     return torch._C._len_torch_function_stack() > 0 and not all(
         isinstance(mode, DeviceContext) or getattr(mode, "keeps_results", False)
         for mode in _get_current_function_mode_stack()
@@ -61,20 +68,17 @@ def has_own_kernels(*tensors: Tensor | None) -> bool:
 def _is_watched() -> bool:
     if is_compiling():  # the compiler traces or rejects the other ways of watching
         return _has_global_hook()
-    return nn.Module.__call__ is not _CALL or has_foreign_mode() or _has_global_hook()
+    return nn.Module.__call__ is not _CALL or are_functions_watched() or _has_global_hook()
 
 
 def _has_global_hook() -> bool:
     """Whether a global module hook must see all calls; those of PyTorch's FLOP counter only track module names."""
-    if not global_hooks._has_any_global_hook():
+    forward, forward_pre = global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks
+    backward, backward_pre = global_hooks._global_backward_hooks, global_hooks._global_backward_pre_hooks
+    if not (forward or forward_pre or backward or backward_pre):
         return False
-    hooks = (
-        *global_hooks._global_forward_hooks.values(),
-        *global_hooks._global_forward_pre_hooks.values(),
-        *global_hooks._global_backward_hooks.values(),
-        *global_hooks._global_backward_pre_hooks.values(),
-    )
-    return ModuleTracker is None or any(type(getattr(hook, "__self__", None)) is not ModuleTracker for hook in hooks)
+    hooks = (*forward.values(), *forward_pre.values(), *backward.values(), *backward_pre.values())
+    return any(type(getattr(hook, "__self__", None)) is not ModuleTracker for hook in hooks)
 
 
 def _is_untouched(module: nn.Module, kinds: tuple[type[nn.Module], ...], bias: bool | None) -> bool:
@@ -90,6 +94,7 @@ def _is_untouched(module: nn.Module, kinds: tuple[type[nn.Module], ...], bias: b
     )
 
 
+@unwatched
 def _has_plain_parameters(module: nn.Module, bias: bool | None) -> bool:
     parameters = module._parameters
     if bias is None:
@@ -97,5 +102,6 @@ def _has_plain_parameters(module: nn.Module, bias: bool | None) -> bool:
     return (
         len(parameters) == 2
         and type(parameters.get("weight")) in _PLAIN
+        and parameters["weight"].layout == torch.strided
         and (type(parameters.get("bias")) in _PLAIN if bias else parameters.get("bias", "none") is None)
     )

@@ -201,7 +201,8 @@ class TreeSSM(InitializedModule):
     def _random_weight(self, feature: Tensor) -> Tensor:
         batch, _, height, width = feature.shape
         if self.training:  # activation checkpointing restores the RNG state, so recomputed trees are the same
-            return torch.rand(batch, (height - 1) * width + height * (width - 1), device=feature.device)
+            edges = (height - 1) * width + height * (width - 1)
+            return torch.rand(batch, edges, dtype=torch.float32, device=feature.device)
         return scattered_weight(height, width, self.scan_seed, feature.device).repeat(batch, 1)
 
     def selective_scan(

@@ -5,7 +5,9 @@ torch.export of the operators need PyTorch 2.4.
 """
 
 import contextlib
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,9 +20,21 @@ else:
 
     def infer_schema(function: Callable, *, mutates_args: tuple[()]) -> str:
         """Infer an operator schema from the annotations of a function that mutates no arguments."""
-        import torch._custom_op.impl
+        from torch._custom_op.impl import infer_schema
 
-        return torch._custom_op.impl.infer_schema(function)
+        signature = inspect.signature(function)
+        plain = [parameter.replace(default=parameter.empty) for parameter in signature.parameters.values()]
+
+        @functools.wraps(function)
+        def without_defaults(*args: Any) -> None:
+            """A function with a signature that torch understands."""
+
+        without_defaults.__signature__ = signature.replace(parameters=plain)
+        schema = infer_schema(without_defaults)
+        for parameter in signature.parameters.values():
+            if parameter.default is not parameter.empty:
+                schema = schema.replace(f" {parameter.name}", f" {parameter.name}={parameter.default}")
+        return schema
 
 
 # Keeps libraries alive: PyTorch undoes the registrations of a destroyed one.
@@ -171,13 +185,19 @@ else:
         return is_enabled is not None and is_enabled()
 
 
-def enable_autograd() -> contextlib.AbstractContextManager:
-    """Context manager that re-enables autograd inside a kernel, which the dispatcher calls below autograd."""
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for device_type in ("CPU", "CUDA", "Other", "Functionality"):
-        excluded = excluded.remove(getattr(torch._C.DispatchKey, f"Autograd{device_type}"))
-    excluded = excluded.remove(torch._C.DispatchKey.ADInplaceOrView)
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+@contextlib.contextmanager
+def enable_autograd() -> Iterator[None]:
+    """Re-enable autograd inside a kernel, which the dispatcher calls below autograd."""
+    names = ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView")
+    keys = [getattr(torch._C.DispatchKey, name) for name in names]
+    excluded = [key for key in keys if torch._C._dispatch_tls_is_dispatch_key_excluded(key)]
+    for key in excluded:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        yield
+    finally:
+        for key in excluded:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
 
 
 _top_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)

@@ -54,23 +54,11 @@ def edge_weight(feature: Tensor, metric: str, log: bool) -> Tensor:
     return torch.where(weight.isfinite(), weight, largest)
 
 
-def _negative_cosine(lower: Tensor, higher: Tensor) -> Tensor:
-    # torch.cosine_similarity works in place and cannot be decomposed.
-    return -(F.normalize(lower, dim=-1, eps=1e-8) * F.normalize(higher, dim=-1, eps=1e-8)).sum(-1)
-
-
-def _squared_distance(lower: Tensor, higher: Tensor) -> Tensor:
-    return (lower - higher).square().sum(-1)
-
-
-def _absolute_distance(lower: Tensor, higher: Tensor) -> Tensor:
-    return (lower - higher).abs().sum(-1)
-
-
-_METRICS = {
-    "cosine": _negative_cosine,
-    "euclidean": _squared_distance,
-    "manhattan": _absolute_distance,
+_METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    # Not torch.cosine_similarity, which works in place and cannot be decomposed.
+    "cosine": lambda a, b: -(F.normalize(a, dim=-1, eps=1e-8) * F.normalize(b, dim=-1, eps=1e-8)).sum(-1),
+    "euclidean": lambda a, b: (a - b).square().sum(-1),
+    "manhattan": lambda a, b: (a - b).abs().sum(-1),
 }
 
 
@@ -86,8 +74,12 @@ def grid_tree(edge_weight: Tensor, height: int, width: int, root: int) -> tuple[
         bad = int((~edge_weight.isfinite()).sum())
         raise ValueError(f"edge_weight must be finite, got {bad} NaN or infinite of {edge_weight.numel()} values")
     in_tree = spanning_tree(edge_weight, *grid_edges(height, width, edge_weight.device), height * width)
-    parent = root_tree(in_tree, height, width, root).to(torch.int32)
-    return parent, vertex_depth(parent).argsort(dim=1, stable=True).to(torch.int32)
+    return _with_order(root_tree(in_tree, height, width, root))
+
+
+def _with_order(parent: Tensor) -> tuple[Tensor, Tensor]:
+    """``parent`` and ``order`` of the trees with these parents, both (B, L) int32."""
+    return parent.to(torch.int32), vertex_depth(parent).argsort(dim=1, stable=True).to(torch.int32)
 
 
 def num_doublings(reach: int) -> int:
@@ -122,8 +114,7 @@ def graph_tree(edge_index: Tensor, edge_weight: Tensor, num_vertices: int, root:
             f"the graph must be connected, got {num_vertices - int(in_tree[image].sum())} components of "
             f"{num_vertices} vertices; no path leads from vertex {int(root[image])} to vertex {vertex}"
         )
-    parent = parent.to(torch.int32)
-    return parent, vertex_depth(parent).argsort(dim=1, stable=True).to(torch.int32)
+    return _with_order(parent)
 
 
 def root_graph(in_tree: Tensor, lower: Tensor, higher: Tensor, num_vertices: int, root: Tensor) -> Tensor:
@@ -220,7 +211,7 @@ def root_tree(in_tree: Tensor, height: int, width: int, root: int) -> Tensor:
 
 
 def vertex_depth(parent: Tensor) -> Tensor:
-    """The number of edges from each vertex to the root, by pointer doubling: (B, L) int32 to (B, L) int64."""
+    """The number of edges from each vertex to the root, by pointer doubling: (B, L) integers to (B, L) int64."""
     ancestor = parent.long()
     depth = (ancestor != torch.arange(ancestor.shape[1], device=ancestor.device)).long()
     while True:

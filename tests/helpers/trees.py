@@ -31,6 +31,33 @@ def random_scan(batch: int, height: int, width: int, channels: int, seed: int, d
     return x.to(dtype), decay.to(dtype), tree
 
 
+def random_selective_scan(
+    batch: int, height: int, width: int, channels: int, rank: int, seed: int, dtype: torch.dtype = torch.float64
+) -> tuple[dict[str, Tensor], Tree]:
+    """Inputs as in a layer after some training, and trees."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
+        return (mean + scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    vertices = height * width
+    inputs = {
+        "x": normal(batch, vertices, channels),
+        "dt": normal(batch, vertices, rank),
+        "b": normal(batch, vertices, 1),
+        "c": normal(batch, vertices, 1),
+        "gate": normal(batch, vertices, channels, scale=2.0),
+        "dt_weight": normal(channels, rank, scale=0.5),
+        "dt_bias": normal(channels, scale=2.0, mean=-2.0),
+        "A_log": normal(channels, scale=0.3),
+        "Ds": normal(channels),
+    }
+    for norm in ("h_norm", "out_norm"):
+        inputs[f"{norm}_weight"] = normal(channels, scale=0.2, mean=1.0)
+        inputs[f"{norm}_bias"] = normal(channels, scale=0.2)
+    return inputs, grid_tree(random_weight(batch, height, width, seed), height, width)
+
+
 def random_graph(vertices: int, more_edges: int, seed: int) -> Tensor:
     """(2, E) edges of a connected graph, in any order and direction: a random tree, and others anywhere."""
     generator = torch.Generator().manual_seed(seed)

@@ -12,10 +12,10 @@ SIZES = [(5, 7), (6, 3), (2, 7), (6, 7), (1, 1), (0, 0)]
 
 
 def batch(device: torch.device, sizes: list[tuple[int, int]] = SIZES) -> Tensor:
-    """Random pictures without a zero, in 6 x 7."""
+    """Random images without a zero, in 6 x 7."""
     image = torch.zeros(len(sizes), 3, 6, 7, device=device)
-    for picture, (height, width) in zip(image, sizes, strict=True):
-        picture[:, :height, :width] = torch.rand(3, height, width, device=device) + 0.1
+    for single, (height, width) in zip(image, sizes, strict=True):
+        single[:, :height, :width] = torch.rand(3, height, width, device=device) + 0.1
     return image
 
 
@@ -96,7 +96,7 @@ def test_crop_removes_anything(device: torch.device) -> None:
 
 
 def test_maps_of_convolutions_of_stride_2(device: torch.device) -> None:
-    """What a convolution of stride 2 makes of a picture alone has the size that the pyramid tells."""
+    """What a convolution of stride 2 makes of an image alone has the size that the pyramid tells."""
     for level, padding in enumerate(pyramid(torch.tensor(SIZES, device=device), torch.empty(6, 3, 6, 7), 3), start=1):
         for valid, (height, width) in zip(padding.valid[..., 0], SIZES, strict=True):
             expected = torch.zeros_like(valid)
@@ -112,7 +112,7 @@ def grid_padding(sizes: list[tuple[int, int]], height: int, width: int, device: 
 @pytest.mark.parametrize("root", ["first", "last"])
 @pytest.mark.parametrize("weights", ["random", "equal", "huge"])
 def test_tree_inside_is_that_of_the_picture_alone(device: torch.device, root: str, weights: str) -> None:
-    """Same edges, same directions; and all of the padding hangs at the picture's last vertex."""
+    """Same edges, same directions; and all of the padding hangs at the last vertex of the image."""
     height, width = 6, 7
     sizes = [size for size in SIZES if min(size) > 0]
     edges = (height - 1) * width + height * (width - 1)

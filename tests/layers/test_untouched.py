@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
@@ -28,6 +29,10 @@ def with_subclass(layer: nn.Linear) -> None:
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantized))
 
 
+def with_sparse_weight(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse())
+
+
 def with_values(layer: nn.Linear) -> None:
     del layer.weight
     layer.weight = torch.ones(3, 3)
@@ -47,6 +52,7 @@ TOUCHES: dict[str, Callable[[nn.Linear], object]] = {
     "weight norm": parametrizations.weight_norm,
     "orthogonal": parametrizations.orthogonal,
     "quantized weight": with_subclass,
+    "sparse weight": with_sparse_weight,
     "weight is a tensor": with_values,
     "no bias": lambda layer: layer.register_parameter("bias", None),
     "further parameter": lambda layer: layer.register_parameter("scale", nn.Parameter(torch.ones(1))),
@@ -91,13 +97,13 @@ class Watching(TorchFunctionMode):
 
 
 def test_modes_and_patches_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Profilers replace the forward of a class, or the call of all modules."""
+    """Profilers replace the forward of a class, the call of all modules, or functions."""
     layer = nn.Linear(3, 3)
     with Watching():
         assert not untouched(layer, kinds=(nn.Linear,))
     with torch.device("cpu"):
         assert untouched(layer, kinds=(nn.Linear,))
-    for owner, name in ((nn.Linear, "forward"), (nn.Module, "__call__")):
+    for owner, name in ((nn.Linear, "forward"), (nn.Module, "__call__"), (F, "linear"), (F, "silu")):
         plain = getattr(owner, name)
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, lambda *args, plain=plain: plain(*args))

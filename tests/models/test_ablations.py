@@ -60,8 +60,17 @@ def test_random_trees_are_new_ones_in_training(device: torch.device) -> None:
     assert torch.equal(first.parent, again.parent)
 
 
+def test_random_trees_under_another_default_dtype(device: torch.device) -> None:
+    layer, feature = TreeSSM(6, scan="random").to(device), torch.randn(2, 5, 7, 6, device=device)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert layer(feature)[0].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_random_trees_are_fixed_in_evaluation(device: torch.device) -> None:
-    """Whatever the picture, the generator and the batch; blocks have different ones."""
+    """Whatever the image, the generator and the batch; blocks have different ones."""
     model = make(scan="random").to(device).eval()
     first = trees_of(model, torch.randn(2, 3, 32, 40, device=device))
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""``ignore_padding``: what a picture yields does not depend on its batch."""
+"""``ignore_padding``: what an image yields does not depend on its batch."""
 
 from itertools import cycle, product
 
@@ -41,7 +41,7 @@ def with_large_weights(model: GrootV) -> GrootV:
     return model
 
 
-def pictures(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def random_images(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.randn(1, 3, *size, dtype=dtype).to(device) for size in SIZES]
 
 
@@ -54,7 +54,7 @@ def pad(images: list[Tensor], value: float = 0.0) -> Tensor:
 
 
 def inside(maps: tuple[Tensor, ...], index: int) -> list[Tensor]:
-    """The part of a picture."""
+    """The part of an image."""
     height, width = SIZES[index]
     return [
         feature[index : index + 1, :, : -(-height // stride), : -(-width // stride)]
@@ -67,7 +67,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def compare(model: GrootV, images: list[Tensor], tolerance: float) -> None:
-    """Maps, gradients of the pictures and gradients of the parameters, in one batch and one by one."""
+    """Maps, gradients of the images and gradients of the parameters, in one batch and one by one."""
     images = [image.requires_grad_() for image in images]
     parameters = list(model.parameters())
     maps = model(pad(images))
@@ -89,7 +89,7 @@ def test_as_without_padding(device: torch.device, options: dict) -> None:
     """In float64, where nothing but padding can make a difference."""
     # In training, random trees are new ones at each call.
     model = with_large_weights(make(**options)).to(device, torch.float64).train(options["scan"] != "random")
-    compare(model, pictures(device, torch.float64), tolerance=1e-9)
+    compare(model, random_images(device, torch.float64), tolerance=1e-9)
 
 
 def test_with_layers_that_do_not_map_zero_to_zero(device: torch.device) -> None:
@@ -102,17 +102,17 @@ def test_with_layers_that_do_not_map_zero_to_zero(device: torch.device) -> None:
         mixer.conv2d = nn.Conv2d(channels, channels, 5, padding=2, groups=channels)
         mixer.x_proj = nn.Linear(channels, mixer.x_proj.out_features)
     first.in_proj.register_forward_hook(lambda module, args, output: output + 0.5)
-    compare(model.to(device, torch.float64), pictures(device, torch.float64), tolerance=1e-9)
+    compare(model.to(device, torch.float64), random_images(device, torch.float64), tolerance=1e-9)
 
 
 def test_as_without_padding_in_single_precision(device: torch.device) -> None:
-    compare(make(arch="pico", out_indices=(0, 1)).to(device), pictures(device), tolerance=1e-5)
+    compare(make(arch="pico", out_indices=(0, 1)).to(device), random_images(device), tolerance=1e-5)
 
 
 def test_padding_matters_by_default(device: torch.device) -> None:
     """Or the tests here would show nothing."""
     model = with_large_weights(make(ignore_padding=False)).to(device)
-    images = pictures(device)
+    images = random_images(device)
     with torch.no_grad():
         maps = model(pad(images))
         assert max(relative(inside(maps, 0)[level], model(images[0])[level]) for level in (0, 1)) > 0.05
@@ -132,7 +132,7 @@ def test_without_padding_nothing_changes(device: torch.device) -> None:
 def test_16_bits(device: torch.device, dtype: torch.dtype, autocast: bool) -> None:
     """A path row by row, whose order no rounding can change."""
     model = make(scan="raster").to(device)
-    images = pictures(device)
+    images = random_images(device)
     if not autocast:
         model, images = model.to(dtype), [image.to(dtype) for image in images]
     with torch.autocast(device.type, dtype, enabled=autocast):
@@ -148,7 +148,7 @@ def test_16_bits(device: torch.device, dtype: torch.dtype, autocast: bool) -> No
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_tree_in_16_bits(device: torch.device, dtype: torch.dtype) -> None:
     model = make().to(device)
-    images = pictures(device)
+    images = random_images(device)
     with torch.autocast(device.type, dtype):
         maps = model(pad(images))
     for index, (height, width) in enumerate(SIZES):
@@ -172,18 +172,18 @@ def test_a_batch_without_padding_is_left_alone(device: torch.device, monkeypatch
 
 
 def test_maps_are_zero_at_padding(device: torch.device) -> None:
-    for index, feature in enumerate(make().to(device)(pad(pictures(device)))):
+    for index, feature in enumerate(make().to(device)(pad(random_images(device)))):
         stride = 4 * 2**index
-        for picture, (height, width) in zip(feature, SIZES, strict=True):
-            assert not picture[:, -(-height // stride) :].any()
-            assert not picture[:, :, -(-width // stride) :].any()
-            assert picture[:, : -(-height // stride), : -(-width // stride)].any()
+        for single, (height, width) in zip(feature, SIZES, strict=True):
+            assert not single[:, -(-height // stride) :].any()
+            assert not single[:, :, -(-width // stride) :].any()
+            assert single[:, : -(-height // stride), : -(-width // stride)].any()
 
 
 def test_given_sizes(device: torch.device) -> None:
     """They count whatever is at the padding, and whether padding is ignored by default or not."""
     model = make(ignore_padding=False).to(device).eval()
-    images = pictures(device)
+    images = random_images(device)
     with torch.no_grad():
         for value in (7.0, torch.nan):
             maps = model(pad(images, value), valid_sizes=SIZES)
@@ -194,7 +194,7 @@ def test_given_sizes(device: torch.device) -> None:
 
 
 def test_margin_that_belongs_to_the_picture(device: torch.device) -> None:
-    """A picture that ends in black, where black is zero, needs its size."""
+    """An image that ends in black, where black is zero, needs its size."""
     model = make().to(device).eval()
     image = torch.randn(1, 3, 32, 32, device=device)
     image[:, :, 20:] = 0
@@ -263,7 +263,7 @@ def test_compiles_as_one_graph(device: torch.device, options: dict) -> None:
     torch._dynamo.reset()
     model = make(**options).to(device).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    image = pad(pictures(device))
+    image = pad(random_images(device))
     results = []
     for network in (model, compiled):
         maps = network(image)
@@ -278,7 +278,7 @@ def test_export_for_any_number_of_pictures_of_any_size(options: dict) -> None:
     model = make(**options).eval()
     free = {0: torch.export.Dim("batch", min=1), 2: torch.export.Dim("height", min=9)}
     free[3] = torch.export.Dim("width", min=9)
-    program = torch.export.export(model, (pad(pictures(torch.device("cpu"))),), dynamic_shapes=(free,))
+    program = torch.export.export(model, (pad(random_images(torch.device("cpu"))),), dynamic_shapes=(free,))
     image = torch.randn(2, 3, 30, 50)
     image[0, :, 17:], image[1, :, :, 20:] = 0, 0
     torch.testing.assert_close(program.module()(image), model(image), rtol=1e-4, atol=1e-6)

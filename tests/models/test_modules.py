@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from grootvl_mm.models import GrootV
+from grootvl_mm.models import GrootV, TreeSSM
 from tests.helpers.marks import needs_compiler
 
 LINEAR = ("in_proj", "x_proj", "dt_proj", "out_proj", "fc1", "fc2")
@@ -211,6 +212,16 @@ def test_weight_only_quantization(name: str) -> None:
     torch.testing.assert_close(both_modes(model, image), both_modes(rounded, image), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("name", LINEAR)
+def test_sparse_weights(name: str) -> None:
+    model, image = make().requires_grad_(False), torch.randn(1, 3, 32, 40)
+    expected = both_modes(model, image)
+    for _, layer in layers(model, name):
+        layer.weight = nn.Parameter(layer.weight.to_sparse_csr(), requires_grad=False)
+    torch.testing.assert_close(both_modes(model, image), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_dynamic_quantization() -> None:
     model, image = make().eval(), torch.randn(1, 3, 32, 40)
@@ -236,6 +247,27 @@ def test_counting_by_hooks_on_types() -> None:
     with torch.no_grad():
         model(image)
     assert sum(counts) == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+@pytest.mark.parametrize("watched", [True, False], ids=["gradients", "no gradients"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("linear", nn.Linear), ("conv2d", nn.Conv2d), ("layer_norm", nn.LayerNorm), ("gelu", nn.GELU), ("silu", TreeSSM)],
+)
+def test_replaced_functions(name: str, kind: type, watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DeepSpeed's profiler and ptflops replace them: each is called as often as the modules that use it."""
+    model, image, function, calls = make(), torch.randn(1, 3, 32, 40), getattr(F, name), []
+
+    def counted(*args: object, **kwargs: object) -> Tensor:
+        calls.append(name)
+        return function(*args, **kwargs)
+
+    expected = model(image)[-1]
+    monkeypatch.setattr(F, name, counted)
+    with torch.set_grad_enabled(watched):
+        torch.testing.assert_close(model(image)[-1], expected, rtol=1e-4, atol=1e-4)
+    uses = 2 if kind is TreeSSM else 1
+    assert len(calls) == uses * sum(isinstance(module, kind) for module in model.modules())
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -310,6 +342,18 @@ def test_per_sample_gradients_by_torch_func() -> None:
         expected = torch.autograd.grad(loss(dict(model.named_parameters()), image), list(model.parameters()))
         for actual, gradient in zip(samples.values(), expected, strict=True):
             torch.testing.assert_close(actual[index], gradient)
+
+
+def test_batched_gradients() -> None:
+    """As ``torch.autograd.functional.jacobian(..., vectorize=True)`` computes them."""
+    model, image = make(), torch.randn(2, 3, 32, 40)
+    leaves, feature = list(model.parameters()), model(image)[-1]
+    directions = torch.randn(2, *feature.shape)
+    batched = torch.autograd.grad(feature, leaves, directions, is_grads_batched=True, retain_graph=True)
+    for index, direction in enumerate(directions):
+        expected = torch.autograd.grad(feature, leaves, direction, retain_graph=True)
+        for actual, gradient in zip(batched, expected, strict=True):
+            torch.testing.assert_close(actual[index], gradient, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])

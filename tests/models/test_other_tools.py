@@ -152,8 +152,8 @@ def test_feature_extraction_needs_the_leaf() -> None:
         extraction.create_feature_extractor(make(), ["stages.0.norm"])
 
 
-def test_counters_that_are_wrong() -> None:
-    """Two that are wrong and one that is right; if this fails, update docs/tools.md."""
+def test_counters_of_others() -> None:
+    """One is right, one is wrong; if this fails, update docs/tools.md."""
     ptflops, torchinfo = pytest.importorskip("ptflops"), pytest.importorskip("torchinfo")
     backbone, image = GrootV("pico").eval(), torch.randn(1, 3, 64, 64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -165,7 +165,7 @@ def test_counters_that_are_wrong() -> None:
         return ptflops.get_model_complexity_info(copy.deepcopy(backbone), (3, 64, 64), **options)[0]
 
     assert count("aten") == pytest.approx(right, rel=0.1)
-    assert count("pytorch") > 1.5 * right
+    assert count("pytorch") == pytest.approx(right, rel=0.1)
     assert torchinfo.summary(backbone, input_data=image, verbose=0).total_mult_adds < 0.5 * right
 
 

@@ -66,7 +66,7 @@ def test_autocast_stays_near_float32(device: torch.device, trained: bool, dtype:
     if trained:
         train(model)
     model = model.to(device)
-    image = torch.randn(2, 3, 64, 64).cumsum(2).cumsum(3)  # as smooth as pictures
+    image = torch.randn(2, 3, 64, 64).cumsum(2).cumsum(3)  # as smooth as photographs
     image = ((image - image.mean()) / image.std()).to(device)
     map_bound, grad_bound, edge_bound = BOUNDS[dtype]
     maps, grads, trees = run(model, image, dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from grootvl_mm.models import GrootV, GrootVNeck
 from grootvl_mm.models.published_checkpoints import CheckpointError
 from tests.helpers.config_cases import ROOT, load_config
-from tests.models.test_published import REFERENCE, publish
+from tests.helpers.published import REFERENCE, publish
 
 mmpretrain = pytest.importorskip("mmpretrain")
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from grootvl_mm.models import GrootV, GrootVNeck
-from tests.models.test_published import publish
+from tests.helpers.published import publish
 
 BLOCKED = ("mmcv", "mmdet", "mmseg", "mmpretrain", "cv2", "sklearn", "skimage", "matplotlib.pyplot")
 

@@ -18,8 +18,7 @@ from grootvl_mm.ops import (
 from grootvl_mm.ops.scan import PROPAGATIONS
 from grootvl_mm.ops.tree import METRICS
 from tests.helpers.marks import needs_compiler
-from tests.helpers.trees import SEEDS, SIZES, random_scan, random_weight
-from tests.ops.test_selective_scan import sample
+from tests.helpers.trees import SEEDS, SIZES, random_scan, random_selective_scan, random_weight
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,7 +56,7 @@ def test_the_same_scan(size: tuple, seed: int, propagation: str) -> None:
 
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
 def test_the_same_selective_scan(propagation: str) -> None:
-    inputs, tree = sample(2, 5, 6, 8, 2, seed=0)
+    inputs, tree = random_selective_scan(2, 5, 6, 8, 2, seed=0)
     y = decompositions.tree_selective_scan(*inputs.values(), *tree, 1e-5, propagation)
     torch.testing.assert_close(y, tree_selective_scan(**inputs, tree=tree, propagation=propagation))
 

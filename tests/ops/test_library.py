@@ -23,8 +23,7 @@ from grootvl_mm.ops import (
 )
 from grootvl_mm.ops._compat import infer_schema
 from tests.helpers.marks import needs_compiler, needs_symbolic_convolutions
-from tests.helpers.trees import random_scan, random_weight
-from tests.ops.test_selective_scan import sample as random_selective_scan
+from tests.helpers.trees import random_scan, random_selective_scan, random_weight
 
 PACKAGE = Path(grootvl_mm.__file__).parent
 
@@ -104,6 +103,17 @@ def test_opcheck_of_scans_that_are_given_the_cut(device: torch.device, name: str
     cut = torch.ops.grootvl.tree_cut(*trees)
     torch.library.opcheck(torch.ops.grootvl.tree_cut.default, tuple(trees))
     torch.library.opcheck(getattr(torch.ops.grootvl, name).default, (*arguments, cut))
+
+
+@needs_compiler
+def test_opcheck_of_trees_with_cuts(device: torch.device) -> None:
+    if device.type not in _library.CUTTING_DEVICES:
+        pytest.skip("scans on this device know no cuts")
+    weight = random_weight(2, 3, 4, seed=0).to(device)
+    torch.library.opcheck(torch.ops.grootvl.grid_tree_and_cut.default, (weight, 3, 4, 5))
+    *tree, cut = torch.ops.grootvl.grid_tree_and_cut(weight, 3, 4, 5)
+    assert all(map(torch.equal, tree, torch.ops.grootvl.grid_tree(weight, 3, 4, 5)))
+    assert torch.equal(cut, torch.ops.grootvl.tree_cut(*tree))
 
 
 def test_a_cut_is_written_as_a_whole(device: torch.device) -> None:
