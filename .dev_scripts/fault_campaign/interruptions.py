@@ -193,7 +193,7 @@ def stops(count: int, rng: random.Random, recorded: Recorded) -> Result:
 def make_sources(folder: Path) -> None:
     """Write the inputs of the converters: a training checkpoint and a published file."""
     from grootvl_mm.models import GrootV, GrootVNeck
-    from tests.models.test_published import publish
+    from tests.helpers.published import publish
 
     backbone = GrootV("pico")
     weights = publish(backbone, GrootVNeck(8 * backbone.channels, 12 * backbone.channels))

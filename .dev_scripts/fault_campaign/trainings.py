@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +54,21 @@ class Trainings:
         self.mark = uuid.uuid4().hex
         self.config = make_config(folder)
 
-    def start(self, script: str, *arguments: object, prefix: tuple[str, ...] = (), **options: Any) -> subprocess.Popen:
-        """Start a script in ``tools/``, optionally through a prefix command, in its own session."""
-        env = {
-            **os.environ,
-            MARK: self.mark,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "CUDA_VISIBLE_DEVICES": "",
-        }
+    def start(
+        self,
+        script: str,
+        *arguments: object,
+        prefix: Sequence[str] = (),
+        python: Sequence[str] = (),
+        env: Mapping[str, object] | None = None,
+        **options: Any,
+    ) -> subprocess.Popen:
+        """Start a script in ``tools/`` in its own session, with Python's options and a command to start it through."""
+        own = {MARK: self.mark, "OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT, "CUDA_VISIBLE_DEVICES": "", **(env or {})}
         return subprocess.Popen(
-            [*prefix, sys.executable, str(ROOT / "tools" / script), *map(str, arguments)],
+            [*prefix, sys.executable, *python, str(ROOT / "tools" / script), *map(str, arguments)],
             cwd=self.folder,
-            env={**env, **options.pop("env", {})},
+            env={**os.environ, **{name: str(value) for name, value in own.items()}},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -101,6 +104,12 @@ class Trainings:
         return None
 
 
+def endless(trainings: Trainings, work_dir: Path, timeout: int) -> tuple[object, ...]:
+    """The arguments of a distributed training that goes on until something happens."""
+    options = ("train_cfg.max_iters=100000", f"env_cfg.dist_cfg.timeout={timeout}")
+    return trainings.config, "--work-dir", work_dir, "--launcher", "pytorch", "--cfg-options", *options
+
+
 def ranks(count: int, rng: random.Random) -> Result:
     """Kill one of two ranks, or start them on a port in use: a timely error, and no process is left."""
     faults, seconds = [], []
@@ -108,20 +117,10 @@ def ranks(count: int, rng: random.Random) -> Result:
         trainings = Trainings(Path(temporary))
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        options = ("--cfg-options", "train_cfg.max_iters=100000", "env_cfg.dist_cfg.timeout=60")
 
         def start(port: int, work_dir: Path) -> subprocess.Popen:
-            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-            command += [str(ROOT / "tools/train.py"), str(trainings.config), "--work-dir", str(work_dir)]
-            env = {**os.environ, MARK: trainings.mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            return subprocess.Popen(
-                [*command, "--launcher", "pytorch", *options],
-                env={**env, "CUDA_VISIBLE_DEVICES": ""},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
+            launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}")
+            return trainings.start("train.py", *endless(trainings, work_dir, timeout=60), python=launcher)
 
         process = start(taken.getsockname()[1], trainings.folder / "taken")
         if process.wait(timeout=TO_START) == 0:
@@ -197,17 +196,12 @@ def links(count: int, rng: random.Random) -> Result:
 
 def _rank(trainings: Trainings, work_dir: Path, rank: int, space: str, end: str, timeout: int) -> subprocess.Popen:
     """Start one of two ranks in a network namespace."""
-    command = ["ip", "netns", "exec", space, sys.executable, str(ROOT / "tools/train.py"), str(trainings.config)]
-    options = ["train_cfg.max_iters=100000", f"env_cfg.dist_cfg.timeout={timeout}"]
     env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "10.213.0.1", "MASTER_PORT": 29511}
-    env |= {MARK: trainings.mark, "OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        [*command, "--work-dir", str(work_dir), "--launcher", "pytorch", "--cfg-options", *options],
-        env={**os.environ, "GLOO_SOCKET_IFNAME": end, **{name: str(value) for name, value in env.items()}},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+    return trainings.start(
+        "train.py",
+        *endless(trainings, work_dir, timeout),
+        prefix=("ip", "netns", "exec", space),
+        env={**env, "GLOO_SOCKET_IFNAME": end},
     )
 
 

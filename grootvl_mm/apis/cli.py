@@ -88,7 +88,7 @@ def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_file(path: str, what: str, hint: str) -> None:
     """Exit with an error if ``path`` is neither a file nor a URL."""
-    if "://" not in path and not Path(path).is_file():
+    if "://" not in path and not os.path.isfile(path):
         fail(f"{what} {path!r} does not exist or is not a file; {hint}")
 
 

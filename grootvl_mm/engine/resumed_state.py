@@ -4,23 +4,22 @@ PyTorch and mmengine load these states unchecked. Momenta of the wrong shape or 
 strings, cause errors only some steps later, or wrong results without any error.
 """
 
-import math
+import contextlib
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from numbers import Real
 from typing import Any
 
+import torch
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import Tensor
 from torch.optim import Optimizer
 
 from grootvl_mm.utils.safe_checkpoints import CheckpointError
 
-# Tensors that PyTorch's optimizers keep for each element of a parameter.
-_ELEMENTWISE = frozenset(
-    ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta"]
-)
+# Options that select an implementation, some of which need a GPU or parameters of certain dtypes.
+_IMPLEMENTATIONS = ("foreach", "fused", "capturable", "differentiable")
 _SHOWN = 3
 
 
@@ -81,30 +80,74 @@ def _group_problems(optimizer: Optimizer, groups: list[Mapping], name: str) -> I
             yield f"{where} is not of {len(own['params'])} parameters"
             continue
         numbers.update(ids)
-        if "lr" not in group:
-            yield f"{where} has no lr"
+        yield from (f"{where} has no {key}" for key in optimizer.defaults if key not in _upgraded(optimizer, group))
         yield from differences({key: value for key, value in own.items() if key != "params"}, group, where)
     if any(count > 1 for count in numbers.values()):
         yield f"{name}.param_groups name a parameter twice"
 
 
+def _upgraded(optimizer: Optimizer, group: Mapping) -> Mapping:
+    """A group with the options that ``optimizer`` adds to those of old versions of PyTorch."""
+    shell = object.__new__(type(optimizer))
+    shell.__setstate__({"defaults": dict(optimizer.defaults), "state": {}, "param_groups": [dict(group)]})
+    return shell.param_groups[0]
+
+
 def _state_problems(optimizer: Optimizer, groups: list[Mapping], states: Mapping, name: str) -> Iterator[str]:
-    own = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    parameters = dict(zip(chain.from_iterable(group["params"] for group in groups), own, strict=True))
+    parameters = {
+        number: (parameter, group)
+        for group, own in zip(groups, optimizer.param_groups, strict=True)
+        for number, parameter in zip(group["params"], own["params"], strict=True)
+    }
     if not all(isinstance(state, Mapping) for state in states.values()) or not set(states) <= set(parameters):
         yield f"{name}.state is not of the parameters"
         return
-    kept = {key for state in states.values() for key in state if key in _ELEMENTWISE and state[key] is not None}
+    storages: set[int] = set()
     for number, state in states.items():
-        where, shape = f"{name}.state[{number}]", parameters[number].shape
-        missing = kept - set(state)
-        if state and missing:
-            yield f"{where} has no {min(missing)}"
+        where, (parameter, group) = f"{name}.state[{number}]", parameters[number]
+        expected = _new_state(optimizer, group, parameter) if state else {}
+        yield from (f"{where} has no {key}" for key in expected if key not in state)
         for key, value in state.items():
-            if key in _ELEMENTWISE and value is not None and getattr(value, "shape", None) != shape:
-                yield f"{where}.{key} is {_form(value)}, expected a tensor of shape {tuple(shape)}"
-            elif not _is_finite(value):
-                yield f"{where}.{key} is {_form(value)}, expected numbers"
+            form = _expected_form(value, expected.get(key))
+            if form:
+                yield f"{where}.{key} is {_form(value)}, expected {form}"
+            elif isinstance(value, Tensor) and not _owns_memory(value, storages):
+                # The optimizer updates it in place: two momenta in the same memory would change each other.
+                state[key] = value.clone(memory_format=torch.contiguous_format)
+
+
+def _new_state(optimizer: Optimizer, group: Mapping, parameter: Tensor) -> dict[str, Any]:
+    """The state that a first step of ``optimizer`` creates for a parameter, as far as a step on meta tensors gets."""
+    sample = torch.empty_like(parameter, device="meta").requires_grad_()
+    sample.grad = torch.empty_like(sample)
+    options = {key: False if key in _IMPLEMENTATIONS else value for key, value in group.items()}
+    with contextlib.suppress(RuntimeError, TypeError, ValueError):
+        other = type(optimizer)([options | {"params": [sample]}])
+        with contextlib.suppress(RuntimeError, TypeError):
+            other.step()
+        return dict(other.state[sample])
+    return {}
+
+
+def _expected_form(value: Any, new: Any) -> str:
+    """What a part of the state of a parameter should be if it is not; ``new`` is that part after a first step."""
+    if isinstance(new, Tensor) and new.ndim:
+        alike = isinstance(value, Tensor) and value.shape == new.shape and value.is_floating_point()
+        return "" if alike and _is_finite(value) else f"a tensor of shape {tuple(new.shape)}"
+    if isinstance(new, (Tensor, Real)):  # such as the step, a number in old versions of PyTorch, a tensor in new ones
+        is_number = isinstance(value, Real)
+        if isinstance(value, Tensor):
+            is_number = value.numel() == 1 and value.dtype != torch.bool and not value.is_complex()
+        return "" if is_number and _is_finite(value) and value >= 0 else "a number, 0 or larger"
+    return "" if _is_finite(value) else "numbers"
+
+
+def _owns_memory(value: Tensor, storages: set[int]) -> bool:
+    """Whether a tensor is as large as its storage, and none of the others, which are remembered, has this storage."""
+    storage = value.untyped_storage()
+    is_first = storage._cdata not in storages
+    storages.add(storage._cdata)
+    return is_first and storage.nbytes() >= value.nbytes
 
 
 def _schedulers_problems(schedulers: Any, states: Any) -> Iterator[str]:
@@ -131,7 +174,7 @@ def _schedulers_problems(schedulers: Any, states: Any) -> Iterator[str]:
 def differences(own: Any, value: Any, name: str) -> Iterator[str]:
     """Yield structural differences between ``value`` and ``own``, ignoring keys that only one of two dictionaries has.
 
-    Numbers must be finite if those in ``own`` are. None and bools may replace each other.
+    Numbers must be finite if those in ``own`` are, and strings equal. None and bools may replace each other.
     """
     if isinstance(own, Mapping):
         kinds = {type(key) for key in own}
@@ -157,25 +200,34 @@ def _is_alike(own: Any, value: Any) -> bool:
         return _is_number(value, own)
     if isinstance(own, Tensor):
         return isinstance(value, Tensor) and value.shape == own.shape and _is_finite(value)
-    return isinstance(value, type(own))
+    return isinstance(value, type(own)) and (not isinstance(own, str) or value == own)
 
 
 def _is_number(value: Any, own: Any) -> bool:
     number = isinstance(value, Real) and not isinstance(value, bool) and not isinstance(own, bool)
-    return number and (math.isfinite(value) or value == own)
+    return number and (_is_finite(value) or value == own)
 
 
 def _is_finite(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return not (value.is_floating_point() and value.isnan().any())
+        return bool(value.isfinite().all())
     if isinstance(value, (list, tuple)):
-        return all(map(_is_finite, value))
-    return value is None or (isinstance(value, Real) and math.isfinite(value))
+        # No lists in lists: a small file can nest one in itself so often that nobody could look at all of it.
+        return all(not isinstance(item, (list, tuple)) and _is_finite(item) for item in value)
+    # Larger integers cannot be compared with floats by math.isfinite.
+    return value is None or (isinstance(value, Real) and abs(value) <= sys.float_info.max)
 
 
 def _form(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}" if _is_finite(value) else "a tensor with NaN"
+        dtype = "" if value.is_floating_point() else f" and {value.dtype}"
+        return (
+            f"a tensor of shape {tuple(value.shape)}{dtype}" if _is_finite(value) else "a tensor with NaN or infinity"
+        )
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
     if isinstance(value, Real):
         return str(value)
+    if isinstance(value, str):
+        return repr(value[:40])
     return "None" if value is None else f"a {type(value).__name__}"

@@ -8,7 +8,9 @@ until the whole file has been read; :meth:`CheckpointTensor.build` then creates 
 import dataclasses
 import math
 import pickle
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -19,10 +21,60 @@ from torch.storage import TypedStorage
 # An expanded tensor has more elements than its storage. A file could claim any number, and every check copies them.
 _MOST_EXPANDED = 2**24
 _MOST_AXES = 64
+# Elements per byte of the storages: tied weights share one, but not this often.
+_MOST_SHARED = 16
+# What Python objects may hold together, relative to the size of their file.
+_MOST_COPIED = 4
+_POINTER = 8  # bytes per item of a container
+
+
+class _Budget(threading.local):
+    """How much this thread may still copy; unlimited unless a file is being read."""
+
+    left = math.inf
+
+
+_budget = _Budget()
 
 
 def _refuse(what: str) -> NoReturn:
     raise pickle.UnpicklingError(f"the checkpoint holds {what}"[:200])
+
+
+@contextmanager
+def limited_copies(size: int) -> Iterator[None]:
+    """Within the block, refuse objects that a file of ``size`` bytes could only describe by repeating its parts."""
+    _budget.left = _MOST_COPIED * size
+    try:
+        yield
+    finally:
+        _budget.left = math.inf
+
+
+def spend(size: int) -> None:
+    """Count the bytes of an object.
+
+    Raises:
+        pickle.UnpicklingError: all objects of the file together are too large.
+    """
+    _budget.left -= size
+    if _budget.left < 0:
+        _refuse("objects that are together much larger than the file")
+
+
+def check_shared(tensors: Iterable[Tensor]) -> None:
+    """Check that tensors are together not much larger than their storages, which each of them may use as a whole.
+
+    Raises:
+        pickle.UnpicklingError: they are.
+    """
+    storages, elements = {}, 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
+        elements += tensor.numel()
+    if elements > max(_MOST_SHARED * sum(storages.values()), _MOST_EXPANDED):
+        _refuse(f"tensors of {elements} elements in storages of {sum(storages.values())} bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +170,18 @@ def encode(*arguments: Any) -> bytes:
     text, encoding = arguments if len(arguments) == 2 else (None, None)
     if type(text) is not str or encoding != "latin1":
         _refuse("bytes in an unknown encoding")
+    spend(len(text))
     return text.encode(encoding)
+
+
+def _counting(make: Callable) -> Callable:
+    """The constructor of a container, which counts what it copies."""
+
+    def make_counting(*arguments: Any) -> Any:
+        spend(_POINTER * sum(len(argument) for argument in arguments))
+        return make(*arguments)
+
+    return make_counting
 
 
 def _refusing(what: str) -> Callable[..., NoReturn]:
@@ -147,10 +210,8 @@ STAND_INS: dict[str, Callable] = {
     "torch.serialization._get_layout": _refusing(_NOT_DENSE),
 }
 # The types allowed by torch that create plain data, no larger than in the file.
-_HARMLESS = (
-    *("collections.OrderedDict", "collections.Counter", "builtins.set", "builtins.complex"),
-    *("torch.Size", "torch.device"),
-)
+_HARMLESS = ("builtins.complex", "torch.device")
+_CONTAINERS = ("collections.OrderedDict", "collections.Counter", "builtins.set", "torch.Size")
 
 
 def strict_globals(allowed: dict[str, Any]) -> dict[str, Any]:
@@ -160,6 +221,7 @@ def strict_globals(allowed: dict[str, Any]) -> dict[str, Any]:
         allowed: torch's own table, from full names to types and functions.
     """
     kept = {name: allowed[name] for name in _HARMLESS if name in allowed}
+    kept |= {name: _counting(allowed[name]) for name in _CONTAINERS if name in allowed}
     kept |= {name: value for name, value in allowed.items() if isinstance(value, (torch.dtype, torch.qscheme))}
     # Storage types only carry the dtype of a storage; calling them has no effect.
     kept |= {name: value for name, value in allowed.items() if isinstance(value, torch.serialization.StorageType)}

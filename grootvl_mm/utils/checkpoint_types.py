@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.storage import TypedStorage, UntypedStorage
 
-from grootvl_mm.utils.checkpoint_tensors import CheckpointTensor
+from grootvl_mm.utils.checkpoint_tensors import CheckpointTensor, check_shared, spend
 
 # Booleans, integers, floats and complex numbers, as NumPy spells them in its pickles.
 _CODES = frozenset(["b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"])
@@ -100,6 +100,7 @@ class CheckpointArray(np.ndarray):
         extent = math.prod(max(size, 1) for size in shape) * dtype.itemsize
         if not fits or len(shape) > 32 or extent > _MAX_BYTES:
             _refuse(f"a NumPy array of shape {shape} whose content has {len(content)} bytes"[:200])
+        spend(len(content))
         # NumPy uses long bytes objects as the array's memory without a copy, so pass one that nothing else references.
         super().__setstate__((1, shape, dtype, bool(fortran), bytes(bytearray(content))))
 
@@ -152,6 +153,7 @@ class CheckpointHistory(HistoryBuffer):
                 _refuse("a history that is not a one-dimensional array of numbers")
         if len(values) != len(counts) or type(length) is not int or not len(values) <= length <= 2**62:
             _refuse("a history of inconsistent lengths")
+        spend(values.nbytes + counts.nbytes)
         super().__init__(values, counts, length)
         self.__class__ = HistoryBuffer
 
@@ -202,7 +204,10 @@ def plain(content: Any) -> Any:
         pickle.UnpicklingError: The content includes functions, classes, unfinished objects, or tensors larger than
             their data in the file.
     """
-    return _plain(content, {})
+    done: dict[int, tuple[Any, Any]] = {}
+    result = _plain(content, done)
+    check_shared(built for value, built in done.values() if type(value) is CheckpointTensor)
+    return result
 
 
 def _plain(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:

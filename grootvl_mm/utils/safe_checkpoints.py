@@ -25,7 +25,7 @@ from mmengine.utils import is_seq_of
 from torch import UntypedStorage, _weights_only_unpickler
 
 from grootvl_mm.utils import checkpoint_types
-from grootvl_mm.utils.checkpoint_tensors import strict_globals
+from grootvl_mm.utils.checkpoint_tensors import limited_copies, strict_globals
 
 # Records at the end of an archive: signature, numbers of disks and entries, size and offset of the directory, comment.
 # Zip64 archives also have a locator (signature, disk, offset of the zip64 end record, disks) and that end record.
@@ -98,7 +98,7 @@ def load_safely(path: str | Path | IO[bytes], **options: Any) -> Any:
     start, size = _look_at(path)
     if start != _ARCHIVE:
         options["map_location"] = _zeroed(size)
-    with _strictly():
+    with _strictly(), limited_copies(size):
         content = torch.load(path, **options)
     return checkpoint_types.plain(content)
 
@@ -177,8 +177,10 @@ def check_sums(path: str | Path) -> None:
         CheckpointError: The file does not exist or is damaged.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; give a checkpoint file")
+    if not os.path.isfile(path):  # Path.is_file raises an error for some impossible names
+        raise CheckpointError(
+            f"{path} {'is a folder' if os.path.isdir(path) else 'does not exist'}; give a checkpoint file"
+        )
     try:
         status = path.stat()
         _check_sums(os.path.realpath(path), status.st_size, status.st_mtime_ns, status.st_ino)
@@ -235,5 +237,5 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     # torch wraps the original error in advice.
     text = str(error).strip().rpartition("WeightsUnpickler error: ")[2].strip()
     # Only the type of errors such as KeyError(101) is informative.
-    reason = text.splitlines()[0].split(". ")[0] if " " in text else type(error).__name__
+    reason = text.splitlines()[0].split(". ")[0][:300] if " " in text else type(error).__name__
     return CheckpointError(f"{path} is not a checkpoint, or is damaged: {reason}")

@@ -163,6 +163,9 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "nothing.pth")
     with pytest.raises(CheckpointError, match="is a folder"):
         read_checkpoint(tmp_path)
+    for impossible in (300 * "a", "a\0b", "file.pth/a"):
+        with pytest.raises(CheckpointError, match="does not exist"):
+            read_checkpoint(tmp_path / impossible)
 
 
 @needs_safe_globals

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mmengine.optim import MultiStepLR, OptimWrapper, OptimWrapperDict
@@ -103,6 +104,14 @@ def without(*path: Any) -> Callable[[dict], None]:
     return change
 
 
+def nested() -> list:
+    """A list in itself so often that looking at each of its parts would take years."""
+    value: list = []
+    for _ in range(60):
+        value = [value, value]
+    return value
+
+
 FIRST, STATE, SCHEDULER = ("optimizer", "param_groups", 0), ("optimizer", "state", 0), ("param_schedulers", 0)
 WRONG: dict[str, tuple[Callable[[dict], None], str]] = {
     "no optimizer": (at("optimizer", value={}), "has no list of param_groups"),
@@ -114,14 +123,15 @@ WRONG: dict[str, tuple[Callable[[dict], None], str]] = {
     "a group less": (at("optimizer", "param_groups", value=lambda groups: groups[:1]), "has 1 groups .* expected 2"),
     "groups are texts": (at("optimizer", "param_groups", value=["a", "b"]), "no list of param_groups"),
     "no rate": (without(*FIRST, "lr"), r"param_groups\[0\] has no lr"),
-    "rate is a text": (at(*FIRST, "lr", value="0.1"), r"param_groups\[0\].lr is a str, expected 0.1"),
+    "no epsilon": (without(*FIRST, "eps"), r"param_groups\[0\] has no eps"),
+    "rate is a text": (at(*FIRST, "lr", value="0.1"), r"param_groups\[0\].lr is '0.1', expected 0.1"),
     "rate is NaN": (at(*FIRST, "lr", value=math.nan), "lr is nan, expected 0.1"),
     "rate is infinite": (at(*FIRST, "lr", value=math.inf), "lr is inf, expected 0.1"),
     "rate is a flag": (at(*FIRST, "lr", value=True), "lr is True, expected 0.1"),
     "rate is a tensor": (at(*FIRST, "lr", value=torch.ones(2)), r"lr is a tensor of shape \(2,\), expected 0.1"),
     "rate is none": (at(*FIRST, "lr", value=None), "lr is None, expected 0.1"),
     "betas are one": (at(*FIRST, "betas", value=(0.9,)), "betas is a tuple, expected 2 values"),
-    "a beta is a text": (at(*FIRST, "betas", value=(0.9, "a")), r"betas\[1\] is a str, expected 0.999"),
+    "a beta is a text": (at(*FIRST, "betas", value=(0.9, "a")), r"betas\[1\] is 'a', expected 0.999"),
     "flag is a tensor": (at(*FIRST, "amsgrad", value=torch.ones(2)), "amsgrad is a tensor"),
     "unset flag is a list": (at(*FIRST, "foreach", value=[]), "foreach is a list, expected None"),
     "no parameters": (at(*FIRST, "params", value=None), "is not of 2 parameters"),
@@ -134,15 +144,36 @@ WRONG: dict[str, tuple[Callable[[dict], None], str]] = {
     ),
     "momentum that would be broadcast": (at(*STATE, "exp_avg_sq", value=torch.ones(1)), r"of shape \(1,\), expected"),
     "momentum of NaN": (at(*STATE, "exp_avg", value=lambda old: old * math.nan), "is a tensor with NaN"),
+    "momentum is infinite": (at(*STATE, "exp_avg_sq", value=lambda old: old + math.inf), "a tensor with NaN or inf"),
     "momentum is a number": (at(*STATE, "max_exp_avg_sq", value=1.0), "max_exp_avg_sq is 1.0, expected a tensor"),
     "momentum is missing": (without(*STATE, "exp_avg"), r"state\[0\] has no exp_avg"),
-    "step is a text": (at(*STATE, "step", value="2"), "step is a str, expected numbers"),
+    "momentum is none": (at(*STATE, "exp_avg", value=None), "exp_avg is None, expected a tensor"),
+    "step is a text": (at(*STATE, "step", value="2"), "step is '2', expected a number"),
+    "step is negative": (at(*STATE, "step", value=-7), "step is -7, expected a number, 0 or larger"),
+    "step is a tuple": (at(*STATE, "step", value=(2,)), "step is a tuple, expected a number"),
+    "step is complex": (at(*STATE, "step", value=torch.tensor(2j)), "and torch.complex64, expected a number"),
+    "step is a bool": (at(*STATE, "step", value=torch.tensor(True)), "and torch.bool, expected a number"),
+    "momentum is complex": (at(*STATE, "exp_avg", value=lambda old: old + 1j), r"torch.complex64, expected a tensor"),
+    "step is none": (at(*STATE, "step", value=None), "step is None, expected a number"),
+    "steps of each element": (at(*STATE, "step", value=torch.ones(2, 3)), r"of shape \(2, 3\), expected a number"),
+    "step is missing": (without(*STATE, "step"), r"state\[0\] has no step"),
+    "other is a text": (at(*STATE, "other", value="2"), "other is '2', expected numbers"),
+    "step is huge": (at(*STATE, "step", value=10**400), "step is an integer of 1329 bits, expected a number"),
+    "step has more digits than Python writes": (at(*STATE, "step", value=10**5000), "an integer of 16610 bits"),
+    "lists in lists": (at(*STATE, "step", value=nested()), "step is a list, expected a number"),
+    "other has lists in lists": (at(*STATE, "other", value=nested()), "other is a list, expected numbers"),
+    "rate is huge": (at(*FIRST, "lr", value=10**400), "lr is an integer of 1329 bits, expected 0.1"),
     "step is NaN": (at(*STATE, "step", value=torch.tensor(math.nan)), "step is a tensor with NaN"),
     "no list of schedulers": (at("param_schedulers", value={"a": 1}), "param_schedulers is no list"),
     "scheduler is a text": (at("param_schedulers", value=["a"]), "param_schedulers is no list of states"),
-    "scheduler's step is a text": (at(*SCHEDULER, "last_step", value="2"), "last_step is a str, expected 0"),
+    "scheduler's step is a text": (at(*SCHEDULER, "last_step", value="2"), "last_step is '2', expected 0"),
     "scheduler's rates are NaN": (at(*SCHEDULER, "base_values", value=[math.nan] * 3), r"base_values\[0\] is nan"),
     "scheduler's rates are fewer": (at(*SCHEDULER, "_last_value", value=[0.1]), "_last_value is a list, expected 3"),
+    "schedule of another option": (
+        at(*SCHEDULER, "param_name", value="text"),
+        "param_name is 'text', expected 'lr'",
+    ),
+    "schedule of an array": (at(*SCHEDULER, "param_name", value=np.ones(3)), "param_name is a ndarray, expected 'lr'"),
     "milestones are texts": (at(*SCHEDULER, "milestones", value={"3": 1}), "milestones is a dict, expected"),
 }
 
@@ -159,11 +190,23 @@ def test_what_does_not_fit_is_named(name: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("shared", [lambda own: own, lambda own: own[:1, :1].expand(2, 3)], ids=["twice", "expanded"])
+def test_momenta_do_not_share_memory(shared: Callable) -> None:
+    content = checkpoint()
+    state = content["optimizer"]["state"][0]
+    state["exp_avg_sq"] = shared(state["exp_avg"])
+    expected = state["exp_avg_sq"].tolist()
+    check_resumed_state(content, *make(steps=0))
+    state["exp_avg"].add_(1)
+    state["exp_avg_sq"][0, 0].mul_(1)
+    assert state["exp_avg_sq"].tolist() == expected
+
+
 def test_other_settings_of_the_run_are_no_fault() -> None:
     """mmengine takes the checkpoint's over the config's."""
     content = checkpoint()
     content["optimizer"]["param_groups"][0].update(lr=0.5, foreach=False, fused=None, of_another_version="x")
-    del content["optimizer"]["param_groups"][0]["eps"]
+    del content["optimizer"]["param_groups"][0]["maximize"]  # a newer option
     content["param_schedulers"][0].update(gamma=0.5, milestones={7: 1})
     check_resumed_state(content, *make(steps=0))
     del content["param_schedulers"]
@@ -189,7 +232,7 @@ def test_several_optimizers_and_scaled_losses() -> None:
     check_resumed_state(content, both, lists)
     for path, value, message in (
         (("optimizer", "b"), {}, r"optimizer.b has no list"),
-        (("optimizer", "a", "loss_scaler"), {"scale": "x"}, "loss_scaler.scale is a str, expected 2.0"),
+        (("optimizer", "a", "loss_scaler"), {"scale": "x"}, "loss_scaler.scale is 'x', expected 2.0"),
         (("optimizer", "a", "state", 0), [], r"optimizer.a.state is not"),
         (("param_schedulers", "a", 0, "last_step"), [], r"param_schedulers.a\[0\].last_step is a list"),
         (("param_schedulers",), {}, "are not of the optimizers a, b"),

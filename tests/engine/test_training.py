@@ -10,8 +10,8 @@ from torch import nn
 
 from grootvl_mm.apis.checkpoint_files import read_checkpoint
 from grootvl_mm.engine.optimizers import CPUAmpOptimWrapper
-from tests.engine.optimizers.test_layer_decay_constructor import LAYERS, NUM_LAYERS, RATE, groups_of
 from tests.helpers.config_cases import random_batch
+from tests.helpers.layer_decay import LAYERS, NUM_LAYERS, RATE, groups_of
 from tests.helpers.training_runs import CONFIGS, Losses, make_runner, task_config, train, weights, without_batch_norm
 
 

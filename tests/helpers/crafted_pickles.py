@@ -278,6 +278,7 @@ HOSTILE_TENSORS: dict[str, Callable[[], object]] = {
     "of a size that overflows": lambda: tensor((2**33, 2**33), (0, 0)),
     "of a size that overflows, with a zero": lambda: tensor((0, 2**62, 2**62), (0, 0, 0)),
     "expanded without limit": lambda: tensor((2**36,), (0,)),
+    "expanded, too many of them": lambda: [tensor((2**23,), (0,)) for _ in range(3)],
     "with fewer strides": lambda: tensor((2, 2)),
     "with a size of texts": lambda: tensor(("4",)),
     "with a size of booleans": lambda: tensor((True,)),
@@ -345,4 +346,30 @@ NO_DATA: dict[str, Callable[[], object]] = {
     "a function": lambda: {"state_dict": (RECONSTRUCT,)},
     "a class as a key": lambda: {named("builtins.set"): 1},
     "a function in a set": lambda: call(named("builtins.set"), [named("builtins.getattr")]),
+}
+
+_MANY = 5000
+
+
+def _of_one(whole: Op, make: Callable[[Op], object]) -> tuple[Op, list]:
+    """An object that is kept, and many others made of it."""
+    return keep(whole, 0), [make(kept(0)) for _ in range(_MANY)]
+
+
+# Each describes, by repeating a part of the file, objects of a hundred times its size and more.
+HOSTILE_COPIES: dict[str, Callable[[], object]] = {
+    "bytes": lambda: _of_one(Op(push("a" * _MANY)), lambda text: call(named("_codecs.encode"), text, "latin1")),
+    "arrays": lambda: _of_one(
+        call(named("_codecs.encode"), "a" * 8 * _MANY, "latin1"), lambda content: array((_MANY,), content=content)
+    ),
+    "histories": lambda: _of_one(
+        array((_MANY,), content=b"a" * 8 * _MANY),
+        lambda values: history(_log_history=values, _count_history=values, max_length=_MANY),
+    ),
+    "sets": lambda: _of_one(Op(push(list(range(_MANY)))), lambda items: call(named("builtins.set"), items)),
+    "counters": lambda: _of_one(Op(push(list(range(_MANY)))), lambda items: call(named("collections.Counter"), items)),
+    "sizes": lambda: _of_one(Op(push(list(range(_MANY)))), lambda items: call(named("torch.Size"), items)),
+    "dictionaries": lambda: _of_one(
+        Op(push(dict.fromkeys(map(str, range(_MANY))))), lambda items: call(named("collections.OrderedDict"), items)
+    ),
 }

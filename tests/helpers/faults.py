@@ -5,7 +5,8 @@ import contextlib
 import copy
 import io
 import random
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,10 +195,26 @@ def same(first: Any, second: Any) -> bool:
     return True  # numbers and texts are covered by the checksum of the pickle
 
 
+@contextlib.contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raise a TimeoutError after some seconds; for the main thread."""
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
 def attempt(way: Way, path: Path) -> str | None:
     """Try a way of loading: None if it worked, the message if it ended clearly; anything else is raised."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with time_limit(300), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             way.load(path)
     except (CheckpointError, SystemExit) as error:
         clear = isinstance(error, CheckpointError) or str(error).startswith("error: ")

@@ -3,6 +3,7 @@
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
@@ -26,6 +27,8 @@ class Line(BaseModel):
 
 @DATASETS.register_module()
 class Numbers(Dataset):
+    metainfo = {"classes": ("a", "b"), "palette": [(1, 2, 3), (4, 5, 6)]}
+
     def __len__(self) -> int:
         return 8
 
@@ -35,7 +38,7 @@ class Numbers(Dataset):
 
 @METRICS.register_module()
 class Score(BaseMetric):
-    """Gives the scores of a list, one for each validation."""
+    """Gives the scores of a list, one for each validation, in all types that the hosts' metrics have."""
 
     def __init__(self, scores: list[float]) -> None:
         super().__init__()
@@ -44,9 +47,10 @@ class Score(BaseMetric):
     def process(self, data_batch: dict, data_samples: list) -> None:
         self.results.append(0)
 
-    def compute_metrics(self, results: list) -> dict[str, float]:
+    def compute_metrics(self, results: list) -> dict[str, object]:
         score = next(self.scores)
-        return {"a": score, "b/c": score}
+        numpy = {"single": np.float32(score), "count": np.int64(3), "per_class": np.ones(2)}
+        return {"a": np.float64(score), "b/c": score, **numpy}
 
 
 def run(

@@ -1,4 +1,4 @@
-"""Bad boxes, polygons, categories, maps and pictures are found before they are trained on."""
+"""Bad boxes, polygons, categories, maps and images are found before they are trained on."""
 
 import json
 import math
@@ -19,12 +19,13 @@ def tool():
 
 
 def coco() -> dict:
+    common = {"image_id": 1, "category_id": 1, "area": 12.5}
     return {
         "images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 30}],
         "categories": [{"id": 1, "name": "cat"}],
         "annotations": [
-            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 40, 30], "segmentation": [[0, 0, 40, 0, 40, 30]]},
-            {"id": 2, "image_id": 1, "category_id": 1, "bbox": [5.5, 5, 3, 4]},
+            {"id": 1, **common, "bbox": [0, 0, 40, 30], "segmentation": [[0, 0, 40, 0, 40, 30]]},
+            {"id": 2, **common, "bbox": [5.5, 5, 3, 4], "iscrowd": 1},
         ],
     }
 
@@ -34,7 +35,13 @@ def change(**values: object) -> Callable[[dict], None]:
 
 
 BAD = {
-    "box that is not finite": [change(bbox=[1, 1, math.nan, 4]), change(bbox=[math.inf, 1, 3, 4])],
+    "box that is not finite": [
+        change(bbox=[1, 1, math.nan, 4]),
+        change(bbox=[math.inf, 1, 3, 4]),
+        change(bbox=[1, 1, 10**400, 4]),
+    ],
+    "area that is not a positive number": [change(area=area) for area in (0, -1, math.nan, 10**400, "12", None, [1])],
+    "iscrowd that is neither 0 nor 1": [change(iscrowd=flag) for flag in ("0", 2, None, [0], math.nan)],
     "box without area": [change(bbox=[1, 1, 0, 4]), change(bbox=[1, 1, 3, -4])],
     "box outside its image": [
         change(bbox=[-5, 1, 9, 9]),
@@ -70,6 +77,7 @@ BAD = {
     "annotations without a unique id": [change(id=1), change(id=None)],
     "image without size": [
         lambda content: content["images"][0].update(width=0),
+        lambda content: content["images"][0].update(width=10**400),
         lambda content: content["images"][0].pop("height"),
     ],
     "class of the config missing in the annotations": [lambda content: content["categories"][0].update(name="cart")],
@@ -98,14 +106,21 @@ def test_bad_annotations_are_found(kind: str, tool) -> None:
         assert all("\n" not in problem.where for problem in problems)
 
 
-def write_picture(path: Path, size: tuple[int, int] = (40, 30)) -> Path:
+@pytest.mark.parametrize("text", ["[" * 200_000, "1" * 5000, "{", "\xff"])
+def test_unreadable_annotations_are_found(text: str, tool, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(text.encode("latin1"))
+    (problem,) = tool.check_detection({"ann_file": str(tmp_path / "a.json")}, read_images=False)
+    assert problem.kind == "unreadable annotations"
+
+
+def write_image(path: Path, size: tuple[int, int] = (40, 30)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(path)
     return path
 
 
-def test_bad_pictures_are_found(tool, tmp_path: Path) -> None:
-    path = write_picture(tmp_path / "a.png")
+def test_bad_images_are_found(tool, tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.png")
     assert list(tool.check_image(path, (40, 30))) == []
     assert [problem.kind for problem in tool.check_image(path, (30, 40))] == ["image of another size than annotated"]
     assert [problem.kind for problem in tool.check_image(tmp_path / "b.png")] == ["missing image"]
@@ -116,11 +131,11 @@ def test_bad_pictures_are_found(tool, tmp_path: Path) -> None:
 
 
 def test_bad_maps_are_found(tool, tmp_path: Path) -> None:
-    picture, path = write_picture(tmp_path / "a.jpg"), tmp_path / "a.png"
+    image, path = write_image(tmp_path / "a.jpg"), tmp_path / "a.png"
 
     def kinds(values: np.ndarray, reduce_zero_label: bool = False) -> list[str]:
         Image.fromarray(values.astype(np.uint8)).save(path)
-        return [problem.kind for problem in tool.check_map(path, picture, 3, reduce_zero_label)]
+        return [problem.kind for problem in tool.check_map(path, image, 3, reduce_zero_label)]
 
     values = np.zeros((30, 40))
     values[0, :3] = 1, 2, 255
@@ -129,12 +144,12 @@ def test_bad_maps_are_found(tool, tmp_path: Path) -> None:
     assert kinds(values + (values == 2), reduce_zero_label=True) == []
     assert kinds(values.T) == ["map of another size than its image"]
     path.write_text("hello")
-    assert [problem.kind for problem in tool.check_map(path, picture, 3, False)] == ["unreadable image"]
+    assert [problem.kind for problem in tool.check_map(path, image, 3, False)] == ["unreadable image"]
 
 
 def test_config_of_a_detector(tool, tmp_path: Path) -> None:
     """Below wrappers; val and test, which are the same, once."""
-    write_picture(tmp_path / "images" / "a.png")
+    write_image(tmp_path / "images" / "a.png")
     content = coco()
     content["annotations"][1]["bbox"] = [1, 1, math.nan, 4]
     (tmp_path / "bad.json").write_text(json.dumps(content))
@@ -162,7 +177,7 @@ def test_config_of_a_detector(tool, tmp_path: Path) -> None:
 def test_config_of_a_classifier_and_the_command(tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mmpretrain")
     for name in ("cat", "dog"):
-        write_picture(tmp_path / "data" / name / "a.png")
+        write_image(tmp_path / "data" / name / "a.png")
     config = tmp_path / "config.py"
     config.write_text(
         "default_scope = 'mmpretrain'\n"

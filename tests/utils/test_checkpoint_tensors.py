@@ -8,7 +8,18 @@ import torch
 from torch import nn
 
 from grootvl_mm.utils.safe_checkpoints import CheckpointError, load_safely, read_checkpoint
-from tests.helpers.crafted_pickles import HOSTILE_TENSORS, Op, build, call, named, storage, tensor, write, write_old
+from tests.helpers.crafted_pickles import (
+    HOSTILE_COPIES,
+    HOSTILE_TENSORS,
+    Op,
+    build,
+    call,
+    named,
+    storage,
+    tensor,
+    write,
+    write_old,
+)
 from tests.helpers.marks import needs_safe_globals
 
 
@@ -20,6 +31,14 @@ def test_hostile_tensors_are_refused(name: str, mmap: bool, tmp_path: Path):
     with pytest.raises(CheckpointError) as raised:
         read_checkpoint(path, mmap=mmap)
     assert "\n" not in str(raised.value)
+
+
+@needs_safe_globals
+@pytest.mark.parametrize("name", HOSTILE_COPIES)
+def test_repeating_parts_of_a_file_does_not_fill_the_memory(name: str, tmp_path: Path):
+    path = write(tmp_path / "crafted.pth", {"state_dict": {}, "optimizer": HOSTILE_COPIES[name]()})
+    with pytest.raises(CheckpointError, match="together much larger than the file"):
+        read_checkpoint(path)
 
 
 TENSORS = {

@@ -7,7 +7,7 @@ another size than their image. Classification: unknown classes. All tasks: image
 
 import argparse
 import json
-import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -98,6 +98,11 @@ def check_coco(content: Any, classes: Sequence[str]) -> Iterator[Problem]:
         where += f" of {image.get('file_name')}"
         if annotation.get("category_id") not in categories:
             yield Problem("unknown category", f"{where}: category_id {annotation.get('category_id')}")
+        area, is_crowd = annotation.get("area"), annotation.get("iscrowd", 0)
+        if not _are_numbers([area]) or not _is_finite(area) or area <= 0:
+            yield Problem("area that is not a positive number", f"{where}: {area!r}"[:200])
+        if is_crowd not in (0, 1):
+            yield Problem("iscrowd that is neither 0 nor 1", f"{where}: {is_crowd!r}"[:200])
         if not _is_size(image.get("width")) or not _is_size(image.get("height")):
             continue
         size = (image["width"], image["height"])
@@ -111,7 +116,7 @@ def check_box(box: Any, size: tuple[int, int]) -> Iterator[tuple[str, str]]:
     """Problems of a box (x, y, width, height) in an image of ``size`` (width, height)."""
     if not _are_numbers(box) or len(box) != 4:
         yield "box that is not four numbers", f"{box}"
-    elif not all(map(math.isfinite, box)):
+    elif not all(map(_is_finite, box)):
         yield "box that is not finite", f"{box}"
     elif box[2] <= 0 or box[3] <= 0:
         yield "box without area", f"{box}"
@@ -136,7 +141,7 @@ def check_outline(outline: Any, size: tuple[int, int]) -> Iterator[tuple[str, st
     for polygon in outline:
         if not _are_numbers(polygon) or len(polygon) < 6 or len(polygon) % 2:
             yield "polygon with fewer than three points", f"{polygon}"[:80]
-        elif not all(map(math.isfinite, polygon)):
+        elif not all(map(_is_finite, polygon)):
             yield "polygon that is not finite", f"{polygon}"[:80]
         elif any(_outside(point, size) for point in zip(polygon[::2], polygon[1::2], strict=True)):
             yield "polygon outside its image", f"in {size[0]}x{size[1]}"
@@ -183,7 +188,7 @@ def check_detection(dataset: Mapping[str, Any], read_images: bool) -> Iterator[P
         cli.fail(f"can only check COCO annotations (.json), got {dataset.get('type')} with ann_file {str(path)!r}")
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         yield Problem("unreadable annotations", f"{path}: {error}")
         return
     yield from check_coco(content, (dataset.get("metainfo") or {}).get("classes", ()))
@@ -223,11 +228,15 @@ def _is_entry(value: Any) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 2**31
 
 
 def _are_numbers(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) in (int, float) for value in values)
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) <= sys.float_info.max  # math.isfinite raises an error for larger integers
 
 
 def _outside(point: Sequence[float], size: tuple[int, int]) -> bool:

@@ -105,7 +105,7 @@ def _score(path: Path, key: str) -> float | None:
     try:
         hub = read_checkpoint(path, mmap=True).get("message_hub")
         return float(hub["runtime_info"][key])
-    except (CheckpointError, KeyError, TypeError, ValueError):
+    except (CheckpointError, KeyError, TypeError, ValueError, OverflowError):
         return None
 
 

@@ -1,7 +1,7 @@
 """Removes from a checkpoint, before mmengine's Runner uses it, content that could run code or delete other files."""
 
-import math
 import os
+import sys
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import HistoryBuffer, print_log
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 
 from grootvl_mm.engine.resumed_state import check_resumed_state
 from grootvl_mm.registry import HOOKS
@@ -45,6 +45,7 @@ class UntrustedCheckpointHook(Hook):
             hub["runtime_info"].pop("cfg", None)
         if runner._resume:
             check_training_checkpoint(checkpoint)
+            _check_progress(runner.train_loop, meta)
             check_resumed_state(checkpoint, runner.optim_wrapper, runner.param_schedulers)
             _settle_paths(runner, hub["runtime_info"])
             scalars = hub["log_scalars"]
@@ -81,14 +82,26 @@ def check_training_checkpoint(checkpoint: Mapping[str, Any]) -> None:
         )
 
 
+def _check_progress(loop: Any, meta: Mapping[str, Any]) -> None:
+    """Check that a checkpoint is not from after the end of the run: mmengine would skip data until then."""
+    by_iter = isinstance(loop, IterBasedTrainLoop)
+    done, planned = (meta["iter"], loop.max_iters) if by_iter else (meta["epoch"], loop.max_epochs)
+    if done > planned:
+        unit = "iter" if by_iter else "epoch"
+        raise CheckpointError(
+            f"the checkpoint cannot be resumed: it is from {unit} {done}, but the run ends at {unit} {planned}; "
+            f"increase train_cfg.max_{unit}s"
+        )
+
+
 def _misfits(checkpoint: Mapping[str, Any]) -> list[str]:
     """Parts of a checkpoint that mmengine could not load."""
-    weights, averaged = checkpoint["state_dict"], checkpoint.get("ema_state_dict")
     wrong = [] if isinstance(checkpoint.get("optimizer", {}), Mapping) else ["optimizer"]
     if not isinstance(checkpoint.get("param_schedulers", []), (Mapping, list)):
         wrong.append("param_schedulers")
-    if averaged is not None:
+    if "ema_state_dict" in checkpoint:
         # EMAHook swaps the weights with the same names.
+        weights, averaged = checkpoint["state_dict"], checkpoint["ema_state_dict"]
         named = isinstance(averaged, Mapping) and len(averaged) and all(isinstance(name, str) for name in averaged)
         if not named or not all(name[7:] in weights for name in averaged if name.startswith("module.")):
             wrong.append("ema_state_dict")
@@ -108,7 +121,7 @@ def _settle_paths(runner: Runner, info: dict[str, Any]) -> None:
     if not _is_count(info.get("validated_step")):
         info.pop("validated_step", None)
     for key in [key for key in info if key == "best_score" or key.startswith("best_score_")]:
-        if not isinstance(info[key], Real) or math.isnan(info[key]):
+        if not isinstance(info[key], Real) or not abs(info[key]) <= sys.float_info.max:
             del info[key]
             info.pop(key.replace("best_score", "best_ckpt", 1), None)
     folder = checkpoint_folder(runner)

@@ -108,7 +108,7 @@ def test_local_files(tmp_path: Path) -> None:
 
 
 def test_tensorboard(tmp_path: Path) -> None:
-    """The pictures in the event file are those of the local files."""
+    """The images in the event file are those of the local files."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train(tmp_path / "files", 1, {"interval": 1, "stages": [1]}, "LocalVisBackend")
     train(tmp_path / "events", 1, {"interval": 1, "stages": [1]}, "TensorboardVisBackend")
@@ -117,8 +117,8 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert [event.step for event in shown] == [0, 1]
     for event in shown:
         (file,) = tmp_path.glob(f"files/*/vis_data/vis_image/trees_{event.step}.png")
-        picture = cv2.imdecode(np.frombuffer(event.encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
-        np.testing.assert_array_equal(picture, cv2.imread(str(file)))
+        image = cv2.imdecode(np.frombuffer(event.encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
+        np.testing.assert_array_equal(image, cv2.imread(str(file)))
 
 
 @pytest.mark.parametrize(

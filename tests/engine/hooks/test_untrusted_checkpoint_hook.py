@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,10 +127,19 @@ def test_no_file_elsewhere_is_deleted(target: object, several: bool, tmp_path: P
     assert (work_dir / "iter_3.pth").is_file()
 
 
+@pytest.mark.parametrize("iteration", [4, 2**62])
+def test_checkpoint_from_after_the_end_of_the_run(iteration: int, tmp_path: Path) -> None:
+    run(tmp_path, 1)
+    later = change(tmp_path / "iter_1.pth", meta={"iter": iteration})
+    with pytest.raises(CheckpointError, match=f"from iter {iteration}, but the run ends at iter 3; increase"):
+        run(tmp_path, 3, later)
+
+
 class Resuming:
     """A runner that resumes, without optimizer."""
 
     _resume, hooks, optim_wrapper, param_schedulers = True, (), None, None
+    train_loop = SimpleNamespace(max_epochs=1)
 
     def __init__(self, work_dir: Path) -> None:
         self.work_dir = str(work_dir)
@@ -145,6 +155,7 @@ class Resuming:
         (lambda content: content["meta"].pop("iter"), r"meta\['iter'\]"),
         (lambda content: content["meta"].update(iter="9"), r"meta\['iter'\]"),
         (lambda content: content["meta"].update(epoch=-1), r"meta\['epoch'\]"),
+        (lambda content: content["meta"].update(epoch=2), "from epoch 2, but the run ends at epoch 1; increase"),
         (lambda content: content["meta"].update(seed={"type": "x"}), r"meta\['seed'\]"),
         (lambda content: content["meta"].update(seed=2**32), r"meta\['seed'\]"),
         (lambda content: content["message_hub"].pop("log_scalars"), "log_scalars"),
@@ -155,6 +166,7 @@ class Resuming:
         (lambda content: content.update(param_schedulers=1), "param_schedulers"),
         (lambda content: content.update(ema_state_dict={"module.b": 1}), "ema_state_dict"),
         (lambda content: content.update(ema_state_dict=[1]), "ema_state_dict"),
+        (lambda content: content.update(ema_state_dict=None), "ema_state_dict"),
         (lambda content: content.update(ema_state_dict={"steps": 1, 5: 1}), "ema_state_dict"),
     ],
 )
@@ -194,7 +206,7 @@ def test_best_checkpoints_of_impossible_names_are_forgotten(name: object, tmp_pa
     assert list(content["message_hub"]["log_scalars"]) == ["train/loss"]
 
 
-@pytest.mark.parametrize("score", ["0.5", None, float("nan"), [0.5], {}, torch.ones(2)])
+@pytest.mark.parametrize("score", ["0.5", None, float("nan"), 10**400, [0.5], {}, torch.ones(2)])
 def test_scores_that_are_no_numbers_are_forgotten(score: object, tmp_path: Path) -> None:
     (tmp_path / "best_a_iter_1.pth").touch()
     info = {"best_score": score, "best_ckpt": "best_a_iter_1.pth", "best_score_b": 0.5, "validated_step": score}

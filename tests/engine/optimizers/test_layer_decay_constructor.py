@@ -2,46 +2,18 @@
 
 from collections import OrderedDict
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper, build_optim_wrapper
+from mmengine.optim import DefaultOptimWrapperConstructor, build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from grootvl_mm.engine.optimizers.layer_decay_constructor import LayerDecayOptimWrapperConstructor
 from grootvl_mm.models import GrootV
-
-DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo"
-CONFIGS = {
-    "mmpretrain": "grootv-pico_demo-cls.py",
-    "mmdet": "mask-rcnn_grootv-pico_fpn_demo.py",
-    "mmseg": "grootv-pico_upernet_demo-seg.py",
-}
-RATE = 0.5
-# Stem, five blocks in stages of 1, 1, 2 and 1, and everything after them.
-NUM_LAYERS = 7
-# Some parameters of each layer, written down by hand.
-LAYERS = {
-    "backbone.stem.conv1.weight": 0,
-    "backbone.stem.norm2.bias": 0,
-    "backbone.stages.0.blocks.0.mixer.A_log": 1,
-    "backbone.stages.0.norm.weight": 1,
-    "backbone.stages.0.downsample.conv.weight": 1,
-    "backbone.stages.1.blocks.0.mlp.fc1.bias": 2,
-    "backbone.stages.2.blocks.0.mixer.in_proj.weight": 3,
-    "backbone.stages.2.blocks.1.mixer.dt_proj.bias": 4,
-    "backbone.stages.2.downsample.norm.weight": 4,
-    "backbone.stages.3.blocks.0.mixer.Ds": 5,
-    "backbone.stages.3.norm.bias": 5,
-}
-
-
-def groups_of(model: nn.Module, optim_wrapper: OptimWrapper) -> dict[str, dict]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {names[parameter]: group for group in optim_wrapper.optimizer.param_groups for parameter in group["params"]}
+from tests.helpers.layer_decay import LAYERS, NUM_LAYERS, RATE, groups_of
+from tests.helpers.training_runs import CONFIGS, ROOT
 
 
 def build(constructor: str, model: nn.Module, scope: str = "mmengine", **paramwise: object) -> dict[str, dict]:
@@ -59,7 +31,7 @@ def build(constructor: str, model: nn.Module, scope: str = "mmengine", **paramwi
 def task(request: pytest.FixtureRequest) -> tuple[str, Config, nn.Module]:
     """Scope, config and model of one of the three tasks."""
     pytest.importorskip(request.param)
-    cfg = Config.fromfile(DEMO / CONFIGS[request.param])
+    cfg = Config.fromfile(ROOT / "configs" / "demo" / CONFIGS[request.param])
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         return cfg.default_scope, cfg, MODELS.build(cfg.model)
 
