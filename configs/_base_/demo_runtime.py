@@ -1,5 +1,5 @@
 # Runtime of the demo configs: a log line every 20 iterations and a checkpoint every 100, from which `--resume`
-# continues a killed run. Each config adds its scope and its task's visualizer.
+# continues a killed run. Each config adds its scope, its data, and its task's visualizer.
 default_hooks = dict(
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", interval=20, log_metric_by_epoch=False),
@@ -8,6 +8,10 @@ default_hooks = dict(
     sampler_seed=dict(type="DistSamplerSeedHook"),
 )
 log_processor = dict(type="LogProcessor", by_epoch=False, window_size=20)
+
+train_dataloader = dict(num_workers=1, persistent_workers=True, sampler=dict(type="InfiniteSampler", shuffle=True))
+val_dataloader = dict(num_workers=1, persistent_workers=True, sampler=dict(type="DefaultSampler", shuffle=False))
+test_dataloader = val_dataloader
 
 env_cfg = dict(
     cudnn_benchmark=False,

@@ -22,9 +22,6 @@ metainfo = dict(classes=["apart", "joined"])
 data_root = _base_.data_root + "classification/"
 train_dataloader = dict(
     batch_size=64,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
         type="CustomDataset",
         metainfo=metainfo,
@@ -40,9 +37,6 @@ train_dataloader = dict(
 )
 val_dataloader = dict(
     batch_size=128,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         type="CustomDataset",
         metainfo=metainfo,

@@ -48,9 +48,6 @@ metainfo = dict(classes=["background", "marked", "other"], palette=[(0, 0, 0), (
 resize = dict(type="Resize", scale=(_base_.scale, _base_.scale))
 train_dataloader = dict(
     batch_size=32,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
         type="BaseSegDataset",
         metainfo=metainfo,
@@ -68,9 +65,6 @@ train_dataloader = dict(
 )
 val_dataloader = dict(
     batch_size=64,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         type="BaseSegDataset",
         metainfo=metainfo,

@@ -24,9 +24,6 @@ metainfo = dict(classes=sorted(_base_.digits))
 data_root = _base_.data_root + "classification/"
 train_dataloader = dict(
     batch_size=32,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
         type="CustomDataset",
         metainfo=metainfo,
@@ -37,9 +34,6 @@ train_dataloader = dict(
 )
 val_dataloader = dict(
     batch_size=64,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         type="CustomDataset",
         metainfo=metainfo,

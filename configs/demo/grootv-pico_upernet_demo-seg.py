@@ -65,9 +65,6 @@ tta_pipeline = [
 
 train_dataloader = dict(
     batch_size=8,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
         type="BaseSegDataset",
         metainfo=metainfo,
@@ -80,9 +77,6 @@ train_dataloader = dict(
 # Multi-scale testing needs a batch size of 1.
 val_dataloader = dict(
     batch_size=1,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         type="BaseSegDataset",
         metainfo=metainfo,

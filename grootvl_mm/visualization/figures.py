@@ -155,13 +155,13 @@ def draw_affinity(
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
     vertices = [find_vertex(record, picture, position) for position in positions]
     scans = compared_scans(record)
-    maps = {
-        name: affinity([_one(tree, image) for tree in trees], record.decay[image : image + 1], vertices,
-                       record.propagation)[0]
-        for name, trees in scans.items()
-    }  # fmt: skip
+    decay, inside = record.decay[image : image + 1], _inside(record, image)
+    maps = {}
+    for name, trees in scans.items():
+        values = affinity([_one(tree, image) for tree in trees], decay, vertices, record.propagation)[0]
+        maps[name] = np.where(inside, values.view(-1, *inside.shape).numpy(force=True), np.nan)
     figure, grid = _layout(picture, len(positions), 1 + len(scans), panel, title, [0.0] * (1 + len(scans)))
-    norm = _norm(scale, min(float(values.min()) for values in maps.values()))
+    norm = _norm(scale, min(float(np.nanmin(values)) for values in maps.values()))
     for row, (axes_row, (x, y)) in enumerate(zip(grid, positions, strict=True)):
         _show_picture(axes_row[0], picture.pixels)
         axes_row[0].plot(x, y, "o", color=MARKER, markeredgecolor="white", markersize=7)
@@ -211,7 +211,7 @@ def _draw_edges(axes: Axes, record: TreeRecord, picture: Picture, color: str, im
     parent = tree.parent[0].numpy(force=True)
     ends = np.stack([np.arange(len(parent)), parent], axis=1)
     ends = (np.stack([ends % record.width, ends // record.width], axis=2) + 0.5) * cell - 0.5
-    is_inside = (edge >= 0) & (weight < LARGEST_WEIGHT)
+    is_inside = (edge >= 0) & (weight <= LARGEST_WEIGHT)
     width = _line_width(record, picture, panel)
     outside = (rank > 0) & ~is_inside
     axes.add_collection(LineCollection(ends[outside], colors=_OUTSIDE, linewidths=width / 2, rasterized=True))
@@ -241,26 +241,26 @@ def _draw_edges(axes: Axes, record: TreeRecord, picture: Picture, color: str, im
 
 def _draw_segments(axes: Axes, record: TreeRecord, picture: Picture, share: float, image: int, panel: float) -> int:
     """Draw the segments in different colours, with their borders; return their number."""
+    inside = _inside(record, image)
+    height, width = inside.shape
+    outside = int((~inside).sum())  # as many edges lead to ignored padding, and they are the heaviest
+    cuts = outside + round(share * (height * width - 1 - outside))
     tree, weight = _one(record.tree, image), record.edge_weight[image : image + 1]
-    height, width = record.height, record.width
-    edge = parent_edges(tree, height, width)
-    at_padding = int((_weights(record, image, edge[0].numpy(force=True)) >= LARGEST_WEIGHT).sum())
-    cuts = at_padding + round(share * (height * width - 1 - at_padding))
     segments = cut_segments(tree, weight, height, width, cuts)[0].view(height, width).numpy(force=True)
     pixels = picture.pixels
     cell_width, cell_height = _cell(record, picture)
     columns = np.minimum((np.arange(pixels.shape[1]) / cell_width).astype(int), width - 1)
     rows = np.minimum((np.arange(pixels.shape[0]) / cell_height).astype(int), height - 1)
-    painted = segments[rows[:, None], columns]
     tints = np.concatenate([hsv_to_rgb(_hues(cuts + 1)), np.full((cuts + 1, 1), _TINT)], axis=1)
-    tints[np.bincount(painted.ravel()).argmax(), 3] = 0
-    _show_picture(axes, picture.pixels)
-    axes.imshow(tints[painted])
+    tints[np.bincount(segments[inside]).argmax(), 3] = 0
+    colors = np.where(inside[..., None], tints[segments], 0)
+    _show_picture(axes, pixels)
+    axes.imshow(colors[rows[:, None], columns])
 
     borders = []
-    for row, column in np.argwhere(segments[:-1] != segments[1:]):
+    for row, column in np.argwhere((segments[:-1] != segments[1:]) & inside[1:]):
         borders.append([(column, row + 1), (column + 1, row + 1)])
-    for row, column in np.argwhere(segments[:, :-1] != segments[:, 1:]):
+    for row, column in np.argwhere((segments[:, :-1] != segments[:, 1:]) & inside[:, 1:]):
         borders.append([(column + 1, row), (column + 1, row + 1)])
     ends = np.array(borders, dtype=float).reshape(-1, 2, 2) * (cell_width, cell_height) - 0.5
     axes.add_collection(
@@ -268,21 +268,16 @@ def _draw_segments(axes: Axes, record: TreeRecord, picture: Picture, share: floa
             ends, colors=_BORDER, linewidths=_line_width(record, picture, panel) / 2, rasterized=len(ends) > _MANY
         )
     )
-    valid = np.ones((height, width), bool)
-    if record.valid_sizes is not None:
-        rows_inside, columns_inside = record.valid_sizes[image].tolist()
-        valid[rows_inside:], valid[:, columns_inside:] = False, False
-    return len(np.unique(segments[valid]))
+    return len(np.unique(segments[inside]))
 
 
-def _show_map(axes: Axes, record: TreeRecord, picture: Picture, values: Tensor, norm: Normalize) -> None:
-    """Draw a colour map over the greyscale image."""
+def _show_map(axes: Axes, record: TreeRecord, picture: Picture, values: np.ndarray, norm: Normalize) -> None:
+    """Draw a colour map over the greyscale image; NaN is transparent."""
     _show_picture(axes, picture.pixels.mean(axis=2, keepdims=True).astype(np.uint8).repeat(3, axis=2))
     cell_width, cell_height = _cell(record, picture)
     extent = (-0.5, record.width * cell_width - 0.5, record.height * cell_height - 0.5, -0.5)
-    grid = values.view(record.height, record.width).numpy(force=True)
     limits = axes.axis()
-    axes.imshow(grid, cmap=_AFFINITY_MAP, norm=norm, extent=extent, interpolation="nearest", alpha=_OPACITY)
+    axes.imshow(values, cmap=_AFFINITY_MAP, norm=norm, extent=extent, interpolation="nearest", alpha=_OPACITY)
     axes.axis(limits)
 
 
@@ -364,6 +359,14 @@ def _weights(record: TreeRecord, image: int, edge: np.ndarray) -> np.ndarray:
     """Weights (L,) of the edges (L,) to the parents; 0 for edges outside the grid."""
     weight = record.edge_weight[image].numpy(force=True)
     return np.where(edge >= 0, weight[edge.clip(min=0)], 0) if len(weight) else np.zeros(len(edge))
+
+
+def _inside(record: TreeRecord, image: int) -> np.ndarray:
+    """(H, W) bool, the positions of one image of the batch that are not ignored padding."""
+    rows, columns = (record.height, record.width) if record.valid_sizes is None else record.valid_sizes[image].tolist()
+    inside = np.zeros((record.height, record.width), bool)
+    inside[:rows, :columns] = True
+    return inside
 
 
 def _one(tree: Tree, image: int) -> Tree:

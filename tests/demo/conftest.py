@@ -1,4 +1,4 @@
-"""Untrained pico models of the three tasks, as checkpoints, and small pictures to show them."""
+"""Untrained pico models of the three tasks, as checkpoints, and small images to show them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,30 +48,30 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def picture() -> np.ndarray:
-    """A blue picture (BGR) of 48 x 64 pixels with a bright square."""
-    picture = np.full((48, 64, 3), (200, 40, 20), dtype=np.uint8)
-    picture[10:30, 20:40] = 230
-    return picture
+def image() -> np.ndarray:
+    """A blue image (BGR) of 48 x 64 pixels with a bright square."""
+    image = np.full((48, 64, 3), (200, 40, 20), dtype=np.uint8)
+    image[10:30, 20:40] = 230
+    return image
 
 
 @pytest.fixture
-def pictures(picture: np.ndarray, tmp_path: Path) -> Path:
-    """A folder of two pictures, of different sizes and formats, and a text."""
-    folder = tmp_path / "pictures"
+def images(image: np.ndarray, tmp_path: Path) -> Path:
+    """A folder of two images, of different sizes and formats, and a text."""
+    folder = tmp_path / "images"
     folder.mkdir()
-    cv2.imwrite(str(folder / "b.png"), picture)
-    cv2.imwrite(str(folder / "a.jpg"), picture[:, :50])
-    (folder / "notes.txt").write_text("no picture")
+    cv2.imwrite(str(folder / "b.png"), image)
+    cv2.imwrite(str(folder / "a.jpg"), image[:, :50])
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
 @pytest.fixture
-def video(picture: np.ndarray, tmp_path: Path) -> Path:
+def video(image: np.ndarray, tmp_path: Path) -> Path:
     """Five frames at 10 frames per second."""
     path = tmp_path / "clip.avi"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10.0, (64, 48))
     for index in range(5):
-        writer.write(np.roll(picture, 4 * index, axis=1))
+        writer.write(np.roll(image, 4 * index, axis=1))
     writer.release()
     return path

@@ -1,10 +1,10 @@
 """The command demo/image_demo.py, for each task and kind of input, and its errors for invalid ones."""
 
 import re
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -15,6 +15,7 @@ import torch
 from tests.demo.conftest import NAMES
 from tests.helpers.config_cases import ROOT
 from tests.helpers.faults import WRONG_VALUES, with_wrong_weight
+from tests.helpers.tool_runs import call_script
 
 for host in ("mmdet", "mmseg", "mmpretrain"):
     pytest.importorskip(host)
@@ -25,18 +26,9 @@ CLASSIFIER = ROOT / "configs" / "demo" / "grootv-pico_demo-cls.py"
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str | None]:
-    """Run the command in this process (a new one takes seconds to start); return its error, or None."""
+    """Run the command in an own folder; return its error, or None."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> str | None:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as stopped:
-            return stopped.code
-        return None
-
-    return run
+    return partial(call_script, "demo/image_demo.py")
 
 
 def changed_pixels(before: np.ndarray, after: np.ndarray) -> float:
@@ -46,36 +38,36 @@ def changed_pixels(before: np.ndarray, after: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("task", NAMES)
-def test_draws_on_a_picture(
-    task: str, call: Callable, checkpoints: dict, pictures: Path, picture: np.ndarray, tmp_path: Path
+def test_draws_on_an_image(
+    task: str, call: Callable, checkpoints: dict, images: Path, image: np.ndarray, tmp_path: Path
 ) -> None:
-    source = pictures / "b.png"
+    source = images / "b.png"
     options = ("--out-dir", "out", "--score-thr", 0.12, "--device", "cpu")
     assert call(source, NAMES[task], checkpoints[task], *options) is None
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
     drawn = cv2.imread(str(tmp_path / "out" / "b.png"))
-    assert changed_pixels(picture, drawn) > 0.05
+    assert changed_pixels(image, drawn) > 0.05
     if task != "seg":  # which paints over everything
         # Blue stays blue where nothing is drawn.
-        assert changed_pixels(picture, drawn) < 0.95
+        assert changed_pixels(image, drawn) < 0.95
 
 
-def test_draws_as_the_inferencer_does(call: Callable, checkpoints: dict, pictures: Path, tmp_path: Path) -> None:
+def test_draws_as_the_inferencer_does(call: Callable, checkpoints: dict, images: Path, tmp_path: Path) -> None:
     """Colours included: the inferencer reads a file, the command hands it an array."""
     from mmdet.apis import DetInferencer
 
     config = str(ROOT / "configs" / "demo" / f"{NAMES['det']}.py")
     inferencer = DetInferencer(config, checkpoints["det"], device="cpu", show_progress=False)
-    inferencer(str(pictures / "b.png"), out_dir=str(tmp_path / "host"), pred_score_thr=0.1)
-    assert call(pictures / "b.png", config, checkpoints["det"], "--score-thr", 0.1, "--device", "cpu") is None
+    inferencer(str(images / "b.png"), out_dir=str(tmp_path / "host"), pred_score_thr=0.1)
+    assert call(images / "b.png", config, checkpoints["det"], "--score-thr", 0.1, "--device", "cpu") is None
     expected = cv2.imread(str(tmp_path / "host" / "vis" / "b.png"))
-    # Asked for an array, the visualizer renders its picture once more: some pixels change a little.
+    # Asked for an array, the visualizer renders its image once more: some pixels change a little.
     assert cv2.absdiff(cv2.imread(str(tmp_path / "outputs" / "b.png")), expected).max() < 32
 
 
-def test_real_command_on_a_folder(checkpoints: dict, pictures: Path, tmp_path: Path) -> None:
+def test_real_command_on_a_folder(checkpoints: dict, images: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(pictures), str(CLASSIFIER), checkpoints["cls"], "--out-dir", "a/b"],
+        [sys.executable, str(SCRIPT), str(images), str(CLASSIFIER), checkpoints["cls"], "--out-dir", "a/b"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -87,31 +79,31 @@ def test_real_command_on_a_folder(checkpoints: dict, pictures: Path, tmp_path: P
     assert cv2.imread(str(tmp_path / "a" / "b" / "a.jpg")).shape == (48, 50, 3)
 
 
-def test_video(call: Callable, checkpoints: dict, video: Path, picture: np.ndarray, tmp_path: Path) -> None:
+def test_video(call: Callable, checkpoints: dict, video: Path, image: np.ndarray, tmp_path: Path) -> None:
     assert call(video, CLASSIFIER, checkpoints["cls"], "--device", "cpu", "--frames") is None
     assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["clip", "clip.mp4"]
     drawn = cv2.VideoCapture(str(tmp_path / "outputs" / "clip.mp4"))
     assert (drawn.get(cv2.CAP_PROP_FRAME_COUNT), drawn.get(cv2.CAP_PROP_FPS)) == (5, 10)
     frame = drawn.read()[1]
     assert frame.shape == (48, 64, 3)
-    assert np.abs(frame[-1, -1].astype(int) - picture[-1, -1]).max() < 40  # blue stayed blue
+    assert np.abs(frame[-1, -1].astype(int) - image[-1, -1]).max() < 40  # blue stayed blue
     frames = sorted((tmp_path / "outputs" / "clip").iterdir())
     assert [path.name for path in frames] == [f"{index:06d}.png" for index in range(5)]
     assert not np.array_equal(cv2.imread(str(frames[0])), cv2.imread(str(frames[4])))
 
 
 def test_formats_that_opencv_reads_but_does_not_write(
-    call: Callable, checkpoints: dict, picture: np.ndarray, tmp_path: Path
+    call: Callable, checkpoints: dict, image: np.ndarray, tmp_path: Path
 ) -> None:
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "photo").write_bytes(cv2.imencode(".png", picture)[1])
-    assert call(tmp_path / "pictures" / "photo", CLASSIFIER, checkpoints["cls"], "--device", "cpu") is None
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "photo").write_bytes(cv2.imencode(".png", image)[1])
+    assert call(tmp_path / "images" / "photo", CLASSIFIER, checkpoints["cls"], "--device", "cpu") is None
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["photo.png"]
 
 
-def test_checkpoint_from_the_config(call: Callable, checkpoints: dict, pictures: Path, tmp_path: Path) -> None:
+def test_checkpoint_from_the_config(call: Callable, checkpoints: dict, images: Path, tmp_path: Path) -> None:
     options = ("--device", "cpu", "--cfg-options", f"load_from={checkpoints['cls']}")
-    assert call(pictures, CLASSIFIER, *options) is None
+    assert call(images, CLASSIFIER, *options) is None
     assert len(list((tmp_path / "outputs").iterdir())) == 2
 
 
@@ -126,19 +118,19 @@ WRONG = {
         ("empty.png", CLASSIFIER, "CHECKPOINT"),
         "OpenCV cannot read 'empty.png', neither as an image nor as a video",
     ),
-    "broken picture": (("broken", CLASSIFIER, "CHECKPOINT"), "OpenCV cannot read 'broken/a.png' as an image"),
-    "unknown model": (("pictures", "mask-rcnn_grootv-tiny", "CHECKPOINT"), "has no model 'mask-rcnn_grootv-tiny'; sim"),
-    "missing config": (("pictures", "nothing.py", "CHECKPOINT"), "config 'nothing.py' does not exist"),
-    "no checkpoint": (("pictures", CLASSIFIER), "no checkpoint; give its path after the config"),
-    "missing checkpoint": (("pictures", CLASSIFIER, "no.pth"), "checkpoint 'no.pth' does not exist"),
+    "broken image": (("broken", CLASSIFIER, "CHECKPOINT"), "OpenCV cannot read 'broken/a.png' as an image"),
+    "unknown model": (("images", "mask-rcnn_grootv-tiny", "CHECKPOINT"), "has no model 'mask-rcnn_grootv-tiny'; sim"),
+    "missing config": (("images", "nothing.py", "CHECKPOINT"), "config 'nothing.py' does not exist"),
+    "no checkpoint": (("images", CLASSIFIER), "no checkpoint; give its path after the config"),
+    "missing checkpoint": (("images", CLASSIFIER, "no.pth"), "checkpoint 'no.pth' does not exist"),
     "damaged checkpoint": (
-        ("pictures", CLASSIFIER, "text.png"),
+        ("images", CLASSIFIER, "text.png"),
         "text.png is not a checkpoint, or is damaged",
     ),
-    "other checkpoint": (("pictures", CLASSIFIER, "other.pth"), "other.pth: this checkpoint does not fit GrootV: 0 of"),
-    "unknown device": (("pictures", CLASSIFIER, "CHECKPOINT", "--device", "gpu"), "cannot use the device 'gpu': "),
-    "folder is a file": (("pictures", CLASSIFIER, "CHECKPOINT", "--out-dir", "text.png"), "cannot create the folder"),
-    "own folder": (("pictures", CLASSIFIER, "CHECKPOINT", "--out-dir", "pictures"), "is the folder of the input"),
+    "other checkpoint": (("images", CLASSIFIER, "other.pth"), "other.pth: this checkpoint does not fit GrootV: 0 of"),
+    "unknown device": (("images", CLASSIFIER, "CHECKPOINT", "--device", "gpu"), "cannot use the device 'gpu': "),
+    "folder is a file": (("images", CLASSIFIER, "CHECKPOINT", "--out-dir", "text.png"), "cannot create the folder"),
+    "own folder": (("images", CLASSIFIER, "CHECKPOINT", "--out-dir", "images"), "is the folder of the input"),
     "folder of the file": (
         ("text.png", CLASSIFIER, "CHECKPOINT", "--out-dir", "."),
         "neither as an image nor as a video",
@@ -147,7 +139,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_one_clear_error(case: str, call: Callable, checkpoints: dict, pictures: Path, tmp_path: Path) -> None:
+def test_one_clear_error(case: str, call: Callable, checkpoints: dict, images: Path, tmp_path: Path) -> None:
     arguments, message = WRONG[case]
     for folder in ("empty", "broken"):
         (tmp_path / folder).mkdir()
@@ -160,16 +152,16 @@ def test_one_clear_error(case: str, call: Callable, checkpoints: dict, pictures:
     assert message in error
     assert "\n" not in error
     assert not list((tmp_path / "outputs").glob("*"))
-    assert sorted(path.name for path in pictures.iterdir()) == ["a.jpg", "b.png", "notes.txt"]
+    assert sorted(path.name for path in images.iterdir()) == ["a.jpg", "b.png", "notes.txt"]
 
 
 @pytest.mark.parametrize("kind", ["dropped", *WRONG_VALUES])
 def test_weights_that_would_stay_random(
-    kind: str, call: Callable, checkpoints: dict, pictures: Path, tmp_path: Path
+    kind: str, call: Callable, checkpoints: dict, images: Path, tmp_path: Path
 ) -> None:
     content = torch.load(checkpoints["cls"])
     torch.save(with_wrong_weight(content, "head.fc.weight", kind), tmp_path / "wrong.pth")
-    error = call(pictures, CLASSIFIER, "wrong.pth", "--device", "cpu")
+    error = call(images, CLASSIFIER, "wrong.pth", "--device", "cpu")
     if kind in ("sparse", "meta"):  # refused while the file is read, before its weights have names
         assert re.match(rf"error: wrong.pth: the checkpoint holds a {kind}.* tensor", error)
     else:
@@ -181,12 +173,12 @@ def test_weights_that_would_stay_random(
 
 @pytest.mark.parametrize("task", ["det", "seg"])
 def test_a_missing_head_of_other_tasks(
-    task: str, call: Callable, checkpoints: dict, pictures: Path, tmp_path: Path
+    task: str, call: Callable, checkpoints: dict, images: Path, tmp_path: Path
 ) -> None:
     content = torch.load(checkpoints[task])
     weights = {name: value for name, value in content["state_dict"].items() if name.startswith("backbone.")}
     torch.save({**content, "state_dict": weights}, tmp_path / "wrong.pth")
-    error = call(pictures, NAMES[task], "wrong.pth", "--device", "cpu")
+    error = call(images, NAMES[task], "wrong.pth", "--device", "cpu")
     assert error.startswith("error: wrong.pth: ")
     assert "would stay random" in error
     assert "\n" not in error

@@ -77,35 +77,36 @@ def random_batch(cfg: Config) -> dict:
     """Two random images with random ground truth, as the config's data loader would give them."""
     classes = num_classes(cfg)
     if cfg.default_scope == "mmdet":
-        return _detection_batch(classes, has_masks(cfg))
-    return {"mmseg": _segmentation_batch, "mmpretrain": _classification_batch}[cfg.default_scope](classes)
+        return detection_batch(classes, IMAGE_SIZE, with_mask=has_masks(cfg))
+    return {"mmseg": segmentation_batch, "mmpretrain": _classification_batch}[cfg.default_scope](classes, IMAGE_SIZE)
 
 
-def _images() -> list[torch.Tensor]:
+def random_images(count: int, size: int) -> list[torch.Tensor]:
     rng = np.random.default_rng(0)
-    return [torch.from_numpy(rng.integers(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)) for _ in range(2)]
+    return [torch.from_numpy(rng.integers(0, 256, (3, size, size), dtype=np.uint8)) for _ in range(count)]
 
 
-def _detection_batch(classes: int, masks: bool) -> dict:
+def detection_batch(classes: int, size: int, **options: object) -> dict:
     from mmdet.testing import demo_mm_inputs
 
-    return demo_mm_inputs(2, (3, IMAGE_SIZE, IMAGE_SIZE), num_items=[3, 2], num_classes=classes, with_mask=masks)
+    return demo_mm_inputs(2, (3, size, size), num_items=[3, 2], num_classes=classes, **options)
 
 
-def _segmentation_batch(classes: int) -> dict:
+def segmentation_batch(classes: int, size: int) -> dict:
     from mmseg.structures import SegDataSample
 
-    shape = (IMAGE_SIZE, IMAGE_SIZE)
+    shape = (size, size)
     generator = torch.Generator().manual_seed(0)
     samples = []
     for _ in range(2):
-        sample = SegDataSample(metainfo={"img_shape": shape, "ori_shape": shape})
+        sample = SegDataSample(metainfo={"img_shape": shape, "ori_shape": shape, "pad_shape": shape})
         sample.gt_sem_seg = PixelData(data=torch.randint(classes, (1, *shape), generator=generator))
         samples.append(sample)
-    return {"inputs": _images(), "data_samples": samples}
+    return {"inputs": random_images(2, size), "data_samples": samples}
 
 
-def _classification_batch(classes: int) -> dict:
+def _classification_batch(classes: int, size: int) -> dict:
     from mmpretrain.structures import DataSample
 
-    return {"inputs": _images(), "data_samples": [DataSample().set_gt_label(label) for label in (0, classes - 1)]}
+    samples = [DataSample().set_gt_label(label) for label in (0, classes - 1)]
+    return {"inputs": random_images(2, size), "data_samples": samples}

@@ -11,6 +11,8 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.utils import get_installed_path
 from torch import Tensor, nn
 
+from tests.helpers.config_cases import detection_batch, random_images, segmentation_batch
+
 CHANNELS = (24, 48, 96, 192)  # of GrootV-pico
 BACKBONE = ConfigDict(type="grootvl_mm.GrootV", arch="pico")
 IMAGE_SIZE = 128
@@ -193,31 +195,10 @@ def _swap_in_classifier(model: ConfigDict) -> None:
 def random_batch(host: str, name: str, model: nn.Module) -> dict[str, Any]:
     """Two random images with ground truth; of a self-supervised model several views of them."""
     if host == "mmdet":
+        size = LARGE_IMAGE_SIZE if name.startswith(DEFORMABLE) else IMAGE_SIZE
         # RTMDet takes masks for instance segmentation only.
-        return _detection_batch(
-            LARGE_IMAGE_SIZE if name.startswith(DEFORMABLE) else IMAGE_SIZE, with_mask=not name.startswith("rtmdet")
-        )
-    return _segmentation_batch() if host == "mmseg" else _classification_batch(model)
-
-
-def _detection_batch(size: int, with_mask: bool) -> dict[str, Any]:
-    from mmdet.testing import demo_mm_inputs
-
-    shape = (3, size, size)
-    return demo_mm_inputs(2, shape, num_items=[3, 2], num_classes=CLASSES, with_mask=with_mask, with_semantic=True)
-
-
-def _segmentation_batch() -> dict[str, Any]:
-    from mmengine.structures import PixelData
-    from mmseg.structures import SegDataSample
-
-    shape = (IMAGE_SIZE, IMAGE_SIZE)
-    samples = []
-    for _ in range(2):
-        sample = SegDataSample(metainfo={"img_shape": shape, "ori_shape": shape, "pad_shape": shape})
-        sample.gt_sem_seg = PixelData(data=torch.randint(CLASSES, (1, *shape)))
-        samples.append(sample)
-    return {"inputs": [_image() for _ in range(2)], "data_samples": samples}
+        return detection_batch(CLASSES, size, with_mask=not name.startswith("rtmdet"), with_semantic=True)
+    return segmentation_batch(CLASSES, IMAGE_SIZE) if host == "mmseg" else _classification_batch(model)
 
 
 def _classification_batch(model: nn.Module) -> dict[str, Any]:
@@ -227,15 +208,13 @@ def _classification_batch(model: nn.Module) -> dict[str, Any]:
     samples = [DataSample().set_gt_label(label) for label in (0, CLASSES - 1)]
     if isinstance(model, BaseSelfSupervisor):
         views = 4 if type(model).__name__ == "SwAV" else 2
-        return {"inputs": [torch.stack([_image(), _image()]) for _ in range(views)], "data_samples": samples}
+        images = random_images(2 * views, IMAGE_SIZE)
+        pairs = [torch.stack(images[2 * view : 2 * view + 2]) for view in range(views)]
+        return {"inputs": pairs, "data_samples": samples}
     if type(model.head).__name__ == "CSRAClsHead":
         samples = [DataSample().set_gt_score(torch.eye(20)[index]) for index in range(2)]
     assert isinstance(model, ImageClassifier)
-    return {"inputs": [_image() for _ in range(2)], "data_samples": samples}
-
-
-def _image() -> Tensor:
-    return torch.randint(256, (3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
+    return {"inputs": random_images(2, IMAGE_SIZE), "data_samples": samples}
 
 
 def train_step(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Runs the command-line tools as subprocesses and reads their output files."""
+"""Runs the command-line tools, in new processes or in this one, and reads their output files."""
 
 import functools
 import importlib.util
@@ -86,6 +86,7 @@ class Command:
 
 def _become(command: list[str], folder: Path, environment: dict[str, str], written: Path) -> None:
     """Run a script as Python does in a new process, with its output redirected to a file."""
+    sys.stdout.flush()  # what the fork server's imports printed, of which each fork has a copy
     with written.open("w") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
@@ -115,6 +116,22 @@ def load_script(path: str) -> ModuleType:
     return module
 
 
+def call_script(path: str, *arguments: object) -> str | int | None:
+    """Run a script of this repository in this process (a new one takes seconds to start).
+
+    Returns:
+        Its error or exit status, or None.
+    """
+    module = load_script(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [path, *map(str, arguments)])
+        try:
+            module.main()
+        except SystemExit as stopped:
+            return stopped.code
+    return None
+
+
 class Mim:
     """The ``mim`` of an environment with a regular, not an editable, installation of this checkout."""
 
@@ -125,8 +142,12 @@ class Mim:
         self.cwd.mkdir()
         site = Path(self.ask("import sysconfig; print(sysconfig.get_path('purelib'))"))
         # torch, mmcv and the hosts come from the environment that runs the tests. A path from a .pth file comes after
-        # the environment's own packages, and .pth files of editable installations under it are ignored.
-        site.joinpath("parent.pth").write_text(sysconfig.get_path("purelib"))
+        # the environment's own packages, and .pth files of editable installations under it are ignored. mmengine needs
+        # setuptools' copy of distutils from Python 3.12 on.
+        parent = Path(sysconfig.get_path("purelib"))
+        site.joinpath("_parent.pth").write_text(str(parent))
+        for hook in parent.glob("distutils-precedence.pth"):
+            shutil.copy2(hook, site)
         source = folder / "source"  # building writes into the tree
         shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*BUILT))
         pip = [sys.executable, "-m", "pip", "--python", str(self.python), "install", "--quiet"]

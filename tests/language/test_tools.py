@@ -147,8 +147,9 @@ def test_text_trees_are_drawn(suffix: str, run: Callable[..., str], tmp_path: Pa
     assert content.startswith(start)
     if suffix == "html":
         page = content.decode()
-        assert len(re.findall(r'data-child="\d', page)) == 2 * 9  # edges of two trees of ten tokens
-        assert not re.search(r"(?:src|href)=", page)
+        assert len(re.findall(r'<g id="arc-[01]-\d"', page)) == 2 * 9  # edges of two trees of ten tokens
+        assert len(re.findall(r'<g id="token-\d"', page)) == 10
+        assert not re.search(r'(?:src|href)="(?!#)', page)  # nothing outside of the page
         assert "<b>" not in page
 
 

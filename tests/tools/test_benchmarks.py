@@ -3,15 +3,14 @@
 import functools
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-from tests.helpers.analysis_runs import TOOLS, read_results, run_here
-from tests.helpers.tool_runs import load_script
+from tests.helpers.analysis_runs import read_results, run_here
+from tests.helpers.tool_runs import ROOT, load_script
 
 ROWS = ["grid_edge_weight", "grid_tree", "tree_scan", "tree_scan, forward + backward"]
 ROWS += ["tree_selective_scan", "tree_selective_scan, forward + backward"]
@@ -104,8 +103,9 @@ def refusal(script: str, arguments: tuple, monkeypatch, capsys) -> str:
 
 
 @pytest.fixture
-def measuring(monkeypatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(TOOLS))
+def measuring(monkeypatch) -> ModuleType:
+    """As spawned processes import it."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "analysis_tools"))
     import measuring
 
     return measuring

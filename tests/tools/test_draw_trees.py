@@ -1,6 +1,5 @@
 """tools/visualization/draw_trees.py and draw_affinity.py, for all tasks, and what they say to wrong arguments."""
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from PIL import Image
 
 from tests.helpers.config_cases import ROOT, build_model, load_config
 from tests.helpers.tool_fixtures import SHIPPED
-from tests.helpers.tool_runs import load_script
+from tests.helpers.tool_runs import call_script, load_script
 
 for host in ("mmdet", "mmseg", "mmpretrain"):
     pytest.importorskip(host)
@@ -51,19 +50,9 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str | int | None]:
-    """Run a command in this process; return its error or status, or None."""
+    """Run a command in an own folder."""
     monkeypatch.chdir(tmp_path)
-
-    def run(tool: str, *arguments: object) -> str | int | None:
-        script = load_script(f"tools/visualization/{tool}.py")
-        monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, arguments)])
-        try:
-            script.main()
-        except SystemExit as stopped:
-            return stopped.code
-        return None
-
-    return run
+    return lambda tool, *arguments: call_script(f"tools/visualization/{tool}.py", *arguments)
 
 
 def spy(tool: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:

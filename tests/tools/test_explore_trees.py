@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,26 +14,14 @@ import torch
 
 from tests.helpers.config_cases import ROOT, build_model, load_config
 from tests.helpers.tool_fixtures import SHIPPED
-from tests.helpers.tool_runs import load_script
+from tests.helpers.tool_runs import call_script, load_script
 
 pytest.importorskip("mmpretrain")
 CLASSIFIER = ROOT / "configs" / "demo" / SHIPPED["cls"]
 
 
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | None]:
-    """Run a command in this process; return its error, or None."""
-
-    def run(*arguments: object, script: str = "visualization/explore_trees.py") -> str | None:
-        tool = load_script(f"tools/{script}")
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        try:
-            tool.main()
-        except SystemExit as stopped:
-            return stopped.code
-        return None
-
-    return run
+def call(*arguments: object) -> str | int | None:
+    return call_script("tools/visualization/explore_trees.py", *arguments)
 
 
 @pytest.fixture
@@ -50,7 +37,7 @@ def read_page(path: Path) -> dict:
 
 
 @pytest.mark.parametrize("task", ["det", "seg", "cls"])
-def test_every_task(task: str, make_config: Callable, demo_data: Path, picture: Path, call: Callable) -> None:
+def test_every_task(task: str, make_config: Callable, demo_data: Path, picture: Path) -> None:
     """An image of the test set has its ground truth, another one has predictions alone."""
     config = make_config(task)
     checkpoint, page = picture.with_name("model.pth"), picture.with_name("new") / "page.html"
@@ -69,7 +56,7 @@ def test_every_task(task: str, make_config: Callable, demo_data: Path, picture: 
 
 
 @pytest.mark.parametrize("task", ["det", "seg", "cls"])
-def test_without_checkpoint_and_data(task: str, picture: Path, call: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_checkpoint_and_data(task: str, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Initial weights, whose predictions mean nothing; and no test set."""
     monkeypatch.chdir(picture.parent)
     assert call(ROOT / "configs" / "demo" / SHIPPED[task], "none", picture.parent) is None
@@ -88,7 +75,7 @@ def test_without_checkpoint_and_data(task: str, picture: Path, call: Callable, m
         ({4: "/proc/no/page.html"}, "cannot write /proc/no/page.html"),
     ],
 )
-def test_one_clear_error(change: dict, message: str, picture: Path, call: Callable) -> None:
+def test_one_clear_error(change: dict, message: str, picture: Path) -> None:
     arguments = [CLASSIFIER, "none", picture, "-o", picture.with_name("page.html")]
     error = call(*(change.get(index, value) for index, value in enumerate(arguments)))
     assert error.startswith("error: ")
@@ -96,13 +83,13 @@ def test_one_clear_error(change: dict, message: str, picture: Path, call: Callab
     assert [path.name for path in picture.parent.iterdir()] == [picture.name]
 
 
-def test_other_outputs_are_refused(picture: Path, call: Callable, capsys: pytest.CaptureFixture) -> None:
+def test_other_outputs_are_refused(picture: Path, capsys: pytest.CaptureFixture) -> None:
     assert call(CLASSIFIER, "none", picture, "-o", "page.png") == 2
     assert "must end in .html" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_size_of_the_largest_page(tmp_path: Path, call: Callable) -> None:
+def test_size_of_the_largest_page(tmp_path: Path) -> None:
     """All blocks of GrootV-T for a photograph of 512 x 512; noise deflates worse than any photograph."""
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     cv2.imwrite(str(tmp_path / "noise.png"), cv2.resize(noise, (512, 512), interpolation=cv2.INTER_CUBIC))
@@ -122,9 +109,10 @@ def test_size_of_the_largest_page(tmp_path: Path, call: Callable) -> None:
     assert len(zlib.decompress(base64.b64decode(packed))) == last["offset"] + content
 
 
-def test_benchmark(call: Callable, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmark(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command measures what it is asked for; without a browser it says so."""
-    tool = load_script("tools/analysis_tools/benchmark_explorer.py")
+    benchmark = "tools/analysis_tools/benchmark_explorer.py"
+    tool = load_script(benchmark)
     assert tool.size("200x334") == (200, 334)
     image = tool.random_image(5, 7)
     (block,) = image.blocks
@@ -133,14 +121,14 @@ def test_benchmark(call: Callable, caplog: pytest.LogCaptureFixture, monkeypatch
     assert (np.diff(tree.edge_weight[np.argsort(tree.rank)[1:]]) >= 0).all()
     measured = []
     monkeypatch.setattr(tool, "measure", lambda *arguments: measured.append(arguments) or [{"fps": 60, "work": 1.5}])
-    assert call("--sizes", "8x9", "--seconds", "0.5", script="analysis_tools/benchmark_explorer.py") is None
+    assert call_script(benchmark, "--sizes", "8x9", "--seconds", 0.5) is None
     assert measured == [([(8, 9)], 0.5, 1360)]
 
     def missing(*_: object) -> None:
         raise FileNotFoundError("no Chromium or Chrome found")
 
     monkeypatch.setattr(tool, "measure", missing)
-    error = call(script="analysis_tools/benchmark_explorer.py")
+    error = call_script(benchmark)
     assert error == "error: the benchmark needs Playwright and a browser: no Chromium or Chrome found"
 
 

@@ -1,6 +1,5 @@
 """Tests of the demo data generator."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -9,25 +8,22 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "dataset_converters" / "make_demo_data.py"
+from tests.helpers.tool_runs import ROOT, load_script
+
+SCRIPT = ROOT / "tools" / "dataset_converters" / "make_demo_data.py"
 COUNTS = {"train": 6, "val": 3}
 
 
 @pytest.fixture(scope="module")
-def demo():
-    """The generator as a module; registered, because its workers look it up by name."""
-    spec = importlib.util.spec_from_file_location("make_demo_data", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def demo() -> ModuleType:
+    return load_script("tools/dataset_converters/make_demo_data.py")
 
 
 @pytest.fixture(scope="module")

@@ -31,11 +31,11 @@ def test_train_by_config_name_and_run_a_tool(mim: Mim, demo_data: Path, tmp_path
     assert f".mim/configs/demo/{name}" in output
     assert "Training finished successfully" in output
 
-    picture = tmp_path / "predictions.png"
+    image = tmp_path / "predictions.png"
     config = mim.package / ".mim" / "configs" / "demo" / name
-    output = mim("run", "grootvl_mm", "draw_predictions", config, tmp_path / "iter_2.pth", picture, "--num", 2)
+    output = mim("run", "grootvl_mm", "draw_predictions", config, tmp_path / "iter_2.pth", image, "--num", 2)
     assert ".mim/tools/visualization" in output
-    assert picture.is_file()
+    assert image.is_file()
 
 
 def test_search(mim: Mim, tmp_path: Path):

@@ -1,9 +1,6 @@
 """The tools of tools/model_converters, on small models and on what their users may give them by mistake."""
 
 import re
-import runpy
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -18,14 +15,15 @@ from grootvl_mm.apis.checkpoint_files import read_checkpoint
 from grootvl_mm.models import GrootV, GrootVNeck
 from grootvl_mm.models.published_checkpoints import convert_published
 from tests.helpers.config_cases import load_config
-from tests.helpers.tool_runs import ROOT, load_script
-from tests.models.test_published import publish
-from tests.utils.test_safe_checkpoints import make_runner, registered  # noqa: F401
+from tests.helpers.faults import TRAINING
+from tests.helpers.published import publish
+from tests.helpers.small_runs import run
+from tests.helpers.tool_runs import ROOT, call_script, load_script
 
 pytest.importorskip("mmpretrain")
 
-CONVERT = "model_converters/grootv_to_mmpretrain.py"
-PUBLISH = "model_converters/publish_model.py"
+CONVERT = "tools/model_converters/grootv_to_mmpretrain.py"
+PUBLISH = "tools/model_converters/publish_model.py"
 CLASSES = 5
 
 
@@ -48,22 +46,7 @@ def averaged() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def converter() -> ModuleType:
-    return load_script(f"tools/{CONVERT}")
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | None]:
-    """Run a tool in this process and return its error, or None."""
-
-    def run(script: str, *arguments: object) -> str | None:
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        try:
-            runpy.run_path(str(ROOT / "tools" / script), run_name="__main__")
-        except SystemExit as stopped:
-            return stopped.code
-        return None
-
-    return run
+    return load_script(CONVERT)
 
 
 @pytest.fixture
@@ -87,11 +70,9 @@ def build_classifier() -> nn.Module:
         return MODELS.build(cfg.model).eval()
 
 
-def test_converted_classifier_computes_what_the_published_one_does(
-    pico: dict, call: Callable, tmp_path: Path, folder: Path
-) -> None:
+def test_converted_classifier_computes_what_the_published_one_does(pico: dict, tmp_path: Path, folder: Path) -> None:
     torch.save({"model": pico, "epoch": 300}, tmp_path / "published.pth")
-    assert call(CONVERT, tmp_path / "published.pth", folder / "grootv_pico.pth") is None
+    assert call_script(CONVERT, tmp_path / "published.pth", folder / "grootv_pico.pth") is None
     model = build_classifier()
     (path,) = folder.iterdir()
     load_checkpoint(model, str(path), map_location="cpu", strict=True)
@@ -117,11 +98,11 @@ def test_converted_classifier_computes_what_the_published_one_does(
     [((), "model_ema"), (("--weights", "model"), "model"), (("--weights", "model_ema"), "model_ema")],
 )
 def test_averaged_weights_are_the_default(
-    options: tuple, expected: str, pico: dict, averaged: dict, call: Callable, tmp_path: Path, folder: Path
+    options: tuple, expected: str, pico: dict, averaged: dict, tmp_path: Path, folder: Path
 ) -> None:
     content = {"model": pico, "model_ema": averaged}
     torch.save(content, tmp_path / "published.pth")
-    assert call(CONVERT, tmp_path / "published.pth", folder / "a.pth", *options) is None
+    assert call_script(CONVERT, tmp_path / "published.pth", folder / "a.pth", *options) is None
     checkpoint = written(folder, "a")
     assert checkpoint["meta"]["weights"] == expected
     assert torch.equal(checkpoint["state_dict"]["head.fc.weight"], content[expected]["head.weight"])
@@ -129,12 +110,10 @@ def test_averaged_weights_are_the_default(
 
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_prefixes_and_bare_state_dicts(
-    prefix: str, wrapped: bool, pico: dict, call: Callable, tmp_path: Path, folder: Path
-) -> None:
+def test_prefixes_and_bare_state_dicts(prefix: str, wrapped: bool, pico: dict, tmp_path: Path, folder: Path) -> None:
     weights = {prefix + name: value for name, value in pico.items()}
     torch.save({"model": weights} if wrapped else weights, tmp_path / "published.pth")
-    assert call(CONVERT, tmp_path / "published.pth", folder / "a.pth") is None
+    assert call_script(CONVERT, tmp_path / "published.pth", folder / "a.pth") is None
     checkpoint = written(folder, "a")
     assert checkpoint["meta"]["weights"] == ("model" if wrapped else "state dict")
     expected = convert_published(pico)
@@ -187,23 +166,21 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_files_end_in_one_error_and_write_nothing(
-    case: str, pico: dict, call: Callable, tmp_path: Path, folder: Path
-) -> None:
+def test_wrong_files_end_in_one_error_and_write_nothing(case: str, pico: dict, tmp_path: Path, folder: Path) -> None:
     make, message = WRONG[case]
     source = tmp_path / "wrong.pth"
     torch.save(make(pico), source)
-    error = call(CONVERT, source, folder / "a.pth")
+    error = call_script(CONVERT, source, folder / "a.pth")
     assert error.startswith(f"error: {source}: ")
     assert "\n" not in error
     assert re.search(message, error)
     assert list(folder.iterdir()) == []
 
 
-def test_weights_that_are_not_there(pico: dict, call: Callable, tmp_path: Path, folder: Path) -> None:
+def test_weights_that_are_not_there(pico: dict, tmp_path: Path, folder: Path) -> None:
     source = tmp_path / "published.pth"
     torch.save({"model": pico}, source)
-    error = call(CONVERT, source, folder / "a.pth", "--weights", "model_ema")
+    error = call_script(CONVERT, source, folder / "a.pth", "--weights", "model_ema")
     assert error == f"error: {source}: the file has no 'model_ema'; found 'model'"
 
 
@@ -217,11 +194,9 @@ def test_weights_that_are_not_there(pico: dict, call: Callable, tmp_path: Path, 
         ("text.pth", "out/a.bin", "must be the path of a .pth file"),
     ],
 )
-def test_bad_paths(
-    script: str, source: str, target: str, message: str, call: Callable, tmp_path: Path, folder: Path
-) -> None:
+def test_bad_paths(script: str, source: str, target: str, message: str, tmp_path: Path, folder: Path) -> None:
     (tmp_path / "text.pth").write_text("hello")
-    error = call(script, tmp_path / source, tmp_path / target)
+    error = call_script(script, tmp_path / source, tmp_path / target)
     assert error.startswith("error: ")
     assert message in error
     assert "\n" not in error
@@ -232,14 +207,13 @@ def test_bad_paths(
 @pytest.fixture
 def trained(tmp_path: Path) -> tuple[Path, dict]:
     """The checkpoint of a real run with EMAHook, and the weights of its last iteration."""
-    runner = make_runner(tmp_path / "run", 4)
-    runner.train()
+    runner = run(tmp_path / "run", 4, scores=(1.0, 2.0, 3.0, 4.0), **TRAINING)
     return tmp_path / "run" / "iter_4.pth", runner.model.state_dict()
 
 
-def test_published_model_holds_weights_and_meta_only(trained: tuple, call: Callable, folder: Path) -> None:
+def test_published_model_holds_weights_and_meta_only(trained: tuple, folder: Path) -> None:
     path, last = trained
-    assert call(PUBLISH, path, folder / "model.pth") is None
+    assert call_script(PUBLISH, path, folder / "model.pth") is None
     source, checkpoint = read_checkpoint(path), written(folder, "model")
     assert sorted(checkpoint) == ["meta", "state_dict"]
     assert {"optimizer", "message_hub", "param_schedulers", "ema_state_dict"} <= set(source)
@@ -250,19 +224,19 @@ def test_published_model_holds_weights_and_meta_only(trained: tuple, call: Calla
     assert {"cfg", "dataset_meta", "mmengine_version", "iter"} <= set(checkpoint["meta"])
 
 
-def test_weights_of_the_last_iteration(trained: tuple, call: Callable, folder: Path) -> None:
+def test_weights_of_the_last_iteration(trained: tuple, folder: Path) -> None:
     path, last = trained
-    assert call(PUBLISH, path, folder / "model.pth", "--no-ema") is None
+    assert call_script(PUBLISH, path, folder / "model.pth", "--no-ema") is None
     checkpoint = written(folder, "model")
     assert checkpoint["meta"]["weights"] == "last iteration"
     assert checkpoint["state_dict"].keys() == last.keys()
     assert all(torch.equal(value, last[name]) for name, value in checkpoint["state_dict"].items())
 
 
-def test_published_model_loads_into_its_config(call: Callable, tmp_path: Path, folder: Path) -> None:
+def test_published_model_loads_into_its_config(tmp_path: Path, folder: Path) -> None:
     model = build_classifier()
     torch.save({"state_dict": model.state_dict(), "optimizer": {"state": {}}}, tmp_path / "trained.pth")
-    assert call(PUBLISH, tmp_path / "trained.pth", folder / "model.pth") is None
+    assert call_script(PUBLISH, tmp_path / "trained.pth", folder / "model.pth") is None
     (path,) = folder.iterdir()
     other = build_classifier()
     load_checkpoint(other, str(path), map_location="cpu", strict=True)
@@ -283,11 +257,9 @@ def test_published_model_loads_into_its_config(call: Callable, tmp_path: Path, f
     ],
     ids=["published", "empty", "no ema", "other ema"],
 )
-def test_what_cannot_be_published(
-    content: dict, options: tuple, message: str, call: Callable, tmp_path: Path, folder: Path
-) -> None:
+def test_what_cannot_be_published(content: dict, options: tuple, message: str, tmp_path: Path, folder: Path) -> None:
     torch.save(content, tmp_path / "file.pth")
-    error = call(PUBLISH, tmp_path / "file.pth", folder / "model.pth", *options)
+    error = call_script(PUBLISH, tmp_path / "file.pth", folder / "model.pth", *options)
     assert error.startswith(f"error: {tmp_path / 'file.pth'}: ")
     assert message in error
     assert list(folder.iterdir()) == []

@@ -1,8 +1,6 @@
 """tools/test.py and tools/train.py on published files, and on files that do not fit."""
 
 import math
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +9,8 @@ import torch
 from mmengine.registry import DefaultScope
 
 from grootvl_mm.models import GrootV, GrootVNeck
-from tests.helpers.tool_runs import ROOT, Command, read_metrics
-from tests.models.test_published import publish
+from tests.helpers.published import publish
+from tests.helpers.tool_runs import Command, call_script, read_metrics
 
 pytest.importorskip("mmpretrain")
 
@@ -28,18 +26,12 @@ def test_a_published_classifier_is_evaluated_as_it_is(command: Command, make_con
 
 
 @pytest.mark.parametrize("script", ["test.py", "train.py"])
-def test_a_file_that_does_not_fit_is_one_clear_error(
-    script: str, make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_does_not_fit_is_one_clear_error(script: str, make_config: Callable, tmp_path: Path) -> None:
     file = tmp_path / "other.pth"
     torch.save({"model": publish(GrootV({"channels": 16, "depths": (1, 1, 2, 1)}))}, file)
     arguments = {"test.py": [file], "train.py": ["--cfg-options", f"load_from={file}"]}[script]
-    command_line = [script, make_config("cls"), "--work-dir", tmp_path / "run", *arguments]
-    monkeypatch.setattr(sys, "argv", list(map(str, command_line)))
-    # In this process (a new one takes seconds to start), whose scope Runner would change for good.
-    with DefaultScope.overwrite_default_scope("mmengine"), pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / "tools" / script), run_name="__main__")
-    error = stopped.value.code
+    with DefaultScope.overwrite_default_scope("mmengine"):  # Runner would change it for good
+        error = call_script(f"tools/{script}", make_config("cls"), "--work-dir", tmp_path / "run", *arguments)
     assert error.startswith(f"error: {file}: this" if script == "test.py" else "error: this")
     assert "checkpoint does not fit GrootV: " in error
     assert "Expected for example 'backbone.stem.conv1.weight' (12, 3, 3, 3), found" in error

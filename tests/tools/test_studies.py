@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.analysis_runs import STAND_INS, TOOLS, read_results, run_here
+from tests.helpers.analysis_runs import STAND_INS, read_results, run_here
 from tests.helpers.config_cases import ROOT, build_model, load_config
 from tests.helpers.tool_runs import load_script
 
@@ -85,7 +85,6 @@ def test_quality_and_miou_of_a_segmenter(monkeypatch, segmenter: Path, demo_data
 
 def test_miou_of_single_images(monkeypatch, segmenter: Path, demo_data: Path) -> None:
     """A model that predicts the class map has 1, on what counts; its values are those of mmseg's metric."""
-    monkeypatch.syspath_prepend(str(TOOLS))
     tool = load_script("tools/analysis_tools/image_results.py")
     truth = tool.ClassMaps(demo_data / "semantic" / "val", demo_data / "images" / "val")
     image = truth.images(1)[0]
@@ -113,9 +112,8 @@ def tool_model(checkpoint: Path) -> torch.nn.Module:
     return load_script("tools/analysis_tools/tree_measures.py").build_model(load_config(SEGMENTER), str(checkpoint))
 
 
-def test_mean_iou_is_mmsegs(monkeypatch) -> None:
+def test_mean_iou_is_mmsegs() -> None:
     pytest.importorskip("mmseg")
-    monkeypatch.syspath_prepend(str(TOOLS))
     from mmseg.evaluation import IoUMetric
 
     tool = load_script("tools/analysis_tools/image_results.py")
@@ -124,8 +122,7 @@ def test_mean_iou_is_mmsegs(monkeypatch) -> None:
     assert tool.mean_iou(predicted.numpy(), labels.numpy()) == pytest.approx(float((intersect / union).mean()))
 
 
-def test_results_need_suitable_ground_truth(monkeypatch, segmenter: Path, demo_data: Path, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS))
+def test_results_need_suitable_ground_truth(segmenter: Path, demo_data: Path, tmp_path: Path) -> None:
     tool = load_script("tools/analysis_tools/image_results.py")
     instances = tool.Instances(demo_data / "annotations" / "instances_val.json")
     assert tool.choose_results(tool_model(segmenter), instances) is None
@@ -133,8 +130,7 @@ def test_results_need_suitable_ground_truth(monkeypatch, segmenter: Path, demo_d
         tool.ClassMaps(tmp_path, demo_data / "images" / "val")
 
 
-def test_names_of_checkpoints_for_readers(monkeypatch) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS))
+def test_names_of_checkpoints_for_readers() -> None:
     tool = load_script("tools/analysis_tools/tree_quality.py")
     names = {
         "none": "random weights, seed 0",
@@ -148,7 +144,6 @@ def test_names_of_checkpoints_for_readers(monkeypatch) -> None:
 
 def test_ap_of_a_perfect_detector(monkeypatch, checkpoint: Path, demo_data: Path) -> None:
     """It finds the masks of the ground truth, and nothing else."""
-    monkeypatch.syspath_prepend(str(TOOLS))
     tool = load_script("tools/analysis_tools/tree_quality.py")
     from mmengine.structures import InstanceData
 
@@ -169,8 +164,7 @@ def test_ap_of_a_perfect_detector(monkeypatch, checkpoint: Path, demo_data: Path
     assert detections.measure(picture, image)["mask IoU"] < 1
 
 
-def test_labels_of_positions(monkeypatch) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS))
+def test_labels_of_positions() -> None:
     tool = load_script("tools/analysis_tools/tree_quality.py")
     labels = np.zeros((8, 8), int)
     labels[:, 4:] = 1
@@ -180,8 +174,8 @@ def test_labels_of_positions(monkeypatch) -> None:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
     folder.mkdir()
     for number in range(2):
         pixels = np.random.default_rng(number).integers(0, 255, (6, 8, 3), dtype=np.uint8)
@@ -189,10 +183,10 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def test_robustness(monkeypatch, capsys, pictures: Path, tmp_path: Path) -> None:
+def test_robustness(monkeypatch, capsys, images: Path, tmp_path: Path) -> None:
     pytest.importorskip("mmpretrain")
     options = ("--number", 1, "--out", tmp_path / "out", "--cfg-options", "model.backbone.out_indices=(0,1,2,3)")
-    run_here(monkeypatch, "robustness.py", CLASSIFIER, "--images", pictures, *options)
+    run_here(monkeypatch, "robustness.py", CLASSIFIER, "--images", images, *options)
     found, text = read_results(tmp_path / "out", "robustness")
     assert text in capsys.readouterr().out
     assert found["not finite"] == {}
@@ -209,9 +203,8 @@ def test_robustness(monkeypatch, capsys, pictures: Path, tmp_path: Path) -> None
     assert set(found["precisions"]) == {"bfloat16", "float16"}
 
 
-def test_values_that_are_not_finite_are_found(monkeypatch, pictures: Path, tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_found() -> None:
     pytest.importorskip("mmpretrain")
-    monkeypatch.syspath_prepend(str(TOOLS))
     tool = load_script("tools/analysis_tools/robustness.py")
     finite = tool.Finite()
     finite.check("here", torch.tensor([1.0, float("nan")]), torch.tensor(float("inf")))
@@ -219,7 +212,7 @@ def test_values_that_are_not_finite_are_found(monkeypatch, pictures: Path, tmp_p
     assert (finite.checked, finite.wrong) == (6, {"here": 2})
 
 
-def test_changes_of_pictures() -> None:
+def test_changes_of_images() -> None:
     pytest.importorskip("mmpretrain")
     tool = load_script("tools/analysis_tools/robustness.py")
     picture = np.tile(np.arange(8, dtype=np.uint8)[None, :, None] * 10, (4, 1, 3))
@@ -279,7 +272,6 @@ def test_complexity_resumes(monkeypatch, capsys, tmp_path: Path) -> None:
 
 
 def test_slope_and_limit(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS))
     tool = load_script("tools/analysis_tools/complexity.py")
     points = [{"positions": n, "rounds": [n**2 * 1e-6] * 3} for n in (10, 40, 160)]
     assert tool.slope_of(points)["value"] == pytest.approx(2)

@@ -41,7 +41,7 @@ def trained(request, command: Command, make_config, tmp_path_factory) -> Trained
     return made_once(tmp_path_factory, f"trained-{request.param}", train)
 
 
-def assert_pictures(folder: Path, count: int) -> None:
+def assert_images(folder: Path, count: int) -> None:
     paths = sorted(folder.rglob("*.png"))
     assert len(paths) == count
     for path in paths:
@@ -63,7 +63,7 @@ def test_test_evaluates_draws_and_dumps(trained: Trained, command: Command, demo
     command.forked("test.py", *arguments)
     crops = len(list((demo_data / "classification" / "val").rglob("*.png")))
     count = crops if trained.task == "cls" else 4
-    assert_pictures(shown, count)
+    assert_images(shown, count)
     assert len(pickle.loads(dumped.read_bytes())) == count
     assert math.isfinite(read_metrics(tmp_path)[METRICS[trained.task]])
 
@@ -84,14 +84,14 @@ def test_amp_and_resume_go_on_from_the_last_checkpoint(trained: Trained, command
 
 def test_draw_predictions(trained: Trained, command: Command, tmp_path: Path):
     # A threshold of 0, so that a detector after four iterations has something to draw.
-    picture = tmp_path / "new" / "predictions.png"
+    image = tmp_path / "new" / "predictions.png"
     output = command.forked(
         "visualization/draw_predictions.py",
-        *(trained.config, trained.checkpoint, picture, "--num", 3, "--score-thr", 0),
+        *(trained.config, trained.checkpoint, image, "--num", 3, "--score-thr", 0),
     )
-    assert str(picture) in output.splitlines()[-1]
-    assert_pictures(tmp_path, 1)
-    assert list(picture.parent.iterdir()) == [picture]
+    assert str(image) in output.splitlines()[-1]
+    assert_images(tmp_path, 1)
+    assert list(image.parent.iterdir()) == [image]
 
 
 def test_tta(trained: Trained, command: Command, tmp_path: Path):

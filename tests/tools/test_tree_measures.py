@@ -56,7 +56,7 @@ def test_edge_mask_is_that_of_the_grid(measures, size, seed) -> None:
 
 @settings(max_examples=10)
 @given(SMALL, SEEDS, st.booleans())
-def test_tree_of_a_mirrored_picture_is_the_mirrored_tree(measures, size, seed, horizontal) -> None:
+def test_tree_of_a_mirrored_image_is_the_mirrored_tree(measures, size, seed, horizontal) -> None:
     height, width = size
     weight = random_weight(1, height, width, seed)
     vertical = weight[:, : (height - 1) * width].view(1, height - 1, width)

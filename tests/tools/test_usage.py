@@ -1,25 +1,20 @@
 """What tools say when called wrongly, and to openmim, which reads their help."""
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.tool_runs import ROOT
+from tests.helpers.tool_runs import ROOT, call_script
 
 CONFIG = ROOT / "configs" / "demo" / "grootv-pico_demo-cls.py"
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a tool in this process (a new one takes seconds to start) until it exits; return status and what it wrote."""
+def call(capsys):
+    """Run a tool until it exits; return its status and what it wrote."""
 
     def run(script: str, *arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            runpy.run_path(str(ROOT / "tools" / script), run_name="__main__")
-        code = exit_info.value.code
+        code = call_script(f"tools/{script}", *arguments)
         captured = capsys.readouterr()
         # Python writes a code that is a text to stderr and makes the status 1.
         return (1, code) if isinstance(code, str) else (code, captured.out + captured.err)

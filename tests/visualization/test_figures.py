@@ -96,18 +96,32 @@ def test_borders_lie_between_segments(images: Tensor, picture: Picture) -> None:
     assert (centres[..., 3] == 0).sum() == (segments == largest).sum()
 
 
-def test_edges_at_ignored_padding_are_grey_and_cut_first(images: Tensor, picture: Picture) -> None:
+def test_ignored_padding_is_grey_or_blank(images: Tensor, picture: Picture) -> None:
     images = images.clone()
     images[0, :, 12:], images[0, :, :, 16:] = 0, 0
     (record, *_) = records_of(images, ignore_padding=True)
     assert record.valid_sizes.tolist() == [[3, 4], [5, 7]]
-    figure = draw_trees([record], picture._replace(size=(12, 16)), cut_share=0.0)
+    picture = picture._replace(size=(12, 16))
+    figure = draw_trees([record], picture, cut_share=0.0)
     grey, drawn = lines(figure.axes[0])
     assert len(drawn.get_segments()) == 3 * 4 - 1
     assert len(grey.get_segments()) == 5 * 7 - 3 * 4
     inside = [vertex for edge in as_vertices(drawn.get_segments(), record) for vertex in edge]
     assert all(vertex // 7 < 3 and vertex % 7 < 4 for vertex in inside)
     assert figure.axes[1].get_title(loc="left") == "1 segment"
+
+    # Otherwise, padding stays blank: no colours and no borders.
+    right = draw_trees([record], picture, cut_share=0.4).axes[1]
+    assert right.get_title(loc="left") == f"{1 + round(0.4 * 11)} segments"
+    opacity = right.images[1].get_array()[..., 3]
+    assert opacity[:12, :16].any()
+    assert not opacity[12:].any()
+    assert not opacity[:, 16:].any()
+    assert (np.concatenate(lines(right)[0].get_segments()).max(axis=0) <= (15.5, 11.5)).all()
+    for axes in draw_affinity(record, picture, [(2, 3)]).axes[1:4]:
+        blank = np.ma.getmaskarray(axes.images[1].get_array())
+        assert blank.sum() == 5 * 7 - 3 * 4
+        assert not blank[:3, :4].any()
 
 
 @pytest.mark.parametrize("scan", ["raster", "cross"])
@@ -179,7 +193,7 @@ def test_what_cannot_be_drawn(images: Tensor, picture: Picture) -> None:
         draw_affinity(records[0], picture, [(28, 3)])
 
 
-def test_pictures_from_pipelines() -> None:
+def test_images_of_pipelines() -> None:
     content = torch.tensor([[[1]], [[2]], [[3]]], dtype=torch.uint8)
     assert Picture.of(content).pixels.tolist() == [[[3, 2, 1]]]
     assert Picture.of(content[:1]).pixels.tolist() == [[[1, 1, 1]]]

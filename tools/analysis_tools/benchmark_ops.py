@@ -8,7 +8,6 @@ by one, on the CPU.
 
 import argparse
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -331,9 +330,7 @@ def main() -> None:
     precision = f"{str(settings.dtype).removeprefix('torch.')}, {args.threads} thread{'s' * (args.threads > 1)}"
     data = {"hardware": machine.get("gpu", machine["cpu"]), "precision": precision, "machine": machine}
     data |= {"shapes": shapes, "sides": list(args.sides), "curves": curves}
-    text = report(data)
-    sys.stdout.write(text)
-    write_results(args.out, NAME, data, text, draw(data))
+    write_results(args.out, NAME, data, report(data), draw(data))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import functools
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -434,9 +433,7 @@ def main() -> None:
     slopes = {step: {name: slope_of(points) for name, points in found.items()} for step, found in steps.items()}
     data = {"machine": machine, "width": args.width, "threads": args.threads, "steps": steps, "slopes": slopes,
             "memory": memory, "load": measured.data["load"]}  # fmt: skip
-    text = report(data)
-    sys.stdout.write(text)
-    write_results(args.out, NAME, data, text, draw(data))
+    write_results(args.out, NAME, data, report(data), draw(data))
     logger.info("Results: %s", args.out)
 
 

@@ -316,7 +316,8 @@ def format_ratio(ratio: Mapping[str, float]) -> tuple[str, str]:
 
 
 def write_results(out: Path, name: str, data: Mapping[str, Any], text: str, figure: Figure) -> None:
-    """Write NAME.json, NAME.txt and NAME.png to a folder."""
+    """Write the text to stdout, and NAME.json, NAME.txt and NAME.png to a folder."""
+    sys.stdout.write(text)
     with cli.output_file(out / f"{name}.json") as partial:
         partial.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
     with cli.output_file(out / f"{name}.txt") as partial:

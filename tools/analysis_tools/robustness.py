@@ -15,7 +15,6 @@ All results are checked for non-finite values; if there are any, the exit status
 import argparse
 import functools
 import io
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from measuring import add_output_argument, at_least, format_table, write_results
 from PIL import Image
@@ -47,6 +45,7 @@ from grootvl_mm.apis.images import find_images
 from grootvl_mm.models import TreeSSM
 from grootvl_mm.models.tree_ssm import ROOTS, SCANS
 from grootvl_mm.ops import Tree
+from grootvl_mm.ops.reference import edge_weight
 from grootvl_mm.ops.tree import METRICS
 from grootvl_mm.visualization import find_backbone
 
@@ -218,17 +217,6 @@ def means(found: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float
     return {name: {what: float(np.mean(values)) for what, values in row.items()} for name, row in found.items()}
 
 
-def soft_weight(feature: Tensor, metric: str) -> Tensor:
-    """Differentiable exponents of the edge weights, (B, E)."""
-    pairs = [(feature[:, :, :-1], feature[:, :, 1:]), (feature[..., :-1], feature[..., 1:])]
-    distance = {
-        "cosine": lambda a, b: -F.cosine_similarity(a, b, dim=1),
-        "euclidean": lambda a, b: (a - b).square().sum(1),
-        "manhattan": lambda a, b: (a - b).abs().sum(1),
-    }[metric]
-    return torch.cat([distance(a, b).flatten(1) for a, b in pairs], dim=1)
-
-
 def attack(model: nn.Module, picture: Picture, before: Seen, limit: float) -> Tensor:
     """Find the image within ``limit`` grey levels whose edge weights contradict the trees of ``picture`` most.
 
@@ -250,7 +238,7 @@ def attack(model: nn.Module, picture: Picture, before: Seen, limit: float) -> Te
             find_backbone(model)(image)
         gain = torch.zeros(())
         for level, mask in zip(found, masks, strict=True):
-            weight = soft_weight(level.feature, metric)
+            weight = edge_weight(level.feature, metric, log=True)
             scale = weight.detach().std() + 1e-12
             gain = gain + (weight[mask].mean() - weight[~mask].mean()) / scale
         (gradient,) = torch.autograd.grad(gain, image)
@@ -482,9 +470,7 @@ def main() -> None:
         "precisions": measure_precisions(model, image, finite),
     }
     data |= {"not finite": finite.wrong, "checked": finite.checked}
-    text = report(data)
-    sys.stdout.write(text)
-    write_results(args.out, NAME, data, text, draw(data))
+    write_results(args.out, NAME, data, report(data), draw(data))
     if finite.wrong:
         cli.fail("there are non-finite values; see the end of the report")
 

@@ -17,7 +17,6 @@ Several checkpoints of one training show how the trees develop. Stages and block
 import argparse
 import itertools
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -262,7 +261,9 @@ def draw(data: dict[str, Any]) -> Figure:
     blocks = list(found["blocks"])
     for kind, (colour, label) in KINDS.items():
         left.plot([100 * found["blocks"][block][kind]["value"] for block in blocks], "o-", color=colour, label=label)
-    left.set(title="Edges that cross an object border", ylabel="% of the edges", ylim=(0, None))
+    highest = 100 * max(found["blocks"][block][kind]["value"] for block in blocks for kind in KINDS)
+    left.set(title="Edges that cross an object border", ylabel="% of the edges", ylim=(0, 1.3 * highest))
+    left.legend(fontsize=8, loc="upper left", ncols=2)  # above the lines
     for where, shift, colour, label in (
         ("interior", -0.15, "tab:blue", "within a region"),
         ("border", 0.15, "tab:red", "across a border"),
@@ -274,23 +275,23 @@ def draw(data: dict[str, Any]) -> Figure:
         middle.errorbar(np.arange(len(blocks)) + shift, median, [median - low, high - median], fmt="o", color=colour,
                         label=label, capsize=3)  # fmt: skip
     middle.set(title="Weights of all grid edges: median, quartiles", ylabel=f"edge weight ({data['metric']})")
+    middle.legend(fontsize=8)
     for axes in (left, middle):
         axes.set_xticks(range(len(blocks)), blocks, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
-        axes.legend(fontsize=8)
     for axes in right:
         draw_checkpoints(axes, data["checkpoints"])
     return figure
 
 
 def draw_checkpoints(axes: Axes, checkpoints: dict[str, Any]) -> None:
-    """The mean ratio of crossing edges of tree and random tree, by stage."""
+    """The mean ratio of crossing edges of tree and random tree, by stage; checkpoints need not be of one training."""
     stages = sorted({block.split(",")[0] for found in checkpoints.values() for block in found["blocks"]})
-    for stage in stages:
+    for stage, marker in zip(stages, itertools.cycle("osD^"), strict=False):
         points = []
         for found in checkpoints.values():
             own = [value for block, value in found["blocks"].items() if block.startswith(f"{stage},")]
             points.append(np.mean([value["tree / random"]["value"] for value in own]) if own else np.nan)
-        axes.plot(points, "o-", label=stage)
+        axes.plot(points, marker, label=stage)
     axes.axhline(1, color="black", linewidth=0.8)
     names = [readable_name(name) for name in checkpoints]
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
@@ -370,9 +371,7 @@ def main() -> None:
         "checkpoints": {name: summarize(values) for name, values in found.items()},
         "between checkpoints": between_checkpoints(found),
     }
-    text = report(data)
-    sys.stdout.write(text)
-    write_results(args.out, NAME, data, text, draw(data))
+    write_results(args.out, NAME, data, report(data), draw(data))
 
 
 if __name__ == "__main__":

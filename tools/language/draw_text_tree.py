@@ -7,13 +7,14 @@ self-contained page that highlights the path to the root of the token under the 
 """
 
 import argparse
-import html
+import io
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Curve
@@ -114,11 +115,6 @@ def agreement(parents: dict[int, list[int]]) -> float | None:
     return sum(shares) / len(shares) if shares else None
 
 
-def mean_depth(parents: Sequence[int]) -> float:
-    """Mean number of edges between a token and the root."""
-    return sum(depths(parents)) / len(parents)
-
-
 def find_trees(path: str, text: str, layers: Sequence[int] | None, max_tokens: int) -> Drawn:
     """The tokens of a text and the trees of a model over them."""
     import torch
@@ -187,11 +183,6 @@ def footnote(drawn: Drawn) -> str:
     return f"a chain has {(len(drawn.tokens) - 1) / 2:.1f} edges to the root{shared}"
 
 
-def row_label(layer: int, parents: Sequence[int]) -> tuple[str, str]:
-    """The two lines of text beside a row."""
-    return f"layer {layer}", f"{mean_depth(parents):.1f} edges to the root"
-
-
 def to_figure(drawn: Drawn) -> Figure:
     """Draw with Matplotlib."""
     layout = Layout(drawn)
@@ -203,15 +194,17 @@ def to_figure(drawn: Drawn) -> Figure:
         baseline = layout.baselines[layer]
         for arc in sorted(arcs(parents), key=lambda arc: -arc.width):
             curve = Curve(layout.curve(arc, baseline), [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4])
-            axes.add_patch(PathPatch(curve, fill=False, edgecolor=arc.color, linewidth=arc.width, capstyle="round"))
+            style = {"edgecolor": arc.color, "linewidth": arc.width, "capstyle": "round"}
+            axes.add_patch(PathPatch(curve, fill=False, gid=f"arc-{layer}-{arc.child}", **style))
         root = parents.index(-1)
         axes.plot(layout.x, [baseline] * len(parents), "o", color=QUIET, markersize=3, markeredgewidth=0)
         axes.plot(layout.x[root], baseline, "o", color=INK, markersize=7, markeredgewidth=0)
-        title, detail = row_label(layer, parents)
-        axes.text(MARGIN / 2, baseline - 15, title, color=INK, fontsize=10, fontweight="bold", va="center")
+        detail = f"{sum(depths(parents)) / len(parents):.1f} edges to the root"
+        axes.text(MARGIN / 2, baseline - 15, f"layer {layer}", color=INK, fontsize=10, fontweight="bold", va="center")
         axes.text(MARGIN / 2, baseline - 2, detail, color=QUIET, fontsize=8, va="center")
-    for x, token in zip(layout.x, drawn.tokens, strict=True):
-        axes.text(x, layout.tokens, token, color=INK, fontsize=10, family="monospace", ha="center", va="center")
+    style = {"color": INK, "fontsize": 10, "family": "monospace", "ha": "center", "va": "center", "parse_math": False}
+    for index, (x, token) in enumerate(zip(layout.x, drawn.tokens, strict=True)):
+        axes.text(x, layout.tokens, token, gid=f"token-{index}", **style)
     x = float(LABELS)
     for color, text in legend(drawn):
         axes.plot([x, x + 18], [layout.legend] * 2, color=color, linewidth=2.5, solid_capstyle="round")
@@ -226,27 +219,26 @@ PAGE = """<!DOCTYPE html>
 body {{ margin: 2rem; font-family: system-ui, sans-serif; color: {ink}; background: #fff; }}
 h1 {{ font-size: 1.15rem; margin: 0 0 .3rem; }} p {{ color: {quiet}; margin: 0 0 1rem; max-width: 48rem; }}
 .scroll {{ overflow-x: auto; border: 1px solid #e3e6ea; border-radius: 8px; padding: .4rem; }}
-svg text {{ fill: {ink}; font-size: 10pt; }} svg .quiet {{ fill: {quiet}; font-size: 8pt; }}
-svg .layer {{ font-weight: 600; }}
-svg .token {{ font-family: ui-monospace, monospace; text-anchor: middle; cursor: default; }}
-path {{ fill: none; stroke-linecap: round; }} svg.lit path {{ opacity: .12; }} svg.lit path.on {{ opacity: 1; }}
-svg.lit .token {{ opacity: .3; }} svg.lit .token.on {{ opacity: 1; font-weight: 700; }}
+[id^=token] {{ cursor: default; }}
+.lit [id^=arc] {{ opacity: .12; }} .lit [id^=token] {{ opacity: .3; }} .lit .on {{ opacity: 1; }}
 </style></head><body><h1>Trees over a text</h1>
 <p>The large dot is the root. The wider an arc, the more tokens are connected to the root through it. Hover over a token
-to see its path to the root in each layer.</p><div class="scroll">{svg}</div> <script> const parents = {parents}; const
-svg = document.querySelector("svg"); function light(token) {{
-  svg.classList.add("lit");
-  svg.querySelector(`.token[data-token="${{token}}"]`).classList.add("on");
+to see its path to the root in each layer.</p><div class="scroll">{svg}</div><script>
+const parents = {parents};
+const svg = document.querySelector("svg");
+function light(token) {{
+  const path = [`token-${{token}}`];
   for (const [layer, row] of Object.entries(parents))
-    for (let at = token; row[at] >= 0; at = row[at])
-      svg.querySelector(`path[data-layer="${{layer}}"][data-child="${{at}}"]`).classList.add("on");
+    for (let at = token; row[at] >= 0; at = row[at]) path.push(`arc-${{layer}}-${{at}}`);
+  svg.classList.add("lit");
+  for (const id of path) document.getElementById(id).classList.add("on");
 }}
 function dim() {{
   svg.classList.remove("lit");
-  svg.querySelectorAll(".on").forEach(part => part.classList.remove("on"));
+  svg.querySelectorAll(".on").forEach((part) => part.classList.remove("on"));
 }}
-svg.querySelectorAll("[data-token]").forEach(part => {{
-  part.addEventListener("mouseenter", () => light(Number(part.dataset.token)));
+svg.querySelectorAll("[id^=token]").forEach((part) => {{
+  part.addEventListener("mouseenter", () => light(Number(part.id.split("-")[1])));
   part.addEventListener("mouseleave", dim);
 }});
 </script></body></html>
@@ -254,35 +246,12 @@ svg.querySelectorAll("[data-token]").forEach(part => {{
 
 
 def to_html(drawn: Drawn) -> str:
-    """Draw as a self-contained HTML page."""
-    layout = Layout(drawn)
-    width, height = round(layout.width), round(layout.height)
-    size = f'width="{width}pt" height="{height}pt" viewBox="0 0 {width} {height}"'
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="trees over the tokens">']
-    for layer, parents in drawn.parents.items():
-        baseline = layout.baselines[layer]
-        for arc in sorted(arcs(parents), key=lambda arc: -arc.width):
-            start, one, two, end = (f"{x:.1f} {y:.1f}" for x, y in layout.curve(arc, baseline))
-            parts.append(
-                f'<path d="M{start} C{one} {two} {end}" stroke="{arc.color}" stroke-width="{arc.width:.1f}" '
-                f'data-layer="{layer}" data-child="{arc.child}"/>'
-            )
-        for token, x in enumerate(layout.x):
-            radius, color = (3.5, INK) if parents[token] < 0 else (1.5, QUIET)
-            parts.append(f'<circle cx="{x:.1f}" cy="{baseline}" r="{radius}" fill="{color}"/>')
-        title, detail = row_label(layer, parents)
-        parts.append(f'<text class="layer" x="{MARGIN / 2}" y="{baseline - 11}">{title}</text>')
-        parts.append(f'<text class="quiet" x="{MARGIN / 2}" y="{baseline + 1}">{detail}</text>')
-    for token, (x, text) in enumerate(zip(layout.x, drawn.tokens, strict=True)):
-        place = f'x="{x:.1f}" y="{layout.tokens + 4}" data-token="{token}"'
-        parts.append(f'<text class="token" {place} xml:space="preserve">{html.escape(text)}</text>')
-    x = float(LABELS)
-    for color, text in legend(drawn):
-        parts.append(f'<path d="M{x} {layout.legend} h18" stroke="{color}" stroke-width="2.5" class="on"/>')
-        parts.append(f'<text class="quiet" x="{x + 24}" y="{layout.legend + 3}">{text}</text>')
-        x += 34 + 5 * len(text)
-    parts.append(f'<text class="quiet" x="{x + 8}" y="{layout.legend + 3}">{footnote(drawn)}</text></svg>')
-    return PAGE.format(svg="\n".join(parts), parents=json.dumps(drawn.parents), ink=INK, quiet=QUIET)
+    """Draw as a self-contained HTML page with Matplotlib's SVG, in which arcs and tokens have ids."""
+    written = io.StringIO()
+    with rc_context({"svg.fonttype": "none"}):
+        to_figure(drawn).savefig(written, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = written.getvalue()
+    return PAGE.format(svg=svg[svg.index("<svg") :], parents=json.dumps(drawn.parents), ink=INK, quiet=QUIET)
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ Detection: boxes and masks; segmentation: class maps; classification: labels wit
 
 import argparse
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -22,10 +21,9 @@ from PIL import Image
 
 from grootvl_mm.apis import cli
 from grootvl_mm.apis.models import load_model
+from grootvl_mm.visualization.explorer import Overlay, make_overlays
 
 PANEL = 2.2  # inches
-MASK_OPACITY = 0.45
-MAP_OPACITY = 0.85
 LABEL_BOX = {"pad": 0.8, "linewidth": 0, "alpha": 0.85}
 
 
@@ -62,80 +60,22 @@ def predict(cfg: Config, checkpoint: str, num: int) -> tuple[list[BaseDataElemen
     return [sample.cpu() for sample in samples], dataset.metainfo
 
 
-def draw_instances(
-    axes: Axes, boxes: np.ndarray, masks: np.ndarray | None, labels: np.ndarray, texts: list[str], palette: np.ndarray
-) -> None:
-    """Draw boxes (N, 4), x1 y1 x2 y2, optional masks (N, H, W) and texts in the colours of the labels (N,)."""
-    for mask, label in zip(() if masks is None else masks, labels, strict=masks is not None):
-        overlay = np.zeros((*mask.shape, 4))
-        overlay[mask.astype(bool)] = (*palette[label], MASK_OPACITY)
-        axes.imshow(overlay)
-    for box, label, text in zip(boxes, labels, texts, strict=True):
-        colour = palette[label]
-        x1, y1, x2, y2 = box
-        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.5))
-        axes.text(x1, y1, text, fontsize=7, va="bottom", color=_ink_on(colour), bbox={**LABEL_BOX, "facecolor": colour})
+def draw_overlay(axes: Axes, overlay: Overlay) -> None:
+    """Draw ground truth or predictions over an image."""
+    if overlay.picture is not None:
+        axes.imshow(overlay.picture)
+    axes.set_xlabel(overlay.caption, fontsize=8)
+    for box in overlay.boxes:
+        color = np.array(box.color) / 255
+        place = {"ha": "left", "va": "bottom"}
+        if box.width and box.height:
+            axes.add_patch(Rectangle((box.x, box.y), box.width, box.height, fill=False, color=color, linewidth=1.5))
+        else:
+            place = {"ha": "center", "va": "center"}
+        axes.text(box.x, box.y, box.text, fontsize=7, color=box.ink, bbox={**LABEL_BOX, "facecolor": color}, **place)
 
 
-def draw_detection(pair: tuple[Axes, Axes], sample: BaseDataElement, meta: dict, score_thr: float) -> None:
-    """Draw the instances of one image."""
-    classes, palette = meta["classes"], np.array(meta["palette"]) / 255
-    truth, found = sample.gt_instances, sample.pred_instances
-    found = found[found.scores >= score_thr]
-    labels = truth.labels.numpy()
-    boxes = getattr(truth.bboxes, "tensor", truth.bboxes).numpy()
-    masks = truth.masks.masks if "masks" in truth else None
-    draw_instances(pair[0], boxes, masks, labels, [classes[label] for label in labels], palette)
-    labels = found.labels.numpy()
-    texts = [f"{classes[label]} {score:.2f}" for label, score in zip(labels, found.scores.tolist(), strict=True)]
-    masks = found.masks.numpy() if "masks" in found else None
-    draw_instances(pair[1], found.bboxes.numpy(), masks, labels, texts, palette)
-
-
-def draw_segmentation(pair: tuple[Axes, Axes], sample: BaseDataElement, meta: dict, _score_thr: float) -> None:
-    """Overlay an image with its class maps, except for the first class (background), and label the classes."""
-    classes, palette = meta["classes"], np.array(meta["palette"]) / 255
-    for axes, data in zip(pair, (sample.gt_sem_seg, sample.pred_sem_seg), strict=True):
-        labels = data.data.squeeze(0).numpy()
-        known = labels < len(classes)  # 255 marks pixels to ignore
-        overlay = np.zeros((*labels.shape, 4))
-        overlay[known, :3] = palette[labels[known]]
-        overlay[..., 3] = known & (labels > 0)
-        overlay[..., 3] *= MAP_OPACITY
-        axes.imshow(overlay)
-        for label in np.unique(labels[known & (labels > 0)]):
-            rows, columns = np.nonzero(labels == label)
-            if len(rows) >= labels.size // 400:  # the labels of specks would hide the image
-                colour = palette[label]
-                axes.text(
-                    np.median(columns),
-                    np.median(rows),
-                    classes[label],
-                    fontsize=7,
-                    ha="center",
-                    va="center",
-                    color=_ink_on(colour),
-                    bbox={**LABEL_BOX, "facecolor": colour},
-                )
-
-
-def draw_classification(pair: tuple[Axes, Axes], sample: BaseDataElement, meta: dict, _score_thr: float) -> None:
-    """Write the true and the predicted class of one image; a wrong prediction is red."""
-    truth, found = sample.gt_label.item(), sample.pred_label.item()
-    pair[0].set_xlabel(meta["classes"][truth])
-    pair[1].set_xlabel(
-        f"{meta['classes'][found]} {sample.pred_score.max():.2f}", color="green" if truth == found else "red"
-    )
-
-
-DRAW: dict[str, Callable[[tuple[Axes, Axes], BaseDataElement, dict, float], None]] = {
-    "mmdet": draw_detection,
-    "mmseg": draw_segmentation,
-    "mmpretrain": draw_classification,
-}
-
-
-def draw_grid(samples: list[BaseDataElement], meta: dict, scope: str, score_thr: float) -> Figure:
+def draw_grid(samples: list[BaseDataElement], meta: dict, score_thr: float) -> Figure:
     """Draw pairs of panels, up to two pairs per row."""
     pairs_per_row = min(2, len(samples))
     rows = math.ceil(len(samples) / pairs_per_row)
@@ -149,15 +89,15 @@ def draw_grid(samples: list[BaseDataElement], meta: dict, scope: str, score_thr:
         axes.set_title(title, fontsize=10)
     for sample, pair in zip(samples, grid.reshape(-1, 2), strict=False):
         image = np.asarray(Image.open(sample.img_path).convert("RGB"))
-        for axes in pair:
+        overlays = {overlay.name: overlay for overlay in make_overlays(sample, meta, image.shape[:2], score_thr)}
+        for axes, name in zip(pair, ("ground truth", "prediction"), strict=True):
             axes.imshow(image)
-        DRAW[scope](pair, sample, meta, score_thr)
+            if name in overlays:
+                draw_overlay(axes, overlays[name])
+        if "pred_label" in sample:
+            is_right = torch.equal(sample.gt_label, sample.pred_label)
+            pair[1].xaxis.label.set_color("green" if is_right else "red")
     return figure
-
-
-def _ink_on(colour: np.ndarray) -> str:
-    """Black or white, whichever is legible on ``colour`` (RGB, 0 to 1)."""
-    return "black" if colour @ [0.299, 0.587, 0.114] > 0.55 else "white"
 
 
 def main() -> None:
@@ -166,7 +106,7 @@ def main() -> None:
     logger = MMLogger.get_instance("draw_predictions")
     cfg = cli.load_config(args.config, args.cfg_options)
     samples, meta = predict(cfg, args.checkpoint, args.num)
-    figure = draw_grid(samples, meta, cfg.default_scope, args.score_thr)
+    figure = draw_grid(samples, meta, args.score_thr)
     with cli.output_file(args.output) as partial:
         figure.savefig(partial, format="png", dpi=130)
     logger.info("Drew ground truth and predictions of %d images: %s", len(samples), args.output)

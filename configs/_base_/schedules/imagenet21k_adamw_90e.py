@@ -3,17 +3,9 @@
 # this batch size, from 1e-6 to 1e-5, 5 epochs of warm-up, no EMA.
 _base_ = "./imagenet_adamw_300e.py"
 
-param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-3, by_epoch=True, end=5, convert_to_iter_based=True),
-    dict(
-        type="CosineAnnealingLR",
-        eta_min=1e-5,
-        by_epoch=True,
-        begin=5,
-        end=90,
-        convert_to_iter_based=True,
-    ),
-]
+param_scheduler = _base_.param_scheduler
+param_scheduler[0].update(end=5)
+param_scheduler[1].update(begin=5, end=90)
 
 train_cfg = dict(max_epochs=90)
 # ImageNet-22K has no validation split.

@@ -12,14 +12,7 @@ optim_wrapper = dict(
 param_scheduler = [
     # From 1e-6.
     dict(type="LinearLR", start_factor=1e-3, by_epoch=True, end=20, convert_to_iter_based=True),
-    dict(
-        type="CosineAnnealingLR",
-        eta_min=1e-5,
-        by_epoch=True,
-        begin=20,
-        end=300,
-        convert_to_iter_based=True,
-    ),
+    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, begin=20, end=300, convert_to_iter_based=True),
 ]
 
 train_cfg = dict(by_epoch=True, max_epochs=300, val_interval=1)

@@ -6,17 +6,9 @@ _base_ = "./imagenet_adamw_300e.py"
 
 optim_wrapper = dict(optimizer=dict(lr=2e-5, weight_decay=1e-8))
 
-param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-3, by_epoch=True, end=5, convert_to_iter_based=True),
-    dict(
-        type="CosineAnnealingLR",
-        eta_min=2e-7,
-        by_epoch=True,
-        begin=5,
-        end=30,
-        convert_to_iter_based=True,
-    ),
-]
+param_scheduler = _base_.param_scheduler
+param_scheduler[0].update(end=5)
+param_scheduler[1].update(eta_min=2e-7, begin=5, end=30)
 
 train_cfg = dict(max_epochs=30)
 custom_hooks = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from grootvl_mm.layers.padding import LARGEST_WEIGHT, PADDING_WEIGHT
+from grootvl_mm.layers.padding import LARGEST_WEIGHT
 from grootvl_mm.models.tree_ssm import TreeSSM
 from grootvl_mm.ops import grid_edge_weight, grid_tree
 from grootvl_mm.ops.tree import METRICS
@@ -27,7 +27,7 @@ class ExplorerTree(NamedTuple):
         parent: (L,) int32; the root is its own parent.
         rank: (L,) int64, rank of the edge to the parent, see :func:`~grootvl_mm.visualization.join_ranks`: 1 to L - 1;
             0 for the root.
-        edge_weight: (L,) float32, weight of the edge to the parent as the layer compares it: 2e38 or more at ignored
+        edge_weight: (L,) float32, weight of the edge to the parent as the layer compares it: above 1e38 at ignored
             padding. The root's is undefined.
     """
 
@@ -156,7 +156,7 @@ def _trees(record: TreeRecord, feature: Tensor, image: int) -> tuple[ExplorerTre
     """The trees of all metrics for features (1, D, H, W), the layer's own first."""
     height, width = record.height, record.width
     own_weight = record.edge_weight[image : image + 1]
-    at_padding = own_weight >= PADDING_WEIGHT
+    at_padding = own_weight > LARGEST_WEIGHT
     weights: dict[str, Tensor] = {}
     if record.scan not in PATHS:
         weights[record.metric if record.scan == "tree" else record.scan] = own_weight

@@ -25,12 +25,16 @@ function fromDifferences(bytes, offset, count) {
   return values;
 }
 
+/** The number of edges of a block's trees, without those at ignored padding, which come last. */
+export const edgesOf = ({ valid: [rows, columns] }) => rows * columns - 1;
+
 /** One block of the backbone; its trees and decays are decoded on first use. */
 export class Block {
   constructor(info, bytes) {
     Object.assign(this, info); // the metadata from encoding.py
     this.bytes = bytes;
     this.size = info.rows * info.columns;
+    this.edges = edgesOf(info);
     this.rankPlanes = this.size > 0x10000 ? 3 : 2;
     this.decoded = new Map();
   }
@@ -53,14 +57,14 @@ export class Block {
     });
   }
 
-  /** The positions, except for the root, ordered by the weights of the edges to their parents. */
+  /** The positions, except for the root and ignored padding, ordered by the weights of the edges to their parents. */
   sequence(metric) {
     return this.once(`sequence ${metric}`, () => {
       const start = this.startOf(metric) + Math.ceil(this.size / 4);
       const rank = fromPlanes(this.bytes, start, this.size, this.rankPlanes);
       const sequence = new Int32Array(this.size);
       for (let v = 0; v < this.size; v++) sequence[rank[v]] = v;
-      return sequence.subarray(0, this.size - 1); // the root comes last
+      return sequence.subarray(0, this.edges); // ignored padding and the root come last
     });
   }
 
@@ -85,6 +89,14 @@ export class Block {
       const { low, step } = this.channels[channel];
       const levels = fromDifferences(this.bytes, start, this.size);
       return Float32Array.from(levels, (level) => Math.exp(low + step * level));
+    });
+  }
+
+  /** The positions of ignored padding. */
+  get padding() {
+    return this.once("padding", () => {
+      const inside = (v) => Math.floor(v / this.columns) < this.valid[0] && v % this.columns < this.valid[1];
+      return Int32Array.from({ length: this.size }, (_, v) => v).filter((v) => !inside(v));
     });
   }
 

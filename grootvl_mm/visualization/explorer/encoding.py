@@ -9,7 +9,7 @@ tree of a metric   (L + 3) // 4       direction of each position's parent, two b
                    beyond 65536       the root; the lowest bytes of all ranks first
                    2 (L - 1)          weights in ascending order, 0 to 65535 for the lowest to the highest, as
                                       differences between successive ones; the lower bytes first. Ignored padding
-                                      weighs as much as the heaviest edge of the picture
+                                      weighs as much as the heaviest edge of the image
 decays of a        2 L                ln(-ln(decay)) in 65535 steps, as differences modulo 65536; the lower bytes first
 channel
 =================  =================  ==========================================================================
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from grootvl_mm.layers.padding import PADDING_WEIGHT
+from grootvl_mm.layers.padding import LARGEST_WEIGHT
 from grootvl_mm.visualization.explorer.blocks import ExplorerBlock, ExplorerTree
 
 LEVELS = 65535
@@ -62,8 +62,8 @@ def encode_tree(tree: ExplorerTree, width: int, root: int) -> tuple[dict[str, fl
 
     order = np.argsort(tree.rank)[1:]  # the root is the first
     ordered = tree.edge_weight[order].astype(np.float64)
-    of_picture = ordered[ordered < PADDING_WEIGHT]
-    low, high = (float(of_picture[0]), float(of_picture[-1])) if len(of_picture) else (0.0, 0.0)
+    inside = ordered[ordered <= LARGEST_WEIGHT]
+    low, high = (float(inside[0]), float(inside[-1])) if len(inside) else (0.0, 0.0)
     levels = np.rint((ordered.clip(max=high) - low) / max(high - low, np.finfo(np.float32).tiny) * LEVELS)
     content = _two_bits(direction) + _planes((tree.rank - 1) % size, 3 if size > 1 << 16 else 2) + _differences(levels)
     return {"low": low, "high": high}, content

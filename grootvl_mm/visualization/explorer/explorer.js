@@ -2,7 +2,7 @@
 
 import { affinityGradient, DECADES, edgeGradient } from "explorer/colors.js";
 import { checkBox, choices, dropDown, legend } from "explorer/controls.js";
-import { Block, Scans, unpack } from "explorer/data.js";
+import { Block, edgesOf, Scans, unpack } from "explorer/data.js";
 import { Panel } from "explorer/panel.js";
 import { readHash, writeHash } from "explorer/state.js";
 import { Segments } from "explorer/tree.js";
@@ -84,9 +84,9 @@ export class Explorer {
     if (next.overlay !== "none" && !info.overlays.some(({ name }) => name === next.overlay)) next.overlay = "none";
     if (next.a === null) next.b = null;
 
-    const all = blockInfo.rows * blockInfo.columns - 1;
-    if (patch.edges === undefined && this.block && this.block.size - 1 !== all) {
-      next.edges = Math.round((all * next.edges) / Math.max(1, this.block.size - 1)); // the same share of another tree
+    const all = edgesOf(blockInfo);
+    if (patch.edges === undefined && this.block && this.block.edges !== all) {
+      next.edges = Math.round((all * next.edges) / Math.max(1, this.block.edges)); // the same share of another tree
     }
     next.edges = Math.min(next.edges ?? all, all);
 
@@ -168,7 +168,7 @@ export class Explorer {
 
   showEdges() {
     const { edges, metric } = this.state;
-    const all = this.block.size - 1;
+    const all = this.block.edges;
     for (const input of [byId("edges"), byId("edge-number")]) {
       input.max = all;
       input.value = edges;
@@ -187,7 +187,7 @@ export class Explorer {
   /** Add the first `edges` edges; switch to segments if neither segments nor lines are shown. */
   grow(edges) {
     if (!Number.isFinite(edges)) return;
-    const next = Math.max(0, Math.min(this.block.size - 1, Math.round(edges)));
+    const next = Math.max(0, Math.min(this.block.edges, Math.round(edges)));
     if (this.state.show === "affinity" && this.state.lines === "off") {
       this.change({ show: "segments", edges: next });
       return;
@@ -203,10 +203,10 @@ export class Explorer {
     this.playing = on;
     byId("play").setAttribute("aria-pressed", String(on));
     if (!on) return;
-    if (this.state.edges === this.block.size - 1) this.grow(0);
+    if (this.state.edges === this.block.edges) this.grow(0);
     const step = () => {
       if (!this.playing) return;
-      const left = this.block.size - 1 - this.state.edges;
+      const left = this.block.edges - this.state.edges;
       this.grow(this.state.edges + Math.ceil(left / 60));
       if (left > 1) requestAnimationFrame(step);
       else this.play(false);

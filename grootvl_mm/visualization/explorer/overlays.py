@@ -1,4 +1,4 @@
-"""Ground truth and predictions as overlays of the explorer."""
+"""Ground truth and predictions as overlays of an image."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,6 +21,11 @@ class Box(NamedTuple):
     height: float
     text: str
     color: tuple[int, int, int]  # RGB
+
+    @property
+    def ink(self) -> str:
+        """Black or white, whichever is legible on the colour."""
+        return "black" if np.dot(self.color, [0.299, 0.587, 0.114]) > 140 else "white"
 
 
 class Overlay(NamedTuple):

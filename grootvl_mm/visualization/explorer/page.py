@@ -99,9 +99,8 @@ def _encode_overlay(overlay: Overlay) -> dict[str, Any]:
 
 
 def _encode_box(box: Box) -> dict[str, Any]:
-    ink = "black" if np.dot(box.color, [0.299, 0.587, 0.114]) > 140 else "white"
     edges = {name: round(getattr(box, name), 1) for name in ("x", "y", "width", "height")}
-    return {**edges, "text": box.text, "color": f"rgb({' '.join(map(str, box.color))})", "ink": ink}
+    return {**edges, "text": box.text, "color": f"rgb({' '.join(map(str, box.color))})", "ink": box.ink}
 
 
 def _picture(pixels: np.ndarray, suffix: str, kind: str, options: list[int]) -> str:

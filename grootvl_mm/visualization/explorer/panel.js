@@ -125,15 +125,14 @@ export class Panel {
     if (overlay) this.drawOverlay(context, overlay);
   }
 
-  /** Draw the edges of a tree, coloured by their order in `sequence`, or all alike without one. */
+  /** Draw the edges from the positions in `sequence` to their parents, coloured by their order. */
   drawTree(context, tree, sequence) {
     const paths = new Map();
-    const edges = sequence ?? tree.order.subarray(1);
     const widest = Math.log2(tree.size);
-    for (let i = 0; i < edges.length; i++) {
-      const v = edges[i];
-      const shade = sequence ? Math.floor((WEIGHT_CLASSES * i) / (tree.size - 1)) : 0;
-      const width = sequence ? Math.floor((WIDTH_CLASSES * Math.log2(tree.below[v])) / (widest + 1)) : 0;
+    for (let i = 0; i < sequence.length; i++) {
+      const v = sequence[i];
+      const shade = Math.floor((WEIGHT_CLASSES * i) / this.block.edges);
+      const width = Math.floor((WIDTH_CLASSES * Math.log2(tree.below[v])) / (widest + 1));
       const key = width * WEIGHT_CLASSES + shade;
       if (!paths.has(key)) paths.set(key, new Path2D());
       paths.get(key).moveTo(...this.center(v));
@@ -143,7 +142,7 @@ export class Panel {
     for (const key of [...paths.keys()].sort((a, b) => a - b)) {
       const width = Math.floor(key / WEIGHT_CLASSES);
       context.lineWidth = Math.min(this.cell * 0.6, (0.7 + 0.75 * width) * Math.max(1, Math.sqrt(this.cell / 8)));
-      context.strokeStyle = sequence ? edgeColor((key % WEIGHT_CLASSES) / (WEIGHT_CLASSES - 1)) : "rgb(255 255 255 / 0.4)";
+      context.strokeStyle = edgeColor((key % WEIGHT_CLASSES) / (WEIGHT_CLASSES - 1));
       context.globalAlpha = 0.7 + 0.1 * width;
       context.stroke(paths.get(key));
     }
@@ -182,6 +181,7 @@ export class Panel {
     context.drawImage(this.under, 0, 0);
     if (showAffinity) {
       paintAffinity(this.affinity, scale, this.colors);
+      for (const v of this.block.padding) this.colors[v] = 0;
       this.heat.getContext("2d").putImageData(this.pixels, 0, 0);
       this.drawCells(context, this.heat);
     }

@@ -111,7 +111,7 @@ function topologicalOrder(parent, root) {
   return order;
 }
 
-/** The segments formed by the first edges of a tree: incremental union-find. */
+/** The segments formed by the first edges of a tree: incremental union-find. Positions that no edge joins do not count. */
 export class Segments {
   /** @param {Int32Array} sequence the positions, except for the root, in the order of the edges to their parents */
   constructor(parent, sequence) {
@@ -130,7 +130,7 @@ export class Segments {
 
   /** Number of segments. */
   get count() {
-    return this.parent.length - this.joined;
+    return this.sequence.length + 1 - this.joined;
   }
 
   /** Join exactly the first `edges` edges. */

@@ -1,17 +1,19 @@
 """The explorer in a real browser: what it shows, and how it is used."""
 
+import base64
 import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
 from grootvl_mm.models import GrootV
 from grootvl_mm.visualization import affinity, compared_scans, cut_segments, mean_decay, path_between
-from grootvl_mm.visualization.explorer import explorer_page
+from grootvl_mm.visualization.explorer import ExplorerImage, explorer_page
 from tests.visualization.explorer.conftest import make_image
 
 SCANS = ("tree", "raster", "cross")
@@ -46,6 +48,19 @@ def same_partition(first: np.ndarray, second: np.ndarray) -> bool:
     return len(pairs) == len(set(first.tolist())) == len(set(second.tolist()))
 
 
+def write_page(folder: Path, image: ExplorerImage) -> Path:
+    path = folder / "page.html"
+    path.write_text(explorer_page("pico", [image]), encoding="utf-8")
+    return path
+
+
+def make_padded_image(model: GrootV) -> tuple[ExplorerImage, list]:
+    """An image of 72 x 100 pixels, padded with zeros to 96 x 128."""
+    model.register_forward_pre_hook(lambda module, inputs: torch.nn.functional.pad(inputs[0], (0, 28, 0, 24)))
+    image, records = make_image(model)
+    return image._replace(picture=np.pad(image.picture, ((0, 24), (0, 28), (0, 0)))), records
+
+
 @pytest.fixture
 def page(shown: tuple, visit: Callable):
     return visit(shown[0])
@@ -70,16 +85,8 @@ def test_affinities_are_those_of_python(options: dict, visit: Callable, tmp_path
         for block in stage.blocks:
             block.mixer.dt_proj.weight.data.mul_(6)
             block.mixer.x_proj.weight.data.mul_(8)
-    size = (72, 100)
-    if "ignore_padding" in options:
-        model.register_forward_pre_hook(lambda module, inputs: torch.nn.functional.pad(inputs[0], (0, 28, 0, 24)))
-        size = (96, 128)
-    image, records = make_image(model)
-    if size != image.picture.shape[:2]:
-        image = image._replace(picture=np.pad(image.picture, ((0, 24), (0, 28), (0, 0))))
-    path = tmp_path / "page.html"
-    path.write_text(explorer_page("pico", [image]), encoding="utf-8")
-    page = visit(path)
+    image, records = make_padded_image(model) if "ignore_padding" in options else make_image(model)
+    page = visit(write_page(tmp_path, image))
     for record in records:
         sources = [0, record.height * record.width // 2 + 1, record.height * record.width - 1]
         page.evaluate(f"explorer.change({{ stage: {record.stage}, block: {record.block} }})")
@@ -91,6 +98,26 @@ def test_affinities_are_those_of_python(options: dict, visit: Callable, tmp_path
             for scan, values in zip(SCANS, found, strict=True):
                 expected = affinity(compared_scans(record)[scan], decay, sources, record.propagation)[0]
                 np.testing.assert_allclose(values, expected.numpy(), atol=1e-3, err_msg=f"{record.name} {scan} {title}")
+
+
+def test_ignored_padding_stays_blank(visit: Callable, tmp_path: Path) -> None:
+    """It is as black as in the image, whatever is shown, and its edges are neither counted nor drawn."""
+    image, _ = make_padded_image(GrootV("pico", ignore_padding=True).eval())
+    page = visit(write_page(tmp_path, image))
+    for shown in ("show: 'affinity'", "show: 'segments', edges: 400", "show: 'image', lines: 'on'"):
+        page.evaluate(f"explorer.change({{ {shown} }})")
+        page.evaluate("() => new Promise(requestAnimationFrame)")
+        for scan in SCANS:
+            drawn = page.locator(f"#{scan}").evaluate("(canvas) => canvas.toDataURL()")
+            pixels = cv2.imdecode(np.frombuffer(base64.b64decode(drawn.partition(",")[2]), np.uint8), cv2.IMREAD_COLOR)
+            height, width = pixels.shape[:2]
+            inside = pixels[: height * 72 // 96, : width * 100 // 128]
+            below, beside = pixels[-(height * 22 // 96) :], pixels[:, -(width * 26 // 128) :]
+            # JPEG adds some grey levels.
+            assert max(below.max(), beside.max()) < 16 < inside.mean(), (shown, scan)
+    last = page.evaluate("explorer.change({ edges: 449 }).then(() => document.getElementById('moment').textContent)")
+    found = re.fullmatch(r"449 of 449 edges, 1 segment, the largest of 450 positions; last edge: cosine (.+)", last)
+    assert -1 <= float(found[1]) <= 1
 
 
 def test_value_under_the_pointer(page, shown: tuple) -> None:
@@ -191,11 +218,11 @@ def test_address_restores_the_view(page, visit: Callable) -> None:
     page.mouse.move(0, 0)
     page.wait_for_timeout(400)
     hash_ = page.evaluate("location.hash")
-    pictures = "() => ['tree', 'raster', 'cross'].map((scan) => document.getElementById(scan).toDataURL())"
+    drawn = "() => ['tree', 'raster', 'cross'].map((scan) => document.getElementById(scan).toDataURL())"
     other = visit(Path(page.url.partition("#")[0].removeprefix("file://")), hash_)
     other.evaluate("() => new Promise(requestAnimationFrame)")
     assert other.evaluate("explorer.state") == page.evaluate("explorer.state")
-    assert other.evaluate(pictures) == page.evaluate(pictures)
+    assert other.evaluate(drawn) == page.evaluate(drawn)
     assert page.evaluate("explorer.state.edges") == 100
     # And while the page is open.
     other.evaluate("location.hash = '#stage=2&block=1&show=image'")
@@ -294,16 +321,16 @@ def test_overlays_and_names(page) -> None:
     """Names of files, classes and models are text, whatever is in them."""
     assert "pico </script>" in page.locator("#model").text_content()
     assert page.locator("#image option").all_text_contents() == ["noise.png", "other <b>image</b>.png"]
-    pictures = {}
+    drawn = {}
     for name in ("nothing", "ground truth", "prediction"):
         page.locator("#overlay").get_by_text(name, exact=True).click()
         page.evaluate("() => new Promise(requestAnimationFrame)")
-        pictures[name] = page.evaluate("document.getElementById('raster').toDataURL()")
-    assert pictures["ground truth"] != pictures["nothing"] == pictures["prediction"]
+        drawn[name] = page.evaluate("document.getElementById('raster').toDataURL()")
+    assert drawn["ground truth"] != drawn["nothing"] == drawn["prediction"]
     assert page.locator("#caption").text_content() == "Prediction: leaf, score 0.90"
 
 
-def test_everything_changes_the_picture(page) -> None:
+def test_everything_changes_the_image(page) -> None:
     """Each way to show the tree looks different."""
     seen = set()
     for show, lines, scale in itertools.product(("affinity", "segments", "image"), ("on", "off"), ("linear", "log")):
