@@ -80,7 +80,8 @@ def _group_problems(optimizer: Optimizer, groups: list[Mapping], name: str) -> I
             yield f"{where} is not of {len(own['params'])} parameters"
             continue
         numbers.update(ids)
-        yield from (f"{where} has no {key}" for key in optimizer.defaults if key not in _upgraded(optimizer, group))
+        options = _upgraded(optimizer, group)
+        yield from (f"{where} has no {key}" for key in optimizer.defaults if key not in options)
         yield from differences({key: value for key, value in own.items() if key != "params"}, group, where)
     if any(count > 1 for count in numbers.values()):
         yield f"{name}.param_groups name a parameter twice"

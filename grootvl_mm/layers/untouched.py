@@ -22,7 +22,7 @@ _PLAIN = (nn.Parameter, FakeTensor)
 # Methods and functions that profilers and similar tools replace: of a class, of all modules, of torch.nn.functional.
 _FORWARDS = (nn.Linear.forward, nn.Conv2d.forward, nn.LayerNorm.forward, nn.GELU.forward)
 _CALL = nn.Module.__call__
-_FUNCTIONS = {name: getattr(F, name) for name in ("linear", "conv2d", "layer_norm", "gelu", "silu", "softplus")}
+_FUNCTIONS = (F.linear, F.conv2d, F.layer_norm, F.gelu, F.silu, F.softplus)
 
 
 def untouched(*modules: nn.Module, kinds: tuple[type[nn.Module], ...], bias: bool | None = True) -> bool:
@@ -44,7 +44,8 @@ def untouched(*modules: nn.Module, kinds: tuple[type[nn.Module], ...], bias: boo
 
 def are_functions_watched() -> bool:
     """Whether a torch function mode, or a replaced function, may change the results of functions or must see calls."""
-    return any(getattr(F, name) is not function for name, function in _FUNCTIONS.items()) or _has_foreign_mode()
+    functions = (F.linear, F.conv2d, F.layer_norm, F.gelu, F.silu, F.softplus)
+    return functions != _FUNCTIONS or _has_foreign_mode()
 
 
 def _has_foreign_mode() -> bool:
