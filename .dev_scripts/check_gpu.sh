@@ -77,7 +77,10 @@ if [[ $SANITIZE == 1 ]]; then
   done
 else
   step gpu 30 nvidia-smi -q -d CLOCK,MEMORY
-  step tests 330 env GROOTVL_FAILURES="$OUT/failures.txt" "$PYTHON" -m pytest tests/ops tests/layers tests/models \
+  # Without a limit, each worker would start a thread per core for what it computes on the CPU for comparison.
+  threads=$(($(nproc) / (WORKERS > 1 ? WORKERS : 1)))
+  step tests 330 env GROOTVL_FAILURES="$OUT/failures.txt" OMP_NUM_THREADS=$((threads > 1 ? threads : 1)) \
+    "$PYTHON" -m pytest tests/ops tests/layers tests/models \
     -m "gpu and not slow" -v --durations=20 -n "$WORKERS" -p tests.helpers.failures_at_once
   # The most informative ones first.
   benchmark ops_float32 120 ops

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from grootvl_mm.models import GrootV, TreeSSM
 from grootvl_mm.ops import Tree
-from tests.helpers.marks import needs_float16_on_the_cpu
+from tests.helpers.marks import HALVES
 
-# Relative errors, in the Euclidean norm, of each map and of all gradients together; the share of a tree's edges.
+# Relative errors, in the Euclidean norm, of each map and of all gradients together; the share of the trees' edges.
 BOUNDS = {torch.bfloat16: (0.02, 0.03, 0.05), torch.float16: (0.0025, 0.005, 0.02)}
 
 
@@ -18,11 +18,11 @@ def train(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         leaf = name.rpartition(".")[2]
         if leaf == "A_log":
-            nn.init.normal_(parameter, 0.0, 0.3, generator=generator)
+            parameter.data.normal_(0.0, 0.3, generator=generator)
         elif leaf == "Ds" or ("norm" in name and leaf == "weight"):
-            nn.init.normal_(parameter, 1.0, 0.3, generator=generator)
+            parameter.data.normal_(1.0, 0.3, generator=generator)
         elif "norm" in name:
-            nn.init.normal_(parameter, 0.0, 0.2, generator=generator)
+            parameter.data.normal_(0.0, 0.2, generator=generator)
         elif "proj.weight" in name or "fc" in name:
             parameter.data.mul_(2.0)
 
@@ -46,20 +46,24 @@ def run(model: GrootV, image: Tensor, dtype: torch.dtype | None) -> tuple[list[T
     return [feature.detach() for feature in maps], torch.cat([grad.flatten() for grad in grads]), trees
 
 
-def different_edges(tree: Tree, other: Tree) -> float:
-    """The largest share of an image's edges that the other tree has not."""
-    shares = []
-    for parents in zip(tree.parent.cpu(), other.parent.cpu(), strict=True):
-        edges = [{frozenset(edge) for edge in enumerate(parent.tolist()) if edge[0] != edge[1]} for parent in parents]
-        shares.append(len(edges[0] - edges[1]) / len(edges[0]))
-    return max(shares)
+def different_edges(trees: list[Tree], others: list[Tree]) -> float:
+    """The share of the edges of all images and blocks that the other trees do not have; the smallest have 3 edges."""
+    lost = total = 0
+    for tree, other in zip(trees, others, strict=True):
+        for parents in zip(tree.parent.cpu(), other.parent.cpu(), strict=True):
+            own, expected = (
+                {frozenset(edge) for edge in enumerate(parent.tolist()) if edge[0] != edge[1]} for parent in parents
+            )
+            lost += len(own - expected)
+            total += len(own)
+    return lost / total
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=needs_float16_on_the_cpu)])
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("trained", [False, True])
 def test_autocast_stays_near_float32(device: torch.device, trained: bool, dtype: torch.dtype) -> None:
     model = GrootV("pico")
@@ -74,4 +78,4 @@ def test_autocast_stays_near_float32(device: torch.device, trained: bool, dtype:
     for feature, expected in zip(maps, exact_maps, strict=True):
         assert relative(feature.float(), expected) < map_bound
     assert relative(grads, exact_grads) < grad_bound
-    assert max(map(different_edges, trees, exact_trees)) < edge_bound
+    assert different_edges(trees, exact_trees) < edge_bound

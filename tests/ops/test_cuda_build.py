@@ -76,8 +76,8 @@ ONE_STREAM, TWO_STREAMS = r"7StreamsILNS_11PropagationE\d+EJE.*?", r"7StreamsILN
 # for, and the bytes of stack that the compiler may use: as many as it does, since launch bounds make it spill a few
 # registers outside of loops over terms and pieces. More of them would be spilled inside.
 SCAN_KERNELS = {
-    "summarise, one stream": (r"16summarise_kernelINS0_" + ONE_STREAM, 256, 32, 24),
-    "finish, one stream": (r"13finish_kernelINS0_" + ONE_STREAM, 256, 32, 8),
+    "summarise, one stream": (r"16summarise_kernelINS0_" + ONE_STREAM, 256, 32, 32),
+    "finish, one stream": (r"13finish_kernelINS0_" + ONE_STREAM, 256, 32, 40),
     "summarise, two streams": (r"16summarise_kernelINS0_" + TWO_STREAMS, 256, 24, 0),
     "finish, two streams": (r"13finish_kernelINS0_" + TWO_STREAMS, 256, 24, 64),
     "output": (r"13output_kernelILi128E.*?", 128, 16, 0),
@@ -135,6 +135,36 @@ def test_no_copy_of_a_tile_waits_for_another(code: dict[str, Code], kernel: str,
     (loop,) = function.smallest_loops("LDGSTS")
     assert function.count(loop, "LDGSTS") >= 4
     assert not function.count(loop, "LDGDEPBAR|DEPBAR|BAR")
+
+
+IN_FLOAT = r"(?:f|N3c108BFloat16E)f"
+
+
+@compiles
+@pytest.mark.parametrize(("kernel", "most", "least_warps"), [("convolve", 45, 30), ("convolve_backward", 110, 20)])
+def test_instructions_of_a_row_of_the_convolution(
+    code: dict[str, Code], usage: dict[str, Usage], kernel: str, most: int, least_warps: int
+) -> None:
+    """Per row of 32 channels, of which a warp stores one at a time; float32 and bfloat16."""
+    names = [name for name in code if re.search(rf"\d{kernel}_kernelI{IN_FLOAT}", name)]
+    assert len(names) == 2
+    for name in names:
+        loops = code[name].smallest_loops("STG", "FFMA")
+        assert loops
+        assert all(loop.last - loop.first + 1 <= most * code[name].count(loop, "STG") for loop in loops), name
+        assert usage[name].stack == 0
+        assert usage[name].resident_warps(160) >= least_warps, (name, usage[name])
+
+
+@compiles
+def test_instructions_of_edge_weights(code: dict[str, Code]) -> None:
+    """A step of the cosine metric processes 32 rows of 32 channels, with eight or 32 lanes to a vertex."""
+    names = [name for name in code if re.search(rf"edge_weight_kernelILNS_6MetricE0ELi\d+ELi4E{IN_FLOAT}", name)]
+    assert len(names) == 4
+    for name in names:
+        (loop,) = code[name].smallest_loops("LDG", "FFMA")
+        assert code[name].count(loop, "LDG") == 17
+        assert loop.last - loop.first + 1 <= 10 * 32, name
 
 
 @compiles

@@ -36,6 +36,18 @@ def test_edge_weight_is_as_defined(device: torch.device, metric: str, dtype: tor
         torch.testing.assert_close(logarithm.cpu().double(), expected.log(), rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("metric", METRICS)
+def test_edge_weight_of_many_channels(device: torch.device, metric: str, dtype: torch.dtype) -> None:
+    """Channels that fill the lanes of a warp once or twice, leave some idle, or fit in no pack; alone as in a batch."""
+    for channels, height, width in [(128, 9, 5), (256, 8, 2), (160, 17, 6), (66, 3, 4), (129, 2, 3)]:
+        feature = (0.3 * torch.randn(2, channels, height, width)).to(dtype)
+        weight = grid_edge_weight(feature.to(device), metric, log=True)
+        expected = expected_weight(feature, metric).log()
+        torch.testing.assert_close(weight.cpu().double(), expected, rtol=2e-5, atol=1e-6)
+        assert torch.equal(grid_edge_weight(feature[1:].to(device), metric, log=True), weight[1:])
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_edge_weight_of_any_memory_format(device: torch.device, metric: str) -> None:
     feature = torch.randn(2, 9, 5, 6, device=device)

@@ -17,26 +17,6 @@ __device__ T warp_sum(T value) {
   return value;
 }
 
-// Four sums over the lanes of a warp in half the exchanges; each adds its values in the same order.
-template <typename T>
-__device__ void warp_sums(T& a, T& b, T& c, T& d) {
-  const int lane = lane_index();
-  const bool upper_half = lane & 16, upper_quarter = lane & 8;
-  T first = upper_half ? c : a, second = upper_half ? d : b;
-  first += __shfl_xor_sync(kAllLanes, upper_half ? a : c, 16);
-  second += __shfl_xor_sync(kAllLanes, upper_half ? b : d, 16);
-  T sum = upper_quarter ? second : first;
-  sum += __shfl_xor_sync(kAllLanes, upper_quarter ? first : second, 8);
-#pragma unroll
-  for (int offset = 4; offset > 0; offset /= 2) {
-    sum += __shfl_xor_sync(kAllLanes, sum, offset);
-  }
-  a = __shfl_sync(kAllLanes, sum, 0);
-  b = __shfl_sync(kAllLanes, sum, 8);
-  c = __shfl_sync(kAllLanes, sum, 16);
-  d = __shfl_sync(kAllLanes, sum, 24);
-}
-
 // The sum of `value` over the threads before this one; `total` is that over all threads. Called by the whole block.
 __device__ inline int exclusive_sum(int value, int& total) {
   __shared__ int of_warps[kWarpSize];

@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<acc_t, S::kCount>) s
   };
   for (int index = blockIdx.y; index < tiling.tiles; index += gridDim.y) {
     const Tile tile = find_tile(tree, tiling, index);
+    PieceRows next = PieceRows::load(tree, tile, tile.first_piece + place.group);
     load_tile(input, place, tree, tile, first_row, cells);
     if (index == 0 && place.group == kTileGroups - 1) {
 #pragma unroll
@@ -54,64 +55,67 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<acc_t, S::kCount>) s
       }
     }
     for (int piece = tile.first_piece + place.group; piece < tile.end_piece; piece += kTileGroups) {
-      const int slot = tree.first[piece], begin = slot - tile.first_slot, members = tree.first[piece + 1] - slot;
-      const int bottom_place = tree.bottom_place[piece], bottom = tree.bottom[piece];
+      const PieceRows own = next;
+      const int begin = own.begin;
+      next = PieceRows::load(tree, tile, piece + kTileGroups);
       Values through = make_pack<acc_t, kPack>([](int) { return 1; });
-      Values along[S::kCount] = {}, partial[S::kCount] = {};
-      if (bottom_place >= 0) {
+      Values along[S::kCount] = {}, value[S::kCount];
+      if (own.bottom_place >= 0) {
 #pragma unroll
         for (int s = 0; s < S::kCount; ++s) {
-          write(summaries.value, s, first_critical + bottom, cells(s, begin + bottom_place));
+          write(summaries.value, s, first_critical + own.bottom, cells(s, begin + own.bottom_place));
           if (S::up(s)) {
-            cells(s, begin + bottom_place) = {};
+            cells(s, begin + own.bottom_place) = {};
           }
         }
       }
-      int on_path = bottom_place;
-      const auto visit = [&](int i, int above, const Values& decay) {
-        Values value[S::kCount];
+      int on_path = own.bottom_place;
+      // Reads the values of member i, and adds them to those along the path if it is there. Without a branch: the
+      // groups of a warp would wait for each other in it.
+      const auto pass = [&](int i, int above, const Values& decay) {
+        const bool is_on_path = i == on_path;
+        on_path = is_on_path ? above : on_path;
 #pragma unroll
         for (int s = 0; s < S::kCount; ++s) {
           value[s] = cells(s, begin + i);
         }
-        if (i == on_path) {
 #pragma unroll
-          for (int p = 0; p < kPack; ++p) {
+        for (int p = 0; p < kPack; ++p) {
 #pragma unroll
-            for (int s = 0; s < S::kCount; ++s) {
-              if (S::down(s)) {
-                along[s][p] += through[p] * (S::up(s) ? (1 - decay[p]) * (1 + decay[p]) : 1) * value[s][p];
-              }
+          for (int s = 0; s < S::kCount; ++s) {
+            if (S::down(s)) {
+              const acc_t factor = through[p] * (S::up(s) ? (1 - decay[p]) * (1 + decay[p]) : 1);
+              along[s][p] = is_on_path ? along[s][p] + factor * value[s][p] : along[s][p];
             }
-            through[p] *= decay[p];
           }
-          on_path = above;
+          through[p] = is_on_path ? through[p] * decay[p] : through[p];
         }
+      };
+      for_each_member<false>(cells, begin, own.members, [&](int i, int above, const Values& decay) {
+        pass(i, above, decay);
 #pragma unroll
         for (int s = 0; s < S::kCount; ++s) {
           if (S::up(s)) {
-            if (above >= 0) {
-              Values& sum = cells(s, begin + above);
-              sum = make_pack<acc_t, kPack>([&](int p) { return sum[p] + decay[p] * value[s][p]; });
-            } else {
-              partial[s] = make_pack<acc_t, kPack>([&](int p) { return decay[p] * value[s][p]; });
-            }
+            Values& sum = cells(s, begin + above);
+            sum = make_pack<acc_t, kPack>([&](int p) { return sum[p] + decay[p] * value[s][p]; });
           }
         }
-      };
-      for_each_member<false>(cells, begin, members, visit);
+      });
+      const Values decay = cells.kept(begin);
+      pass(0, -1, decay);
 #pragma unroll
       for (int s = 0; s < S::kCount; ++s) {
         if (S::up(s) && place.is_active) {
-          store_pack(partials.rows[s] + (first_row + piece) * channels + place.channel, partial[s]);
+          const Values partial = make_pack<acc_t, kPack>([&](int p) { return decay[p] * value[s][p]; });
+          store_pack(partials.rows[s] + (first_row + piece) * channels + place.channel, partial);
         }
       }
-      if (bottom_place >= 0) {
-        write(summaries.through, 0, first_critical + bottom, through);
+      if (own.bottom_place >= 0) {
+        write(summaries.through, 0, first_critical + own.bottom, through);
 #pragma unroll
         for (int s = 0; s < S::kCount; ++s) {
           if (S::down(s)) {
-            write(summaries.along, s, first_critical + bottom, along[s]);
+            write(summaries.along, s, first_critical + own.bottom, along[s]);
           }
         }
       }
@@ -138,12 +142,14 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<acc_t, S::kCount>) f
   const LanePlace<kPack> place(channels);
   const TreePieces tree = batch[place.image];
   const int64_t first_row = place.image * batch.vertices, first_critical = place.image * batch.most_criticals;
+  const int64_t first_value = first_row * channels + place.channel;
   const Cells<acc_t, kPack, S::kCount> cells(tiling.capacity, place.lane);
   const auto read = [&](const acc_t* of, int64_t row) {
     return load_pack<kPack>(of + (first_critical + row) * channels + place.channel);
   };
   for (int index = blockIdx.y; index < tiling.tiles; index += gridDim.y) {
     const Tile tile = find_tile(tree, tiling, index);
+    PieceRows next = PieceRows::load(tree, tile, tile.first_piece + place.group);
     load_tile(input, place, tree, tile, first_row, cells);
     if (index == 0 && place.group == kTileGroups - 1) {
       Values at_root[S::kCount];
@@ -155,27 +161,28 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<acc_t, S::kCount>) f
       if constexpr (Output::kByRows) {
         cells.kept(tile.members) = {};
       } else if (place.is_active) {
-        output.write_root((first_row + cells.vertex[tile.members]) * channels + place.channel, at_root);
+        output.write_root(first_value + cells.vertex[tile.members] * channels, at_root);
       }
     }
     for (int piece = tile.first_piece + place.group; piece < tile.end_piece; piece += kTileGroups) {
-      const int slot = tree.first[piece], begin = slot - tile.first_slot, members = tree.first[piece + 1] - slot;
-      const int bottom_place = tree.bottom_place[piece];
+      const PieceRows own = next;
+      const int begin = own.begin;
+      next = PieceRows::load(tree, tile, piece + kTileGroups);
       Values at_top[S::kCount] = {};
 #pragma unroll
       for (int s = 0; s < S::kCount; ++s) {
-        if (S::up(s) && bottom_place >= 0) {
-          cells(s, begin + bottom_place) = read(ends.sum[s], tree.bottom[piece]);
+        if (S::up(s) && own.bottom_place >= 0) {
+          cells(s, begin + own.bottom_place) = read(ends.sum[s], own.bottom);
         }
         if (S::down(s)) {
-          at_top[s] = read(ends.result[s], tree.top[piece]);
+          at_top[s] = read(ends.result[s], own.top);
         }
       }
       if (kAnyUp) {
-        for_each_member<false>(cells, begin, members, [&](int i, int above, const Values& decay) {
+        for_each_member<false>(cells, begin, own.members, [&](int i, int above, const Values& decay) {
 #pragma unroll
           for (int s = 0; s < S::kCount; ++s) {
-            if (S::up(s) && above >= 0) {
+            if (S::up(s)) {
               const Values value = cells(s, begin + i);
               Values& sum = cells(s, begin + above);
               sum = make_pack<acc_t, kPack>([&](int p) { return sum[p] + decay[p] * value[p]; });
@@ -183,12 +190,11 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<acc_t, S::kCount>) f
           }
         });
       }
-      for_each_member<true>(cells, begin, members, [&](int i, int above, const Values& decay) {
-        Values sum[S::kCount], above_result[S::kCount], result[S::kCount];
+      const auto settle = [&](int i, const Values& decay, const Values(&above_result)[S::kCount]) {
+        Values sum[S::kCount], result[S::kCount];
 #pragma unroll
         for (int s = 0; s < S::kCount; ++s) {
           sum[s] = cells(s, begin + i);
-          above_result[s] = above >= 0 ? cells(s, begin + above) : at_top[s];
           result[s] = make_pack<acc_t, kPack>([&](int p) {
             if (S::up(s) && S::down(s)) {
               return sum[s][p] + decay[p] * (above_result[s][p] - decay[p] * sum[s][p]);
@@ -200,9 +206,19 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<acc_t, S::kCount>) f
         if constexpr (Output::kByRows) {
           cells.kept(begin + i) = output.of_decay(decay, sum, above_result);
         } else if (place.is_active) {
-          const int64_t row = first_row + cells.vertex[begin + i];
-          output.write(row * channels + place.channel, decay, sum, above_result, result);
+          // The product of 32-bit factors is one instruction.
+          const int64_t at = first_value + int64_t{cells.vertex[begin + i]} * static_cast<int>(channels);
+          output.write(at, decay, sum, above_result, result);
         }
+      };
+      settle(0, cells.kept(begin), at_top);
+      for_each_member<true>(cells, begin, own.members, [&](int i, int above, const Values& decay) {
+        Values above_result[S::kCount];
+#pragma unroll
+        for (int s = 0; s < S::kCount; ++s) {
+          above_result[s] = cells(s, begin + above);
+        }
+        settle(i, decay, above_result);
       });
     }
     if constexpr (Output::kByRows) {
@@ -229,7 +245,7 @@ void launch_tiles(Kernel kernel, const Tiling& tiling, int64_t batch, int64_t ch
       " bytes, more than the device's shared memory");
   const int64_t blocks = batch * divide_up<int64_t>(channels, kRowLanes * kPack);
   TORCH_CHECK_VALUE(
-      blocks < int64_t{1} << 31,
+      std::max(blocks, channels) < int64_t{1} << 31,
       "the batch times the channels is too large for one launch, got ",
       batch,
       " images of ",

@@ -20,16 +20,14 @@ __device__ inline double fast_exp(double x) {
   return exp(x);
 }
 
-// log(1 + exp(x)) without a branch: max(x, 0) + log1p(e), e = exp(-|x|), with log1p(e) = 2 atanh(e / (2 + e)). The
-// relative error stays below 4e-7.
+// log(1 + exp(x)) without a branch: max(x, 0) + log1p(e), e = exp(-|x|), with log1p(e) = 2 atanh(z), z = e / (2 + e).
+// The polynomial is the best for 2 atanh(z) / z up to z = 1/3. The relative error stays below 5e-7.
 __device__ inline float softplus(float x) {
   const float e = __expf(-fabsf(x));
   const float z = __fdividef(e, 2.0f + e), q = z * z;
-  float series = fmaf(q, 0.18181818f, 0.22222222f);
-  series = fmaf(q, series, 0.28571429f);
-  series = fmaf(q, series, 0.4f);
-  series = fmaf(q, series, 0.66666667f);
-  series = fmaf(q, series, 2.0f);
+  float series = fmaf(q, 0.3422605f, 0.39589462f);
+  series = fmaf(q, series, 0.66676f);
+  series = fmaf(q, series, 1.9999996f);
   return fmaf(z, series, fmaxf(x, 0.0f));
 }
 

@@ -25,8 +25,9 @@ constexpr int kTileBlocks = sizeof(acc_t) > 4 ? 2
                             : kStreams == 1   ? 4
                                               : 3;
 
-// The number of rows whose vertices and links a group reads at once.
-constexpr int kRowsAtOnce = 4;
+// The number of rows whose vertices and links a group reads at once: most tiles have fewer rows for each group, so that
+// their copies start after one wait for memory.
+constexpr int kRowsAtOnce = 8;
 
 // The image and the channels of a lane: blocks along the x axis are images x groups of channels. Lanes beyond the last
 // channel read the first channels and write nothing.
@@ -72,26 +73,31 @@ struct Tile {
 
 // Called by all threads of a block.
 __device__ inline Tile find_tile(const TreePieces& tree, const Tiling& tiling, int index) {
-  __shared__ int ends[2];
+  // The first pieces of this tile and of the next one, and their first slots.
+  __shared__ int pieces[2];
+  __shared__ int slots[2];
+  const int limits[2] = {tiling.begin(index), tiling.begin(index + 1)};
   // Wait until no thread reads the values of the previous tile anymore.
   __syncthreads();
   if (threadIdx.x < 2) {
-    ends[threadIdx.x] = tree.pieces;
+    pieces[threadIdx.x] = tree.pieces;
+    slots[threadIdx.x] = tiling.begin(tiling.tiles);
   }
   __syncthreads();
-  const int from = tiling.begin(index), to = tiling.begin(index + 1);
-  for (int piece = threadIdx.x; piece < tree.pieces; piece += blockDim.x) {
-    const int first = tree.first[piece], before = piece == 0 ? -1 : tree.first[piece - 1];
-    if (before < from && from <= first) {
-      ends[0] = piece;
-    }
-    if (before < to && to <= first) {
-      ends[1] = piece;
+#pragma unroll 4
+  for (int piece = threadIdx.x; piece < tree.pieces; piece += kTileThreads) {
+    const int first = __ldg(tree.first + piece), before = piece == 0 ? -1 : __ldg(tree.first + piece - 1);
+#pragma unroll
+    for (int end = 0; end < 2; ++end) {
+      if (before < limits[end] && limits[end] <= first) {
+        pieces[end] = piece;
+        slots[end] = first;
+      }
     }
   }
   __syncthreads();
-  const int first_slot = tree.first[ends[0]], members = tree.first[ends[1]] - first_slot;
-  return {ends[0], ends[1], first_slot, members, members + (index == 0)};
+  const int members = slots[1] - slots[0];
+  return {pieces[0], pieces[1], slots[0], members, members + (index == 0)};
 }
 
 // The shared memory of a tile. For each row: the value of each stream, the decay or its gradient, vertex and link.
@@ -187,15 +193,39 @@ __device__ void load_tile(
   __syncthreads();
 }
 
-// Calls visit(row, link, decay) for the members of a piece, upwards from the last or downwards from the first. The next
-// link and decay are prefetched, so that only the sums depend on each other.
+// A piece in a tile: its rows, and what else the kernels need of it; -1 for the bottom and its place if there is none.
+struct PieceRows {
+  int begin, members, bottom, bottom_place, top;
+
+  // All zero beyond the last piece of the tile.
+  __device__ static PieceRows load(const TreePieces& tree, const Tile& tile, int piece) {
+    if (piece >= tile.end_piece) {
+      return {};
+    }
+    const int slot = __ldg(tree.first + piece);
+    return {
+        slot - tile.first_slot,
+        __ldg(tree.first + piece + 1) - slot,
+        __ldg(tree.bottom + piece),
+        __ldg(tree.bottom_place + piece),
+        __ldg(tree.top + piece)};
+  }
+};
+
+// Calls visit(place, place of the parent, decay) for the members of a piece except the first, whose parent is the top:
+// upwards from the last or downwards from the second. The next link and decay are prefetched, so that only the sums
+// depend on each other. The links of these members are places in the piece, so that `visit` needs no branch.
 template <bool kAscending, typename acc_t, int kPack, int kStreams, typename Visit>
 __device__ void for_each_member(
     const Cells<acc_t, kPack, kStreams>& cells, int begin, int members, const Visit& visit) {
-  int i = kAscending ? 0 : members - 1, link = cells.link[begin + i];
+  int i = kAscending ? 1 : members - 1;
+  if (members < 2) {
+    return;
+  }
+  int link = cells.link[begin + i];
   Pack<acc_t, kPack> kept = cells.kept(begin + i);
-  for (int done = 0; done < members; ++done) {
-    const int next = kAscending ? min(i + 1, members - 1) : max(i - 1, 0);
+  for (int done = 1; done < members; ++done) {
+    const int next = kAscending ? min(i + 1, members - 1) : i - 1;
     const int next_link = cells.link[begin + next];
     const Pack<acc_t, kPack> next_kept = cells.kept(begin + next);
     visit(i, link, kept);
