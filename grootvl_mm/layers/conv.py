@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grootvl_mm.layers.calls import call, call_module, call_own
 from grootvl_mm.layers.untouched import has_own_kernels, untouched
 from grootvl_mm.ops import depthwise_conv_silu
 from grootvl_mm.ops._checks import unwatched
@@ -12,8 +13,8 @@ from grootvl_mm.ops._compat import is_autocast_enabled, is_eager
 def conv_silu(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """``SiLU(conv(x))`` for (B, H, W, C): one fused operator if ``conv`` is an untouched depth-wise 3x3 convolution."""
     if is_eager(x) and _is_depthwise(conv) and _is_for_own(x, conv.weight):
-        return depthwise_conv_silu(x, conv.weight)
-    return F.silu(conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        return call_own(depthwise_conv_silu, x, conv.weight)
+    return call(F.silu, call_module(conv, x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
 
 @unwatched

@@ -2,7 +2,10 @@
 
 from torch import Tensor, nn
 
+from grootvl_mm.layers.untouched import called_directly
 
+
+@called_directly
 class DropPath(nn.Module):
     """Stochastic depth: in training, drops the residual branch of random samples and rescales the others.
 

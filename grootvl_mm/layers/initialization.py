@@ -9,6 +9,8 @@ import torch
 from mmengine.model import BaseInit, BaseModule
 from torch import Tensor, nn
 
+from grootvl_mm.layers.untouched import called_directly
+
 INIT_CFG_MODULE = BaseInit.__module__
 
 
@@ -30,6 +32,7 @@ def linear_layer(in_features: int, out_features: int, bias: bool = True) -> nn.L
     return layer
 
 
+@called_directly
 class StepProjection(nn.Linear):
     """Linear layer that computes the step sizes of a state space model before their softplus.
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grootvl_mm.layers.calls import call, call_module
 from grootvl_mm.layers.untouched import has_own_kernels, untouched
 from grootvl_mm.ops._compat import is_autocast_enabled, is_eager, onednn_linear
 
@@ -29,12 +30,12 @@ def linear_in_chunks(projection: nn.Module, x: Tensor, chunks: int) -> tuple[Ten
     """
     if (
         is_eager(x)
+        and x.device.type == "cpu"
         and untouched(projection, kinds=(nn.Linear,), bias=False)
         and has_own_kernels(x, projection.weight)
-        and x.device.type == "cpu"
     ):
-        return tuple(F.linear(x, part) for part in projection.weight.chunk(chunks))
-    return projection(x).chunk(chunks, dim=-1)
+        return tuple(call(F.linear, x, part) for part in projection.weight.chunk(chunks))
+    return call_module(projection, x).chunk(chunks, dim=-1)
 
 
 def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -46,10 +47,10 @@ def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        onednn_linear is not None
+        x.device.type == weight.device.type == "cpu"
+        and onednn_linear is not None
         and torch.backends.mkldnn.enabled
         and all(type(value) in (Tensor, torch.nn.Parameter, type(None)) for value in (x, weight, bias))
-        and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and weight.layout == torch.strided
         and weight.dim() == 2

@@ -2,10 +2,13 @@
 
 from torch import Tensor, nn
 
+from grootvl_mm.layers.calls import call_module
 from grootvl_mm.layers.initialization import linear_layer
 from grootvl_mm.layers.mlp_in_pieces import mlp_in_pieces
+from grootvl_mm.layers.untouched import called_directly
 
 
+@called_directly
 class MLP(nn.Module):
     """Two linear layers over the last axis, with the exact GELU between them.
 
@@ -29,4 +32,6 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
         y = mlp_in_pieces(x, self.fc1, self.act, self.fc2)
-        return self.fc2(self.act(self.fc1(x))) if y is None else y
+        if y is not None:
+            return y
+        return call_module(self.fc2, call_module(self.act, call_module(self.fc1, x)))

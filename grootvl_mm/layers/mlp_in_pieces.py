@@ -20,6 +20,7 @@ def mlp_in_pieces(x: Tensor, fc1: nn.Module, act: nn.Module, fc2: nn.Module) -> 
     """
     if not (
         is_eager(x)
+        and x.device.type == "cpu"
         and not _needs_gradient(x, fc1, fc2)
         and untouched(fc1, fc2, kinds=(nn.Linear,))
         and untouched(act, kinds=(nn.GELU,), bias=None)
@@ -53,7 +54,6 @@ def _dtype(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Te
     parameters = (weight1, bias1, weight2, bias2)
     if not (
         has_own_kernels(x, *parameters)
-        and x.device.type == "cpu"
         and x.shape[-1:] == weight1.shape[1:]
         and weight2.shape[1] == weight1.shape[0]
         and x.numel() // max(x.shape[-1], 1) > _rows_per_piece(weight1.shape[0])

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grootvl_mm.layers.calls import call_module, call_own
 from grootvl_mm.layers.untouched import has_own_kernels, untouched
 from grootvl_mm.ops import layer_norm as own_layer_norm
 from grootvl_mm.ops import residual_layer_norm
@@ -58,9 +59,9 @@ def add_norm(x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor
     if is_eager(x) and untouched(norm, kinds=(nn.LayerNorm,)) and _takes_branch(x, branch, norm):
         dtype = _narrow_dtype(x)
         if dtype is not None or (x.device.type == "cuda" and not is_autocast_enabled("cuda")):
-            return residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, dtype=dtype)
+            return call_own(residual_layer_norm, x, branch, norm.weight, norm.bias, norm.eps, dtype=dtype)
     x = x + branch
-    return x, norm(x)
+    return x, call_module(norm, x)
 
 
 @unwatched

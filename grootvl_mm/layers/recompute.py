@@ -9,7 +9,9 @@ Inside :func:`lean`, the modules of a block are called and differentiated as usu
   under autocast uses our operator, see :mod:`grootvl_mm.layers.norm`.
 
 Both replace functions that modules call, not the modules, so hooks, adapters, parametrizations and replaced modules
-behave as in any other model. PyTorch's defaults apply under ``torch.compile``, tracers, ``torch.func`` transforms,
+behave as in any other model. A torch function mode finds these calls, which takes longer than launching a kernel. Where
+all modules of a block are untouched, their functions are called directly instead, see :mod:`grootvl_mm.layers.calls`.
+PyTorch's defaults apply under ``torch.compile``, tracers, ``torch.func`` transforms,
 other torch function modes and replaced functions of PyTorch. They also apply where activation checkpointing or other
 saved-tensor hooks start inside a block, because these call parts of the block again themselves.
 """
@@ -20,13 +22,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
+from grootvl_mm.layers.calls import set_policy
 from grootvl_mm.layers.linear import linear
 from grootvl_mm.layers.norm import layer_norm, narrow_layer_norm
-from grootvl_mm.layers.untouched import are_functions_watched
+from grootvl_mm.layers.untouched import are_functions_watched, is_wholly_untouched
+from grootvl_mm.ops import depthwise_conv_silu, residual_layer_norm
+from grootvl_mm.ops import layer_norm as own_layer_norm
 from grootvl_mm.ops._compat import (
     are_saved_tensors_hooks_enabled,
     autocast_dtype,
@@ -49,17 +54,21 @@ def narrow(x: Tensor) -> contextlib.AbstractContextManager:
     return _Fast(_FAST_IN_BLOCKS) if _applies_to(x) else contextlib.nullcontext()
 
 
-def lean(x: Tensor) -> contextlib.AbstractContextManager:
-    """Context manager for a block applied to ``x``: recomputation, and norms in the dtype of linear layers."""
+def lean(x: Tensor, block: nn.Module | None = None) -> contextlib.AbstractContextManager:
+    """Context manager for a block applied to ``x``: recomputation, and norms in the dtype of linear layers.
+
+    Only the modules of ``block`` may be called inside, by :func:`grootvl_mm.layers.calls.call_module`; None for any.
+    """
     if not _applies_to(x):
         return contextlib.nullcontext()
+    is_direct = block is not None and is_wholly_untouched(block)
     if torch.is_grad_enabled() and are_saved_tensors_hooks_enabled():
-        return _Lean(x.device.type)
-    return _Fast(_FAST_IN_BLOCKS)
+        return _Lean(x.device.type, is_direct)
+    return _Fast(_FAST_IN_BLOCKS, is_direct)
 
 
 def _applies_to(x: Tensor) -> bool:
-    return is_eager(x) and not are_functions_watched()
+    return is_eager(x) and top_saved_tensors_hooks is not None and not are_functions_watched()
 
 
 _FAST = {F.linear: linear, F.layer_norm: layer_norm}
@@ -67,18 +76,32 @@ _FAST_IN_BLOCKS = {F.linear: linear, F.layer_norm: narrow_layer_norm}
 
 
 class _Fast(TorchFunctionMode):
-    """Replaces PyTorch functions by others."""
+    """Replaces PyTorch functions by others. If it is direct, only functions that are called through :meth:`call`."""
 
     keeps_results = True
 
-    def __init__(self, functions: dict[Callable, Callable]) -> None:
+    def __init__(self, functions: dict[Callable, Callable], is_direct: bool = False) -> None:
         super().__init__()
         self.functions = functions
+        self.is_direct = is_direct
         self.outer = top_saved_tensors_hooks()
         self.top = self.outer  # the active hooks unless others were added within the block
 
+    def __enter__(self) -> "_Fast":
+        self.outer_policy = set_policy(self)
+        return self if self.is_direct else super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        set_policy(self.outer_policy)
+        if not self.is_direct:
+            super().__exit__(*error)
+
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return self._replaced(func)(*args, **(kwargs or {}))
+        return self.call(func, args, kwargs or {})
+
+    def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """Call a function, or the one that replaces it."""
+        return self._replaced(func)(*args, **kwargs)
 
     def _replaced(self, func: Callable) -> Callable:
         if func not in self.functions or is_compiling() or top_saved_tensors_hooks() != self.top:
@@ -89,61 +112,76 @@ class _Fast(TorchFunctionMode):
 class _Lean(_Fast):
     """Tracks the outputs of cheap functions by their storage; autograd saves recipes instead of them."""
 
-    def __init__(self, device_type: str) -> None:
-        super().__init__(_FAST_IN_BLOCKS)
+    def __init__(self, device_type: str, is_direct: bool) -> None:
+        super().__init__(_FAST_IN_BLOCKS, is_direct)
         self.device_type = device_type
         self.recipes: dict[int, tuple[StorageWeakRef, int, _Recipe]] = {}
         self.top = self._pack, _unpack
         self.hooks = torch.autograd.graph.saved_tensors_hooks(*self.top)
 
     def __enter__(self) -> "_Lean":
-        self.hooks.__enter__()
+        if not self.is_direct:
+            self.hooks.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self.hooks.__exit__(*error)
+        if not self.is_direct:
+            self.hooks.__exit__(*error)
         self.recipes.clear()
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        replaced = self._replaced(func)
-        result = replaced(*args, **kwargs)
+    def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """Call a function and record how to recompute its result, if it is cheap."""
+        if not self.is_direct:
+            replaced = self._replaced(func)
+            result = replaced(*args, **kwargs)
+        else:
+            replaced = self.functions.get(func, func)
+            # Only functions of such tensors save them, and hooks take time for every tensor.
+            with self.hooks if self._has_recipe(args) else contextlib.nullcontext():
+                result = replaced(*args, **kwargs)
         if is_compiling():
             return result
-        if func is torch.ops.grootvl.residual_layer_norm:
+        if func is residual_layer_norm:
             total, normed = result
-            _, _, _, *norm = args
-            self._remember(normed, torch.ops.grootvl.layer_norm, (total, *norm), {})
+            _, _, *norm = args
+            self._remember(normed, own_layer_norm, (total, *norm), kwargs)
         elif func in _CHEAP and type(result) is Tensor and _CHEAP[func](*args, **kwargs):
             self._remember(result, replaced, args, kwargs)
         return result
 
+    def _has_recipe(self, args: tuple) -> bool:
+        return any(isinstance(value, Tensor) and value.untyped_storage()._cdata in self.recipes for value in args)
+
     def _remember(self, result: Tensor, func: Callable, args: tuple, kwargs: dict) -> None:
         """Record that ``func`` recomputes ``result``."""
-        storage = result.untyped_storage()
-        if not result.requires_grad or any(_is_in(storage, value) for value in (*args, *kwargs.values())):
+        if not result.requires_grad:
             return
+        storage = result.untyped_storage()
+        values = (*args, *kwargs.values())
+        for value in values:
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata == storage._cdata:
+                return  # a function that modifies its input in place cannot be recomputed
         autocast = {"device_type": self.device_type, "enabled": is_autocast_enabled(self.device_type)}
         if autocast["enabled"]:
             autocast["dtype"] = autocast_dtype(self.device_type)
-        inputs = [self._input(value) for value in (*args, *kwargs.values())]
+        inputs = [self._input(value) if isinstance(value, Tensor) else value for value in values]
         # While the weak reference lives, no other storage gets this address.
         recipe = _Recipe(func, inputs, tuple(kwargs), autocast)
         self.recipes[storage._cdata] = StorageWeakRef(storage), result._version, recipe
 
-    def _input(self, value: Any) -> Callable[[], Any]:
-        if not isinstance(value, Tensor):
-            return lambda: value
+    def _input(self, value: Tensor) -> Unpack:
         return self._pack(value if value.is_leaf else value.detach())
 
     def _pack(self, value: Tensor) -> Unpack:
         """What autograd saves for a tensor: its recipe if there is one, otherwise the tensor itself."""
-        _, version, recipe = self.recipes.get(value.untyped_storage()._cdata, (None, None, None))
-        if recipe is not None and version == value._version and recipe.is_possible():
-            recipe.uses += 1
-            view = value.size(), value.stride(), value.storage_offset()
-            return lambda: recipe.take().as_strided(*view)
+        found = self.recipes.get(value.untyped_storage()._cdata)
+        if found is not None:
+            _, version, recipe = found
+            if version == value._version and recipe.is_possible():
+                recipe.uses += 1
+                view = value.size(), value.stride(), value.storage_offset()
+                return lambda: recipe.take().as_strided(*view)
         if self.outer is not None:
             pack, unpack = self.outer
             packed = pack(value)
@@ -155,13 +193,10 @@ def _unpack(kept: Unpack) -> Tensor:
     return kept()
 
 
-def _is_in(storage: torch.UntypedStorage, value: Any) -> bool:
-    """Whether a tensor uses this storage: a function that modifies its input in place cannot be recomputed."""
-    return isinstance(value, Tensor) and value.untyped_storage()._cdata == storage._cdata
-
-
 class _Kept:
     """A saved tensor; raises an error if it has been modified in place."""
+
+    __slots__ = ("value", "version")
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
@@ -180,11 +215,9 @@ class _Kept:
 class _Recipe:
     """Recomputes an output once for all autograd nodes that saved it, and frees it after its last use."""
 
-    def __init__(
-        self, func: Callable, inputs: list[Callable[[], Any]], keywords: tuple[str, ...], autocast: dict[str, Any]
-    ) -> None:
+    def __init__(self, func: Callable, inputs: list[Any], keywords: tuple[str, ...], autocast: dict[str, Any]) -> None:
         self.func = func
-        self.inputs = inputs
+        self.inputs = inputs  # how to get tensors, and other values
         self.keywords = keywords  # of the last inputs
         self.autocast = autocast
         self.uses = self.served = 0
@@ -192,21 +225,32 @@ class _Recipe:
 
     def is_possible(self) -> bool:
         """False if FSDP has freed a parameter, which it restores only in the backward pass of its own module."""
-        kept = (value.value for value in self.inputs if isinstance(value, _Kept))
-        return all(value.untyped_storage().nbytes() or not value.numel() for value in kept)
+        for value in self.inputs:
+            if type(value) is _Kept and not value.value.untyped_storage().nbytes() and value.value.numel():
+                return False
+        return True
 
     def take(self) -> Tensor:
         if self.value is None:
-            inputs = [value() for value in self.inputs]
-            num_positional = len(inputs) - len(self.keywords)
-            kwargs = dict(zip(self.keywords, inputs[num_positional:], strict=True))
-            with torch.no_grad(), torch.autocast(**self.autocast):
-                self.value = self.func(*inputs[:num_positional], **kwargs)
+            if torch.is_grad_enabled():  # the backward pass records a graph
+                with torch.no_grad():
+                    self.value = self._compute()
+            else:
+                self.value = self._compute()
         value = self.value
         self.served += 1
         if self.served % self.uses == 0:
             self.value = None
         return value
+
+    def _compute(self) -> Tensor:
+        inputs = [value() if callable(value) else value for value in self.inputs]
+        num_positional = len(inputs) - len(self.keywords)
+        args, kwargs = inputs[:num_positional], dict(zip(self.keywords, inputs[num_positional:], strict=True))
+        if not (self.autocast["enabled"] or is_autocast_enabled(self.autocast["device_type"])):
+            return self.func(*args, **kwargs)
+        with torch.autocast(**self.autocast):
+            return self.func(*args, **kwargs)
 
 
 def _always(*args: Any, **kwargs: Any) -> bool:
@@ -227,5 +271,5 @@ _CHEAP = {
     F.silu: _always,
     F.conv2d: _is_depthwise,
     torch.mul: _is_mask,
-    torch.ops.grootvl.depthwise_conv_silu: _always,
+    depthwise_conv_silu: _always,
 }

@@ -1,5 +1,7 @@
 """Decides whether a fused operator may replace calls of modules and of PyTorch functions."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ from torch.nn.modules import module as global_hooks
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from grootvl_mm.layers.calls import is_direct
 from grootvl_mm.ops._checks import unwatched
 from grootvl_mm.ops._compat import is_compiling
 from grootvl_mm.ops._library import has_kernels
@@ -21,6 +24,8 @@ except ImportError:  # before torch 2.4
 _PLAIN = (nn.Parameter, FakeTensor)
 # Methods and functions that profilers and similar tools replace: of a class, of all modules, of torch.nn.functional.
 _FORWARDS = (nn.Linear.forward, nn.Conv2d.forward, nn.LayerNorm.forward, nn.GELU.forward)
+# Parts of a block that run no foreign code, and their forwards; see called_directly.
+_PARTS = {kind: kind.forward for kind in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GELU)}
 _CALL = nn.Module.__call__
 _FUNCTIONS = (F.linear, F.conv2d, F.layer_norm, F.gelu, F.silu, F.softplus)
 
@@ -32,14 +37,52 @@ def untouched(*modules: nn.Module, kinds: tuple[type[nn.Module], ...], bias: boo
     module or global hooks, for a ``forward`` set on the instance or its class, for weights that are not plain dense
     parameters (pruning, weight norm, quantized and sparse tensors), and where a foreign torch function mode or a
     replaced function of ``torch.nn.functional`` must see the calls of the modules. Evaluated at every call, so later
-    changes take effect at the next call.
+    changes take effect at the next call; inside a block, once for all its modules, see :func:`is_wholly_untouched`.
 
     Args:
         modules: the modules that a fused operator would replace.
         kinds: the allowed classes, without subclasses.
         bias: True if the modules must have a bias, False if they must not, None for modules without parameters.
     """
+    if is_direct():  # all modules of the block have been checked
+        return all(type(module) in kinds and _has_bias(module, bias) for module in modules)
     return not _is_watched() and all(_is_untouched(module, kinds, bias) for module in modules)
+
+
+def called_directly(kind: type[nn.Module]) -> type[nn.Module]:
+    """Class decorator for parts of blocks: their forward runs no foreign code if all modules in them are untouched."""
+    _PARTS[kind] = kind.forward
+    return kind
+
+
+def is_wholly_untouched(block: nn.Module) -> bool:
+    """Whether all modules in a block are untouched parts of it, so that no foreign code runs while it is computed.
+
+    The functions of its modules may then be called directly, without asking again for each module.
+    """
+    if is_compiling() or _is_watched():
+        return False
+    with torch._C.DisableTorchFunction():
+        return _are_untouched_parts(block._modules.values())
+
+
+def _are_untouched_parts(modules: Iterable[nn.Module]) -> bool:
+    # Loops, since this is asked for each block at each call.
+    for module in modules:
+        kind = type(module)
+        forward = _PARTS.get(kind)
+        if forward is None or kind.forward is not forward or not _has_no_hooks(module):
+            return False
+        attributes = module.__dict__
+        if "weight" in attributes or "bias" in attributes:
+            return False
+        for parameter in attributes["_parameters"].values():
+            if parameter is not None and not _is_plain(parameter):
+                return False
+        children = attributes["_modules"]
+        if children and (forward in _FORWARDS or not _are_untouched_parts(children.values())):
+            return False
+    return True
 
 
 def are_functions_watched() -> bool:
@@ -58,12 +101,10 @@ def _has_foreign_mode() -> bool:
 @unwatched
 def has_own_kernels(*tensors: Tensor | None) -> bool:
     """Whether these are plain tensors on one device with compiled kernels, and no dispatch mode is active."""
-    return (
-        all(type(value) in (Tensor, nn.Parameter) for value in tensors)
-        and len({value.device for value in tensors}) == 1
-        and has_kernels(tensors[0].device.type)
-        and not torch._C._len_torch_dispatch_stack()
-    )
+    for value in tensors:
+        if type(value) not in (Tensor, nn.Parameter) or value.device != tensors[0].device:
+            return False
+    return has_kernels(tensors[0].device.type) and not torch._C._len_torch_dispatch_stack()
 
 
 def _is_watched() -> bool:
@@ -87,11 +128,21 @@ def _is_untouched(module: nn.Module, kinds: tuple[type[nn.Module], ...], bias: b
     return (
         type(module) in kinds
         and type(module).forward in _FORWARDS
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        and not (module._modules or module._buffers or module._compiled_call_impl)
-        and not any(name in module.__dict__ for name in ("forward", "weight", "bias"))
+        and _has_no_hooks(module)
+        and not module._modules
+        and "weight" not in module.__dict__
+        and "bias" not in module.__dict__
         and _has_plain_parameters(module, bias)
+    )
+
+
+def _has_no_hooks(module: nn.Module) -> bool:
+    """Whether a module has neither hooks nor another forward nor buffers, which pruning and quantization add."""
+    return (
+        not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not (module._buffers or module._compiled_call_impl)
+        and "forward" not in module.__dict__
     )
 
 
@@ -102,7 +153,14 @@ def _has_plain_parameters(module: nn.Module, bias: bool | None) -> bool:
         return not parameters
     return (
         len(parameters) == 2
-        and type(parameters.get("weight")) in _PLAIN
-        and parameters["weight"].layout == torch.strided
-        and (type(parameters.get("bias")) in _PLAIN if bias else parameters.get("bias", "none") is None)
+        and _is_plain(parameters.get("weight"))
+        and (_is_plain(parameters.get("bias")) if bias else parameters.get("bias", "none") is None)
     )
+
+
+def _is_plain(parameter: nn.Parameter | None) -> bool:
+    return type(parameter) in _PLAIN and parameter.layout == torch.strided
+
+
+def _has_bias(module: nn.Module, bias: bool | None) -> bool:
+    return bias is None or (module._parameters["bias"] is not None) == bias

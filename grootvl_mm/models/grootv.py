@@ -8,6 +8,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from grootvl_mm.layers.calls import call_module
 from grootvl_mm.layers.drop_path import DropPath
 from grootvl_mm.layers.initialization import InitializedModule
 from grootvl_mm.layers.mlp import MLP
@@ -117,9 +118,9 @@ class Block(nn.Module):
         return self._forward(x, tree, padding)
 
     def _forward(self, x: Tensor, tree: Tree | None, padding: Padding | None) -> tuple[Tensor, Tree]:
-        with lean(x):
+        with lean(x, self):
             # By name: tools that hook modules expect nothing but tensors among the positional arguments.
-            mixed, tree = self.mixer(self.norm1(x), tree=tree, padding=padding)
+            mixed, tree = self.mixer(call_module(self.norm1, x), tree=tree, padding=padding)
             x, normed = add_norm(x, self.drop_path(_scale(mixed, self.gamma1)), self.norm2)
             x = x + self.drop_path(_scale(self.mlp(normed), self.gamma2))
         return x, tree
@@ -146,10 +147,11 @@ class Stage(nn.Module):
         for block in self.blocks:
             x, used_tree = block(x, tree, padding)
             tree = used_tree if self.share_tree else None
-        feature = self.norm(x.permute(0, 3, 1, 2))
-        if padding is not None:
-            feature = padding.clear(feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return feature, feature if self.downsample is None else self.downsample(feature)
+        with fast(x):
+            feature = self.norm(x.permute(0, 3, 1, 2))
+            if padding is not None:
+                feature = padding.clear(feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return feature, feature if self.downsample is None else self.downsample(feature)
 
 
 @MODELS.register_module()
@@ -308,12 +310,12 @@ class GrootV(InitializedModule):
             paddings = pyramid(valid_sizes, image, levels=len(paddings))
         with fast(image):
             x = self.stem(image, paddings[0])
-            outputs = []
-            for index, stage in enumerate(self.stages):
-                feature, x = stage(x, paddings[index + 1])
-                if index in self.out_indices:
-                    # mmcv's RoIAlign on the CPU misreads other memory formats.
-                    outputs.append(feature.contiguous())
+        outputs = []
+        for index, stage in enumerate(self.stages):
+            feature, x = stage(x, paddings[index + 1])
+            if index in self.out_indices:
+                # mmcv's RoIAlign on the CPU misreads other memory formats.
+                outputs.append(feature.contiguous())
         return tuple(outputs)
 
     def _frozen_modules(self) -> list[nn.Module]:

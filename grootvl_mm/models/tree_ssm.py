@@ -6,12 +6,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from grootvl_mm.layers.calls import call_module, call_own
 from grootvl_mm.layers.conv import conv_silu
 from grootvl_mm.layers.initialization import InitializedModule, StepProjection, linear_layer
 from grootvl_mm.layers.linear import linear_in_chunks
 from grootvl_mm.layers.padding import Padding
 from grootvl_mm.layers.tracing import with_known_size
-from grootvl_mm.layers.untouched import untouched
+from grootvl_mm.layers.untouched import called_directly, untouched
 from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_scan, tree_selective_scan
 from grootvl_mm.ops._compat import is_autocast_enabled
 from grootvl_mm.ops.scan import PROPAGATIONS, selective_scan
@@ -87,6 +88,7 @@ def scattered_weight(height: int, width: int, seed: int, device: torch.device) -
 _PRIME, _SCATTER = 2**31 - 1, 1_103_515_245
 
 
+@called_directly
 class TreeSSM(InitializedModule):
     """Tree state space layer: a selective state space model (state size 1) along a spanning tree of the feature map.
 
@@ -173,11 +175,11 @@ class TreeSSM(InitializedModule):
         x = conv_silu(self.conv2d, x)
         if tree is None:
             tree = self.build_tree(x.permute(0, 3, 1, 2), padding)
-        dt, b, c = self.x_proj(x).split([self.dt_rank, 1, 1], dim=-1)
+        dt, b, c = call_module(self.x_proj, x).split([self.dt_rank, 1, 1], dim=-1)
         if padding is not None:
             b = padding.clear(b)  # clears the scan's input, delta * b * x
         y = self.selective_scan(x, dt, b, c, gate, tree, padding)
-        return self.out_proj(y), tree
+        return call_module(self.out_proj, y), tree
 
     def build_tree(self, feature: Tensor, padding: Padding | None = None) -> Tree:
         """Build the trees of (B, D, H, W) features."""
@@ -235,7 +237,8 @@ class TreeSSM(InitializedModule):
             and untouched(self.h_norm, self.out_norm, kinds=(nn.LayerNorm,))
             and self.h_norm.eps == self.out_norm.eps
         ):
-            return tree_selective_scan(
+            return call_own(
+                tree_selective_scan,
                 *(x, dt, b, c, gate),
                 dt_weight=self.dt_proj.weight,
                 dt_bias=self.dt_proj.bias,

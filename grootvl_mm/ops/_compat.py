@@ -1,17 +1,20 @@
 """Backports of APIs newer than PyTorch 2.1, and wrappers of private PyTorch APIs.
 
 The backports support eager mode only (.dev_scripts/check_oldest_torch.sh tests them on PyTorch 2.1): torch.compile and
-torch.export of the operators need PyTorch 2.4.
+torch.export of models need PyTorch 2.6.
 """
 
 import contextlib
+import ctypes
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.eager_transforms import _unwrap_all_tensors_from_functional, _wrap_all_tensors_to_functional
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 if hasattr(torch.library, "infer_schema"):
@@ -86,13 +89,13 @@ else:
 
 
 def register_autograd(operator: str, backward: Callable, *, setup_context: Callable) -> None:
-    """Register the gradient of an operator for autograd and, since PyTorch 2.4, for reverse mode of ``torch.func``.
+    """Register the gradient of an operator for autograd and for reverse mode of ``torch.func``.
 
-    PyTorch's own registration supports only autograd and raises an error under ``torch.func`` transforms.
+    PyTorch's own registration supports only autograd and raises an error under ``torch.func`` transforms. Autograd uses
+    the compiled gradient instead if there is one (ops/csrc/autograd.cpp).
     """
-    _register_gradient(operator, backward, setup_context=setup_context)
-    if not hasattr(torch.library, "register_autograd"):
-        return
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, "Autograd"):
+        _register_gradient(operator, backward, setup_context=setup_context)
     overload = _overload(operator)
 
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> Any:
@@ -113,12 +116,10 @@ def register_autograd(operator: str, backward: Callable, *, setup_context: Calla
         interpreter = retrieve_current_functorch_interpreter()
         if interpreter.key() != torch._C._functorch.TransformType.Functionalize:
             return function.apply(*inputs)
-        from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI  # not in 2.1
-
-        functional = FunctorchFunctionalizeAPI(interpreter)
-        inputs = functional.unwrap_tensors(inputs)
-        with functional.redispatch_to_next():
-            return functional.wrap_tensors(overload(*inputs))
+        reapply_views = interpreter.functionalize_add_back_views()
+        inputs = _unwrap_all_tensors_from_functional(inputs, reapply_views=reapply_views)
+        with interpreter.lower():
+            return _wrap_all_tensors_to_functional(overload(*inputs), interpreter.level())
 
     _implement(operator, kernel, "FuncTorchDynamicLayerFrontMode")
 
@@ -130,6 +131,9 @@ else:
     def autocast_dtype(device_type: str) -> torch.dtype:
         """The autocast dtype of a device type."""
         return torch.get_autocast_cpu_dtype() if device_type == "cpu" else torch.get_autocast_gpu_dtype()
+
+
+_AUTOCAST_KERNELS: dict[tuple[Callable, str], Callable] = {}
 
 
 def implement_autocast(operator: str, device_type: str, cast: Callable[..., tuple]) -> None:
@@ -146,6 +150,15 @@ def implement_autocast(operator: str, device_type: str, cast: Callable[..., tupl
             return overload(*cast(autocast_dtype(device_type), *inputs))
 
     _implement(operator, kernel, key)
+    _AUTOCAST_KERNELS[overload, device_type] = kernel
+
+
+def call_operator(overload: Callable, x: Tensor, *inputs: Any) -> Any:
+    """``overload(x, *inputs)``; calls an autocast rule directly: the dispatcher would convert all inputs twice."""
+    device_type = x.device.type
+    if is_autocast_enabled(device_type) and is_eager(x):
+        return _AUTOCAST_KERNELS[overload, device_type](x, *inputs)
+    return overload(x, *inputs)
 
 
 try:
@@ -201,7 +214,45 @@ def enable_autograd() -> Iterator[None]:
             torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
 
 
-_top_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+def _find_top_hooks() -> Callable[[], tuple[Callable, Callable] | None] | None:
+    """The function that returns the innermost saved-tensor hooks, which only C++ can call before PyTorch 2.7.
+
+    None if the library has no symbols of this name (other compilers).
+    """
+    if hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        return functools.partial(torch._C._autograd._top_saved_tensors_default_hooks, True)
+    prefix = "_ZN2at23SavedTensorDefaultHooks"
+    try:
+        library = ctypes.PyDLL(str(next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))))
+        get_hooks = library[f"{prefix}9get_hooksEv"]
+    except (StopIteration, OSError, AttributeError):
+        return None
+    # The mangled name of push_hooks tells what get_hooks returns: a pair of PyObject*, or an optional pair of
+    # SafePyObject, each a new reference with its interpreter.
+    fields = [("pack", ctypes.py_object), ("unpack", ctypes.py_object)]
+    is_optional = not hasattr(library, f"{prefix}10push_hooksEP7_objectS2_")
+    if is_optional:
+        fields = [fields[0], ("_1", ctypes.c_void_p), fields[1], ("_2", ctypes.c_void_p), ("has_value", ctypes.c_bool)]
+    get_hooks.restype = type("Hooks", (ctypes.Structure,), {"_fields_": fields})
+
+    def top_hooks() -> tuple[Callable, Callable] | None:
+        result = get_hooks()
+        if is_optional and not result.has_value:
+            return None
+        try:
+            hooks = result.pack, result.unpack
+        except ValueError:  # null pointers
+            return None
+        if is_optional:
+            for hook in hooks:
+                ctypes.pythonapi.Py_DecRef(ctypes.py_object(hook))
+        return hooks
+
+    return top_hooks
+
+
+# Returns the innermost active saved-tensor hooks (pack, unpack), such as those of activation checkpointing, or None.
+top_saved_tensors_hooks = _find_top_hooks()
 
 # (x, weight, bias, activation, its scalars, its algorithm). None if PyTorch was built without oneDNN, and before
 # PyTorch 2.4, whose oneDNN misreads expanded tensors.
@@ -211,13 +262,9 @@ if torch.backends.mkldnn.is_available() and hasattr(torch.library, "register_aut
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether ``x`` is a plain tensor in eager mode: no compiler, tracer, subclass or functional transform.
-
-    Always False on versions of PyTorch that do not report the active saved-tensor hooks.
-    """
+    """Whether ``x`` is a plain tensor in eager mode: no compiler, tracer, subclass or functional transform."""
     return (
         type(x) is Tensor
-        and _top_saved_tensors_hooks is not None
         and not is_compiling()
         and not torch.jit.is_tracing()
         and not is_transformed()
@@ -235,11 +282,6 @@ def is_forward_ad() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-def top_saved_tensors_hooks() -> tuple[Callable, Callable] | None:
-    """The innermost active saved-tensor hooks (pack, unpack), such as those of activation checkpointing."""
-    return _top_saved_tensors_hooks(True)
-
-
 def are_saved_tensors_hooks_enabled() -> bool:
     """Whether hooks on saved tensors may be used; ``torch.autograd.graph.disable_saved_tensors_hooks`` forbids them."""
     return torch._C._autograd._saved_tensors_hooks_is_enabled()
@@ -248,6 +290,7 @@ def are_saved_tensors_hooks_enabled() -> bool:
 __all__ = [
     "are_saved_tensors_hooks_enabled",
     "autocast_dtype",
+    "call_operator",
     "enable_autograd",
     "implement_autocast",
     "infer_schema",

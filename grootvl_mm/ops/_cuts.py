@@ -38,7 +38,8 @@ class _SharedCut:
 
     @staticmethod
     def _key_of(tree: "Tree") -> tuple:
-        stream = torch.cuda.current_stream(tree.parent.device).cuda_stream if tree.parent.is_cuda else None
+        # Twice per tree, so not by torch.cuda.current_stream, which creates an object of Python.
+        stream = torch._C._cuda_getCurrentRawStream(tree.parent.get_device()) if tree.parent.is_cuda else None
         return stream, *(None if part.is_inference() else part._version for part in tree)
 
 

@@ -280,12 +280,17 @@ def _autocast_scan(autocast: torch.dtype, x: Tensor, decay: Tensor, *rest: Any) 
     return x.to(dtype), decay.to(dtype), *rest
 
 
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value if value.dtype == dtype else value.to(dtype)
+
+
 def _autocast_selective_scan(autocast: torch.dtype, *inputs: Any) -> tuple:
     """Cast activations to the widest dtype among them, and parameters, which are small, to at least float32."""
     values = reference.SelectiveScanInputs(*inputs[: len(reference.SelectiveScanInputs._fields)])
     dtype = reduce(torch.promote_types, (value.dtype for value in values.activations()))
-    activations = (value.to(dtype) for value in values.activations())
-    parameters = (value.to(torch.promote_types(dtype, torch.float32)) for value in values.parameters())
+    wide = torch.promote_types(dtype, torch.float32)
+    activations = (_cast(value, dtype) for value in values.activations())
+    parameters = (_cast(value, wide) for value in values.parameters())
     return *activations, *parameters, *inputs[len(values) :]
 
 

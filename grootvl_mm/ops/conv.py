@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from grootvl_mm.ops import _neighbours  # noqa: F401  defines torch.ops.grootvl
-from grootvl_mm.ops._checks import check_parameter_dtype, check_same_device, check_tensor, unwatched
+from grootvl_mm.ops._checks import check_parameter_dtype, check_same_device, check_tensor, checked, unwatched
+from grootvl_mm.ops._compat import call_operator
 
 
 def depthwise_conv_silu(x: Tensor, weight: Tensor) -> Tensor:
@@ -26,12 +27,16 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor) -> Tensor:
         TypeError: an argument is not a tensor, or the dtypes do not match.
         ValueError: shapes or devices do not match.
     """
-    _check(x, weight)
-    return torch.ops.grootvl.depthwise_conv_silu(x, weight)
+    return checked(_check, _convolve, (x, weight))
+
+
+def _convolve(inputs: tuple[Tensor, Tensor]) -> Tensor:
+    return call_operator(torch.ops.grootvl.depthwise_conv_silu.default, *inputs)
 
 
 @unwatched
-def _check(x: Tensor, weight: Tensor) -> None:
+def _check(inputs: tuple[Tensor, Tensor]) -> None:
+    x, weight = inputs
     check_tensor("x", x, "(B, H, W, D)", 4)
     shape = (x.shape[3], 1, 3, 3)
     check_tensor("weight", weight, shape, 4)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from grootvl_mm.ops import _neighbours  # noqa: F401  defines torch.ops.grootvl
-from grootvl_mm.ops._checks import FLOATING, check_parameter_dtype, check_same_device, check_tensor, unwatched
+from grootvl_mm.ops._checks import FLOATING, check_parameter_dtype, check_same_device, check_tensor, checked, unwatched
+from grootvl_mm.ops._compat import call_operator
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None) -> Tensor:
@@ -27,8 +28,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype
         TypeError: an argument is not a tensor, or the dtypes do not match.
         ValueError: shapes or devices do not match.
     """
-    _check_norm(x, weight, bias, dtype)
-    return torch.ops.grootvl.layer_norm(x, weight, bias, eps, dtype)
+    return checked(_check_norm, _norm, (x, weight, bias), eps, dtype)
 
 
 def residual_layer_norm(
@@ -62,34 +62,50 @@ def residual_layer_norm(
         TypeError: an argument is not a tensor, or the dtypes do not match.
         ValueError: shapes or devices do not match, or ``factor`` requires a gradient.
     """
-    _check_norm(x, weight, bias, dtype)
-    _check_branch(x, branch, factor)
-    return torch.ops.grootvl.residual_layer_norm(x, branch, factor, weight, bias, eps, dtype)
+    if factor is not None:
+        _check_factor(x, factor)
+    return checked(_check_residual_norm, _residual_norm, (x, branch, weight, bias), eps, dtype, factor)
+
+
+def _norm(inputs: tuple[Tensor, Tensor, Tensor], eps: float, dtype: torch.dtype | None) -> Tensor:
+    return call_operator(torch.ops.grootvl.layer_norm.default, *inputs, eps, dtype)
+
+
+def _residual_norm(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor], eps: float, dtype: torch.dtype | None, factor: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    x, branch, weight, bias = inputs
+    return call_operator(torch.ops.grootvl.residual_layer_norm.default, x, branch, factor, weight, bias, eps, dtype)
 
 
 @unwatched
-def _check_branch(x: Tensor, branch: Tensor, factor: Tensor | None) -> None:
+def _check_residual_norm(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor], eps: float, dtype: torch.dtype | None, factor: Tensor | None
+) -> None:
+    x, branch, weight, bias = inputs
+    _check_norm((x, weight, bias), eps, dtype)
     check_tensor("branch", branch, "(B, ..., C)", x.dim())
     if branch.shape != x.shape:
         raise ValueError(f"branch must have the shape of x {tuple(x.shape)}, got {tuple(branch.shape)}")
     _check_dtype("branch", branch.dtype, x)
     check_same_device(x=x, branch=branch)
-    if factor is not None:
-        check_tensor("factor", factor, "(B)", 1)
-        if x.dim() < 2 or factor.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"factor must have shape (B) for x (B, ..., C) {tuple(x.shape)}, got {tuple(factor.shape)}"
-            )
-        check_same_device(x=x, factor=factor)
-        if factor.requires_grad:
-            raise ValueError("factor must not require a gradient; multiply branch by it instead")
 
 
 @unwatched
-def _check_norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype | None) -> None:
-    if not isinstance(x, Tensor) or x.dim() == 0:
-        raise TypeError(f"x must be a tensor (..., C), got {type(x).__name__}")
-    check_tensor("x", x, "(..., C)", x.dim())
+def _check_factor(x: Tensor, factor: Tensor) -> None:
+    _check_rank(x)
+    check_tensor("factor", factor, "(B)", 1)
+    if x.dim() < 2 or factor.shape[0] != x.shape[0]:
+        raise ValueError(f"factor must have shape (B) for x (B, ..., C) {tuple(x.shape)}, got {tuple(factor.shape)}")
+    check_same_device(x=x, factor=factor)
+    if factor.requires_grad:
+        raise ValueError("factor must not require a gradient; multiply branch by it instead")
+
+
+@unwatched
+def _check_norm(inputs: tuple[Tensor, Tensor, Tensor], eps: float, dtype: torch.dtype | None) -> None:
+    x, weight, bias = inputs
+    _check_rank(x)
     for name, parameter in (("weight", weight), ("bias", bias)):
         check_tensor(name, parameter, "(C)", 1)
         if parameter.shape != x.shape[-1:]:
@@ -98,6 +114,12 @@ def _check_norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype | No
     check_same_device(x=x, weight=weight, bias=bias)
     if dtype is not None:
         _check_dtype("dtype", dtype, x)
+
+
+def _check_rank(x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        raise TypeError(f"x must be a tensor (..., C), got {type(x).__name__}")
+    check_tensor("x", x, "(..., C)", x.dim())
 
 
 def _check_dtype(name: str, dtype: torch.dtype, x: Tensor) -> None:

@@ -331,11 +331,11 @@ class SelectiveScanInputs(NamedTuple):
 
     def activations(self) -> tuple[Tensor, ...]:
         """The inputs that depend on the image."""
-        return self[:5]
+        return tuple(self)[:5]
 
     def parameters(self) -> tuple[Tensor, ...]:
         """The learned inputs."""
-        return self[5:]
+        return tuple(self)[5:]
 
 
 def selective_scan(

@@ -12,9 +12,10 @@ from grootvl_mm.ops._checks import (
     check_parameter_dtype,
     check_same_device,
     check_tensor,
+    checked,
     unwatched,
 )
-from grootvl_mm.ops._compat import is_autocast_enabled, is_forward_ad
+from grootvl_mm.ops._compat import call_operator, is_autocast_enabled, is_forward_ad
 from grootvl_mm.ops._cuts import cut_of
 from grootvl_mm.ops.reference import SelectiveScanInputs, selective_scan
 from grootvl_mm.ops.tree import Tree
@@ -114,11 +115,20 @@ def tree_selective_scan(
         *(x, dt, b, c, gate, dt_weight, dt_bias, A_log, Ds),
         *(h_norm_weight, h_norm_bias, out_norm_weight, out_norm_bias),
     )
-    _check_selective_scan(inputs, tree, propagation)
-    if len({parameter.dtype for parameter in inputs.parameters()}) > 1 and not is_autocast_enabled(x.device.type):
+    return checked(_check_selective_scan, _selective_scan, inputs, tree, eps, propagation)
+
+
+def _selective_scan(inputs: SelectiveScanInputs, tree: Tree, eps: float, propagation: str) -> Tensor:
+    if not tree.parent.device == tree.order.device == inputs.x.device:  # the kernels of another device would be called
+        raise ValueError("the trees must be on the device of x")
+    dtype = inputs.dt_weight.dtype
+    is_mixed = any(parameter.dtype != dtype for parameter in inputs.parameters())
+    if is_mixed and not is_autocast_enabled(inputs.x.device.type):
+        _check_selective_scan(inputs, tree, eps, propagation)  # of the dtypes that came
         wide = (parameter.float() for parameter in inputs.parameters())
         inputs = SelectiveScanInputs(*inputs.activations(), *wide)
-    return torch.ops.grootvl.tree_selective_scan(*inputs, *tree, eps, propagation, cut_of(tree))
+    operator = torch.ops.grootvl.tree_selective_scan.default
+    return call_operator(operator, *inputs, tree.parent, tree.order, eps, propagation, cut_of(tree))
 
 
 @unwatched
@@ -136,13 +146,15 @@ def _check_scan(x: Tensor, decay: Tensor, tree: Tree, propagation: str) -> None:
 
 
 @unwatched
-def _check_selective_scan(inputs: SelectiveScanInputs, tree: Tree, propagation: str) -> None:
+def _check_selective_scan(inputs: SelectiveScanInputs, tree: Tree, eps: float, propagation: str) -> None:
     check_choice("propagation", propagation, PROPAGATIONS)
     x, dt_weight = inputs.x, inputs.dt_weight
     check_tensor("x", x, "(B, L, D)", 3)
     check_tensor("dt_weight", dt_weight, "(D, R)", 2)
     batch, vertices, channels = x.shape
-    shapes = dict.fromkeys(inputs._fields, (channels,)) | {
+    # Dynamo of PyTorch 2.6 supports neither the operator | nor the methods of instances here.
+    shapes = {
+        **dict.fromkeys(SelectiveScanInputs._fields, (channels,)),
         "x": x.shape,
         "dt": (batch, vertices, dt_weight.shape[1]),
         "b": (batch, vertices, 1),
@@ -151,7 +163,7 @@ def _check_selective_scan(inputs: SelectiveScanInputs, tree: Tree, propagation: 
         "dt_weight": (channels, dt_weight.shape[1]),
     }
     is_cast = is_autocast_enabled(x.device.type)
-    activations = inputs._fields[: len(inputs.activations())]
+    activations = SelectiveScanInputs._fields[: len(inputs.activations())]
     for (name, shape), value in zip(shapes.items(), inputs, strict=True):
         check_tensor(name, value, tuple(shape), len(shape))
         if value.shape != shape:
@@ -163,7 +175,7 @@ def _check_selective_scan(inputs: SelectiveScanInputs, tree: Tree, propagation: 
         elif value.dtype != x.dtype:
             raise TypeError(f"{name} must be {x.dtype} like x, got {value.dtype}")
     _check_tree(tree, x)
-    check_same_device(**inputs._asdict(), parent=tree.parent, order=tree.order)
+    check_same_device(**dict(zip(shapes, inputs, strict=True)), parent=tree.parent, order=tree.order)
     _refuse_tangents("tree_selective_scan", inputs)
 
 
@@ -180,7 +192,7 @@ def _check_tree(tree: Tree, x: Tensor) -> None:
     """Check that the trees match the batch and the vertices of ``x``."""
     if not isinstance(tree, Tree):
         raise TypeError(f"tree must be a grootvl_mm.ops.Tree, got {type(tree).__name__}")
-    for name, vertices in zip(tree._fields, tree, strict=True):
+    for name, vertices in zip(Tree._fields, tree, strict=True):
         check_tensor(f"tree.{name}", vertices, "(B, L)", 2, (torch.int32,))
         if vertices.shape != x.shape[:2]:
             raise ValueError(

@@ -1,5 +1,5 @@
-// The schemas of all operators. Kernels are registered where they are implemented; fake kernels, gradients and autocast
-// in grootvl_mm/ops/_library.py and _neighbours.py.
+// The schemas of all operators. Kernels are registered where they are implemented, gradients in autograd.cpp; fake
+// kernels, double backward and autocast in grootvl_mm/ops/_library.py and _neighbours.py.
 #include <torch/library.h>
 
 TORCH_LIBRARY(grootvl, m) {

@@ -10,9 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grootvl_mm.layers import conv as layer
 from grootvl_mm.layers.conv import conv_silu
-from tests.helpers.marks import needs_compiler
-
-pytestmark = needs_compiler
 
 
 class OtherConv(nn.Conv2d):

@@ -10,9 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grootvl_mm.layers import mlp_in_pieces
 from grootvl_mm.layers.mlp import MLP
-from tests.helpers.marks import needs_compiler
 
-pytestmark = needs_compiler
 CHANNELS = 6
 
 

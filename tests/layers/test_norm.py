@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from grootvl_mm.layers import norm as layers
 from grootvl_mm.layers.norm import add_norm, layer_norm, narrow_layer_norm
 from grootvl_mm.layers.recompute import lean
-from tests.helpers.marks import needs_compiler
 
-pytestmark = needs_compiler
 HALF = torch.bfloat16
 
 

@@ -13,9 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from grootvl_mm.layers import recompute
 from grootvl_mm.layers.mlp import MLP
 from grootvl_mm.layers.recompute import fast, lean, narrow
-from tests.helpers.marks import needs_compiler
-
-pytestmark = needs_compiler
 
 
 class Layers(nn.Module):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
 
-from grootvl_mm.layers.untouched import untouched
+from grootvl_mm.layers.mlp import MLP
+from grootvl_mm.layers.untouched import is_wholly_untouched, untouched
 
 
 class OtherLinear(nn.Linear):
@@ -117,3 +118,25 @@ def test_what_comes_off_again() -> None:
     handle.remove()
     prune.remove(prune.identity(layer, "weight"), "weight")
     assert untouched(layer, kinds=(nn.Linear,))
+
+
+def test_what_touches_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers, its parts, and what watches all modules and functions; not the block itself."""
+    block = nn.Module()
+    block.mlp = MLP(3, ratio=1)
+    assert is_wholly_untouched(block)
+    block.register_forward_hook(print)
+    assert is_wholly_untouched(block)
+    for touch in [*TOUCHES.values(), lambda layer: setattr(layer, "__class__", nn.Bilinear)]:
+        if touch is not TOUCHES["no bias"] and touch is not TOUCHES["further parameter"]:  # computed as they are
+            touched = copy.deepcopy(block)
+            touch(touched.mlp.fc1)
+            assert not is_wholly_untouched(touched)
+    for name in ("forward hook", "forward pre-hook", "backward hook", "own forward", "adapter inside", "compiled"):
+        touched = copy.deepcopy(block)
+        TOUCHES[name](touched.mlp)
+        assert is_wholly_untouched(touched) == (name == "adapter inside")  # an untouched layer, which nobody calls
+    with Watching():
+        assert not is_wholly_untouched(block)
+    monkeypatch.setattr(MLP, "forward", lambda self, x: x)
+    assert not is_wholly_untouched(block)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from grootvl_mm.layers.padding import pyramid
 from grootvl_mm.models import GrootV, TreeSSM, grootv
 from grootvl_mm.models.tree_ssm import SCANS, raster_path
-from tests.helpers.marks import needs_compiler
+from tests.helpers.marks import HALVES, needs_compiler, needs_free_batches
 
 NANO = {"channels": 8, "depths": [1, 2]}
 SIZES = [(23, 37), (40, 17), (40, 44), (3, 44)]
@@ -127,7 +127,7 @@ def test_without_padding_nothing_changes(device: torch.device) -> None:
         torch.testing.assert_close(model(image), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_16_bits(device: torch.device, dtype: torch.dtype, autocast: bool) -> None:
     """A path row by row, whose order no rounding can change."""
@@ -145,7 +145,7 @@ def test_16_bits(device: torch.device, dtype: torch.dtype, autocast: bool) -> No
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", HALVES)
 def test_tree_in_16_bits(device: torch.device, dtype: torch.dtype) -> None:
     model = make().to(device)
     images = random_images(device)
@@ -273,6 +273,7 @@ def test_compiles_as_one_graph(device: torch.device, options: dict) -> None:
 
 
 @needs_compiler
+@needs_free_batches
 @pytest.mark.parametrize("options", [{}, {"scan": "raster", "tree_root": "last"}])
 def test_export_for_any_number_of_pictures_of_any_size(options: dict) -> None:
     model = make(**options).eval()

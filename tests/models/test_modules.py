@@ -4,6 +4,7 @@ The tools that people use on models are written here as they work: an adapter is
 of it, a counter is a forward hook, a pruned weight is computed by a pre-hook.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from grootvl_mm.models import GrootV, TreeSSM
+from grootvl_mm.layers.recompute import lean
+from grootvl_mm.models import GrootV, TreeSSM, grootv
 from tests.helpers.marks import needs_compiler
 
 LINEAR = ("in_proj", "x_proj", "dt_proj", "out_proj", "fc1", "fc2")
@@ -106,6 +108,44 @@ def test_hooks_are_called_once_and_have_the_last_word(name: str) -> None:
     assert not torch.allclose(both_modes(model, image), plain, rtol=1e-3)
 
 
+@needs_compiler
+@pytest.mark.parametrize("is_autocast", [False, True])
+@pytest.mark.parametrize("watched", [True, False], ids=["gradients", "no gradients"])
+def test_blocks_with_and_without_hooks_are_the_same(
+    device: torch.device, watched: bool, is_autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without hooks, the functions of their modules are called directly; values, gradients and memory are the same."""
+    model, image = make(drop_path_rate=0.2, ignore_padding=True).to(device), torch.randn(2, 3, 40, 48, device=device)
+    image[0, :, 30:] = 0
+    directly = []
+    monkeypatch.setattr(grootv, "lean", lambda *args: _spied(lean(*args), directly))
+
+    def run() -> tuple[list[Tensor], int]:
+        kept: dict[int, Tensor] = {}
+        torch.manual_seed(0)
+        with (
+            torch.set_grad_enabled(watched),
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda value: kept.update({value.untyped_storage()._cdata: value}) or value, lambda value: value
+            ),
+            torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_autocast),
+        ):
+            feature = model(image)[-1]
+        grads = torch.autograd.grad(feature.square().sum(), list(model.parameters())) if watched else ()
+        return [feature, *grads], sum(value.untyped_storage().nbytes() for value in kept.values())
+
+    plain = run()
+    for parent, _ in layers(model, "mlp"):
+        parent.mixer.register_forward_hook(lambda *args: None)
+    torch.testing.assert_close(run(), plain, rtol=0, atol=0)
+    assert directly == [True, True, False, False]
+
+
+def _spied(context: contextlib.AbstractContextManager, directly: list[bool]) -> contextlib.AbstractContextManager:
+    directly.append(context.is_direct)
+    return context
+
+
 @pytest.mark.parametrize("name", NORMS)
 def test_activations_and_gradients_of_norms(name: str) -> None:
     """What Grad-CAM reads: they are those of the map that the model returned."""
@@ -184,6 +224,8 @@ def test_replaced_norms(norm: Callable, name: str) -> None:
 
 class Int8(Tensor):
     """A weight that is kept in 8 bits, as weight-only quantization does it: operators see it dequantized."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
 
     @staticmethod
     def __new__(cls, values: Tensor) -> "Int8":
@@ -327,7 +369,6 @@ def test_16_bits_with_norms_and_states_in_single_precision(hooked: bool) -> None
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-@needs_compiler
 def test_per_sample_gradients_by_torch_func() -> None:
     """``vmap`` of ``grad`` of a functional call."""
     model, images = make().double(), torch.randn(2, 3, 32, 40, dtype=torch.float64)

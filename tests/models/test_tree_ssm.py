@@ -68,7 +68,6 @@ def test_trees_have_no_gradient_and_are_handed_on(device: torch.device) -> None:
     assert all(torch.equal(a, b) for a, b in zip(tree, same, strict=True))
 
 
-@needs_compiler
 @pytest.mark.parametrize(("channels", "maps"), [(4, 12)])
 def test_a_block_keeps_twelve_maps(channels: int, maps: int) -> None:
     """In maps of C channels: the inputs of both norms 1 each, in-projection 4, scan 2, MLP 4; the trees are C / 2."""

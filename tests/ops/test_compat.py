@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+from torch.autograd.graph import saved_tensors_hooks
+
+from grootvl_mm.ops._compat import top_saved_tensors_hooks
+
 CODE = """
 import mmengine.runner  # and what it takes from torch
 import torch
@@ -35,3 +39,17 @@ assert shapeless.shape == x.shape and shapeless.dtype == x.dtype
 def test_operators_without_the_newer_registrations():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_innermost_saved_tensor_hooks():
+    """Before PyTorch 2.7, they are found in C++: references must be kept and released."""
+    pack, other, unpack = (lambda value: value for _ in range(3))
+    assert top_saved_tensors_hooks() is None
+    with saved_tensors_hooks(pack, unpack):
+        references = [sys.getrefcount(hook) for hook in (pack, unpack)]
+        with saved_tensors_hooks(other, unpack):
+            assert top_saved_tensors_hooks() == (other, unpack)
+        for _ in range(10):
+            assert top_saved_tensors_hooks() == (pack, unpack)
+        assert [sys.getrefcount(hook) for hook in (pack, unpack)] == references
+    assert top_saved_tensors_hooks() is None

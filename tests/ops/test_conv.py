@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grootvl_mm.ops import depthwise_conv_silu, reference_neighbours
+from tests.helpers.marks import HALVES
 from tests.helpers.trees import SEEDS, SIZES
 
 BACKWARD = torch.ops.grootvl.depthwise_conv_silu_backward
@@ -145,7 +146,7 @@ def test_empty(device: torch.device, shape: tuple) -> None:
     assert not weight.grad.any()
 
 
-@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", HALVES)
 def test_autocast_casts_as_a_convolution_does(device: torch.device, autocast: torch.dtype) -> None:
     """But for the weight, which keeps its precision and gets its gradient in it."""
     x, weight, _ = (value.to(device) for value in sample(2, 5, 6, 16, dtype=torch.float32))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grootvl_mm.ops import layer_norm, reference_neighbours, residual_layer_norm
+from tests.helpers.marks import HALVES
 from tests.helpers.trees import SEEDS
 
 EPS = 1e-6
@@ -191,7 +192,7 @@ def test_a_single_row_and_a_vector(device: torch.device) -> None:
     torch.testing.assert_close(layer_norm(x[None], one, one), F.layer_norm(x[None], (80,), one, one))
 
 
-@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", HALVES)
 def test_autocast_norms_into_its_own_dtype(device: torch.device, autocast: torch.dtype) -> None:
     """And leaves the residual stream as it is."""
     inputs = sample((2, 9, 32), 0, torch.float32, autocast)

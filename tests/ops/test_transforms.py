@@ -16,10 +16,6 @@ from grootvl_mm.ops import (
     tree_scan,
     tree_selective_scan,
 )
-from tests.helpers.marks import needs_compiler
-
-# Before PyTorch 2.4, its own rules for these transforms are not complete.
-pytestmark = needs_compiler
 
 HEIGHT, WIDTH, CHANNELS = 2, 3, 4
 SHAPE = (1, HEIGHT * WIDTH, CHANNELS)

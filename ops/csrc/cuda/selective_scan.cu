@@ -7,6 +7,7 @@
 #include "selective_scan.h"
 
 #include <ATen/Context.h>
+#include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/matmul.h>
@@ -17,6 +18,7 @@
 #include <algorithm>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "cuda/piece_scan.cuh"
 #include "cuda/selective_input.cuh"
@@ -240,19 +242,28 @@ void run_backward(const Prepared<T, kPack>& prepared, const at::Tensor& grad_y, 
   });
 
   const at::Tensor of_output = output_sums.sum(0), of_input = input_sums.sum(0);
-  const auto as = [](const at::Tensor& grad, const at::Tensor& value) {
-    const at::Tensor cast = grad.to(value.scalar_type());
-    // Results of an operator must not share memory.
-    return cast.is_alias_of(grad) ? cast.clone() : cast;
-  };
   grads.b = b_parts.sum(-1).view(grads.b.sizes()).to(grads.b.scalar_type());
-  grads.Ds = as(of_output[kSkip], grads.Ds);
-  grads.h_norm_weight = as(of_output[kHNormWeight], grads.h_norm_weight);
-  grads.h_norm_bias = as(of_output[kHNormBias], grads.h_norm_bias);
-  grads.out_norm_weight = as(of_output[kOutNormWeight], grads.out_norm_weight);
-  grads.out_norm_bias = as(of_output[kOutNormBias], grads.out_norm_bias);
-  grads.dt_bias = as(of_input[kBias], grads.dt_bias);
-  grads.A_log = of_input[kRate].mul(prepared.in.A_log.exp().neg()).to(grads.A_log.scalar_type());
+  // One kernel copies all, since results of an operator must not share memory. The rate is -exp(A_log).
+  const std::vector<at::Tensor> of_parameters = at::_foreach_mul(
+      {of_output[kSkip],
+       of_output[kHNormWeight],
+       of_output[kHNormBias],
+       of_output[kOutNormWeight],
+       of_output[kOutNormBias],
+       of_input[kBias],
+       of_input[kRate]},
+      std::vector<at::Scalar>{1, 1, 1, 1, 1, 1, -1});
+  int parameter = 0;
+  for (at::Tensor* grad :
+       {&grads.Ds,
+        &grads.h_norm_weight,
+        &grads.h_norm_bias,
+        &grads.out_norm_weight,
+        &grads.out_norm_bias,
+        &grads.dt_bias}) {
+    *grad = of_parameters[parameter++].to(grad->scalar_type());
+  }
+  grads.A_log = of_parameters[parameter].mul(prepared.in.A_log.exp()).to(grads.A_log.scalar_type());
   if (sums_products) {
     grads.dt = dt_parts.sum(1).view(grads.dt.sizes()).to(grads.dt.scalar_type());
     grads.dt_weight = of_input.slice(0, kInputSums).t().contiguous().to(grads.dt_weight.scalar_type());
