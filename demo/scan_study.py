@@ -5,25 +5,38 @@ or a ConvNeXt or Swin Transformer of the same depths and widths. Tasks: instance
 segmentation (seg) of the demo scenes; and curves, which need long-range connections: segmenting the marked curve
 (curves, curves-long, curves-dashed), and classifying whether two marks are joined (curves-cls).
 
-To resume an interrupted study, repeat the command: finished parts are not run again. The tables are written to
-WORK_DIR/README.md, all numbers to WORK_DIR/results.json.
+Each task is finished before the next one starts. To resume an interrupted study, or to repeat failed trainings, repeat
+the command: finished parts are not run again. The tables are written to WORK_DIR/README.md, all numbers to
+WORK_DIR/results.json, and with --jobs the output of each training to WORK_DIR/TASK-ARM-ITERS-SEED/output.txt.
 """
 
 import argparse
 import json
 import math
+import signal
 import statistics
-import time
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from scipy.stats import t as student
-from studies import markdown_table, read_results, resized, scheduled, summary, write_results
-from train_on_digits import CONFIG_DATA, ROOT, moved_paths, run
+from studies import (
+    Training,
+    markdown_table,
+    read_results,
+    resized,
+    run_trainings,
+    scheduled,
+    summary,
+    write_results,
+)
+from train_on_digits import CONFIG_DATA, ROOT, command_of, moved_paths, run
 
+from grootvl_mm.apis import cli
 from grootvl_mm.apis.resume import find_resumable_checkpoint
 
 CURVES_DATA = "data/curves/"  # data_root of the configs for curves
@@ -112,6 +125,8 @@ def parse_args() -> argparse.Namespace:
     add("--iters", type=int, metavar="N", help="iterations of each training (default: depends on the task)")
     add("--train", type=int, metavar="N", help="number of training scenes (default: 1500 digits, 4000 curves)")
     add("--val", type=int, metavar="N", help="number of validation scenes (default: 400 digits, 1000 curves)")
+    add("--jobs", type=int, default=1, metavar="N", help="number of trainings at a time, which share the cores and the "
+        "GPU, if there is one (default: %(default)s)")  # fmt: skip
     args = parser.parse_args()
     preset = PRESETS.get(args.preset, {"arms": list(ARMS), "tasks": list(TASKS), "seeds": [0, 1, 2]})
     for name, value in preset.items():
@@ -119,6 +134,8 @@ def parse_args() -> argparse.Namespace:
             setattr(args, name, value)
     if min(value for value in (args.iters, args.train, args.val, 2) if value is not None) < 2:
         parser.error("--iters, --train and --val must be at least 2")
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
     return args
 
 
@@ -127,17 +144,17 @@ def is_curves(task: str) -> bool:
     return task.startswith("curves")
 
 
-def make_data(task: str, args: argparse.Namespace) -> Path:
-    """Generate the data of a task if they do not exist; curves-cls shares those of curves."""
+def data_folder(task: str, args: argparse.Namespace) -> Path:
+    """The folder of a task's data; curves-cls shares that of curves."""
+    return args.work_dir / "data" / (task.removesuffix("-cls") if is_curves(task) else "digits")
+
+
+def make_data(task: str, args: argparse.Namespace) -> None:
+    """Generate the data of a task if they do not exist."""
     train, val = (4000, 1000) if is_curves(task) else (1500, 400)
+    script = "make_curve_data.py" if is_curves(task) else "make_demo_data.py"
     counts = ("--train", args.train or train, "--val", args.val or val)
-    if is_curves(task):
-        folder = args.work_dir / "data" / task.removesuffix("-cls")
-        run("dataset_converters/make_curve_data.py", "--out", folder, *counts, *TASKS[task].data)
-    else:
-        folder = args.work_dir / "data" / "digits"
-        run("dataset_converters/make_demo_data.py", "--out", folder, *counts)
-    return folder
+    run(f"dataset_converters/{script}", "--out", data_folder(task, args), *counts, *TASKS[task].data)
 
 
 def peer_backbone(peer: str, channels: int, depths: Sequence[int], out_indices: Sequence[int]) -> dict[str, Any]:
@@ -195,23 +212,23 @@ def overrides(cfg: Config, task: str, data: Path) -> Iterator[str]:
         yield f"model.data_preprocessor.size=({scale},{scale})"
 
 
-def train(arm: str, task: str, seed: int, data: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Train and evaluate one arm; return its metrics, 0 to 1, and the duration in seconds."""
+def plan(arm: str, task: str, seed: int, args: argparse.Namespace) -> Training:
+    """Prepare the training and evaluation of one arm."""
     iters = args.iters or TASKS[task].iters
     config = write_config(arm, task, args.work_dir / "configs")
     folder = args.work_dir / f"{task}-{arm}-{iters}-{seed}"
     options = [f"train_cfg.val_interval={iters}", "default_hooks.checkpoint.max_keep_ckpts=1"]
-    schedule = [*scheduled(iters, seed), *options]
-    start = time.monotonic()
-    if find_resumable_checkpoint(folder) != folder / f"iter_{iters}.pth" or read_metrics(task, folder) is None:
-        options = overrides(Config.fromfile(config), task, data)
-        run("train.py", config, "--work-dir", folder, "--resume", "auto", "--cfg-options", *schedule, *options)
-    return {**read_metrics(task, folder), "seconds": round(time.monotonic() - start)}
+    options += [*scheduled(iters, seed), *overrides(Config.fromfile(config), task, data_folder(task, args))]
+    command = command_of("train.py", config, "--work-dir", folder, "--resume", "auto", "--cfg-options", *options)
+    return Training(f"{task}/{arm}/{iters}/{seed}", folder, command)
 
 
-def read_metrics(task: str, folder: Path) -> dict[str, float] | None:
-    """The metrics at the end of a training, or None if it was not evaluated."""
-    for path in sorted(folder.glob("*/vis_data/scalars.json"), reverse=True):
+def read_metrics(training: Training) -> dict[str, float] | None:
+    """The metrics at the end of a training, 0 to 1, or None if it was not finished and evaluated."""
+    task, _, iters, _ = training.name.split("/")
+    if find_resumable_checkpoint(training.folder) != training.folder / f"iter_{iters}.pth":
+        return None
+    for path in sorted(training.folder.glob("*/vis_data/scalars.json"), reverse=True):
         for line in reversed(path.read_text().splitlines()):
             values = json.loads(line)
             found = {title: values.get(key) for title, (key, _) in TASKS[task].metrics.items()}
@@ -270,26 +287,67 @@ def make_page(results: dict[str, dict[str, float]], args: argparse.Namespace) ->
     return "\n".join([*page, note])
 
 
+def run_missing(results: dict[str, dict[str, float]], args: argparse.Namespace) -> dict[str, str]:
+    """Run the trainings without results and add theirs, each as soon as it is known.
+
+    Args:
+        results: Metrics, and the duration of the training in seconds, by name; modified in place.
+        args: The command line.
+
+    Returns:
+        What went wrong, by the names of the trainings without results.
+    """
+    logger = MMLogger.get_instance("scan_study")
+    missing: list[Training] = []
+    failures: dict[str, str] = {}
+    for task in args.tasks:
+        trainings = [plan(arm, task, seed, args) for seed in args.seeds for arm in args.arms]
+        for training in trainings:
+            # Not in the results if the study was interrupted right after the training.
+            if training.name not in results and (metrics := read_metrics(training)):
+                results[training.name] = {**metrics, "seconds": 0}
+        trainings = [training for training in trainings if training.name not in results]
+        if trainings:
+            make_data(task, args)
+        missing += trainings
+    logger.info("Missing trainings: %d, to be run %d at a time.", len(missing), args.jobs)
+    with closing(run_trainings(missing, args.jobs)) as ended:
+        for number, (training, status, seconds, output) in enumerate(ended, 1):
+            metrics = None if status else read_metrics(training)
+            if metrics:
+                results[training.name] = {**metrics, "seconds": round(seconds)}
+                write_results(args.work_dir / "results.json", results)
+                write_page(results, args)
+                outcome = ", ".join(f"{title} {value:.3f}" for title, value in metrics.items())
+            else:
+                outcome = f"exit status {status}" if status else "no metrics"
+                failures[training.name] = f"{outcome} (output: {output or 'above'})"
+            logger.info("%d of %d: %s: %s, %.0f s", number, len(missing), training.name, outcome, seconds)
+    return failures
+
+
+def write_page(results: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
+    """Write the tables of all tasks, and return them."""
+    page = make_page(results, args)
+    with cli.output_file(args.work_dir / "README.md") as partial:
+        partial.write_text(page)
+    return page
+
+
 def main() -> None:
     """Run the command."""
     args = parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that trainings are stopped, too
     logger = MMLogger.get_instance("scan_study")
     args.work_dir = args.work_dir.resolve()
     path = args.work_dir / "results.json"
     results = read_results(path, {})
-    data = {task: make_data(task, args) for task in args.tasks}
-    for seed in args.seeds:
-        for task in args.tasks:
-            for arm in args.arms:
-                key = f"{task}/{arm}/{args.iters or TASKS[task].iters}/{seed}"
-                if key not in results:
-                    results[key] = train(arm, task, seed, data[task], args)
-                    write_results(path, results)
-                    (args.work_dir / "README.md").write_text(make_page(results, args))
-                logger.info("%s: %s", key, results[key])
-    page = make_page(results, args)
-    (args.work_dir / "README.md").write_text(page)
-    logger.info("\n%s", page)
+    failures = run_missing(results, args)
+    write_results(path, results)
+    logger.info("\n%s", write_page(results, args))
+    if failures:
+        listed = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
+        cli.fail(f"{len(failures)} trainings failed; repeat the command to try again:\n{listed}")
 
 
 if __name__ == "__main__":

@@ -89,9 +89,14 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def command_of(script: str, *arguments: object) -> list[str]:
+    """The command line of a script in ``tools/``."""
+    return [sys.executable, str(TOOLS / script), *map(str, arguments)]
+
+
 def run(script: str, *arguments: object) -> None:
     """Run a script in ``tools/`` and exit with an error if it fails."""
-    command = [sys.executable, str(TOOLS / script), *map(str, arguments)]
+    command = command_of(script, *arguments)
     status = subprocess.run(command, check=False).returncode
     if status:
         cli.fail(f"{script} exited with status {status} (command: {' '.join(command)})")

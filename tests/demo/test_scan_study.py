@@ -76,19 +76,67 @@ def test_presets(study, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert args.iters == study.PRESETS[name]["iters"]
 
 
+FAKE_TRAINING = """
+import json, pathlib, sys, zipfile
+folder = pathlib.Path(sys.argv[1])
+if "raster" in folder.name and "-1" in folder.name:
+    sys.exit("out of luck")
+(folder / "now" / "vis_data").mkdir(parents=True)
+(folder / "now" / "vis_data" / "scalars.json").write_text(json.dumps({"loss": 1}) + "\\n" + json.dumps({"aAcc": 75.0}))
+with zipfile.ZipFile(folder / "iter_5.pth", "w") as file:
+    file.writestr("iter_5/data.pkl", b"")
+"""
+
+
+def test_failures_are_reported_at_the_end(study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other trainings go on, finished ones are not repeated, and the output of failed ones is named."""
+    made = []
+
+    def command_of(script: str, config: Path, option: str, folder: Path, *_: object) -> list[str]:
+        assert (script, option) == ("train.py", "--work-dir")
+        return [sys.executable, "-c", FAKE_TRAINING, str(folder)]
+
+    monkeypatch.setattr(study, "command_of", command_of)
+    monkeypatch.setattr(study, "make_data", lambda task, args: made.append(task))
+    monkeypatch.setattr(study.signal, "signal", lambda *_: None)
+    work_dir = tmp_path / "study"
+    options = ["--tasks", "curves", "--arms", "tree", "raster", "--iters", "5", "--seeds", "0", "1", "--jobs", "4"]
+    monkeypatch.setattr(sys, "argv", ["scan_study.py", "--work-dir", str(work_dir), *options])
+    log = work_dir / "curves-raster-5-1" / "output.txt"
+    with pytest.raises(SystemExit, match=rf"1 trainings failed.*\n.*curves/raster/5/1: exit status 1 .*{log}"):
+        study.main()
+    assert log.read_text() == "out of luck\n"
+    results = json.loads((work_dir / "results.json").read_text())
+    assert {name: values["accuracy on the pixels of curves"] for name, values in results.items()} == {
+        "curves/tree/5/0": 0.75,
+        "curves/raster/5/0": 0.75,
+        "curves/tree/5/1": 0.75,
+    }
+    assert "| raster | 1 | 0.750 |" in (work_dir / "README.md").read_text()
+
+    assert made == ["curves"]
+
+    # A checkpoint of the end with metrics counts, even if the study was killed before it noted them.
+    (work_dir / "results.json").write_text(json.dumps({"curves/tree/5/0": results["curves/tree/5/0"]}))
+    with pytest.raises(SystemExit, match="1 trainings failed"):
+        study.main()
+    assert json.loads((work_dir / "results.json").read_text()).keys() == results.keys()
+
+
 @pytest.mark.slow
 def test_study_runs_and_does_not_repeat_itself(study, tmp_path: Path) -> None:
     command = Command(tmp_path)
     arguments = ["../demo/scan_study.py", "--work-dir", tmp_path / "study", "--seeds", 3, "--iters", 2]
     arguments += ["--tasks", "curves", "curves-cls", "seg", "--arms", "tree", "swin", "--train", 64, "--val", 8]
-    output = command(*arguments)
-    assert "Iter(train)" in output
+    command(*arguments, "--jobs", 2)
     results = json.loads((tmp_path / "study" / "results.json").read_text())
     assert set(results) == {f"{task}/{arm}/2/3" for task in ("curves", "curves-cls", "seg") for arm in ("tree", "swin")}
     assert all(0 <= value <= 1 for values in results.values() for key, value in values.items() if key != "seconds")
     page = (tmp_path / "study" / "README.md").read_text()
     assert page.count("| Swin Transformer | 1 |") == 3
+    assert "Iter(val)" in (tmp_path / "study" / "seg-swin-2-3" / "output.txt").read_text()
     again = command(*arguments)
-    assert "Iter(train)" not in again
+    assert "Iter(val)" not in again
+    assert "Missing trainings: 0" in again
     assert (tmp_path / "study" / "README.md").read_text() == page
     assert isinstance(Config.fromfile(tmp_path / "study" / "configs" / "seg_swin.py"), Config)
