@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds and installs grootvl_mm with the oldest supported PyTorch in a separate environment, and tests its operators,
-# layers, models and engine there. Needs no host and no mmcv; downloads about 2.5 GB.
+# layers, models, engine and checkpoints there. Needs no host and no mmcv; downloads about 2.5 GB.
 #
 # TORCH   PyTorch version (default: 2.1.0)
 # PYTHON  interpreter (default: the first of python3.11 and python3.10)
@@ -25,9 +25,9 @@ install "torch==$TORCH" "numpy<2" "opencv-python<5" -r requirements/runtime.txt 
 mkdir "$scratch/source" "$scratch/run"
 git ls-files --cached --others --exclude-standard -z | xargs -0 cp --parents -t "$scratch/source"
 install --no-build-isolation --no-deps --force-reinstall "$scratch/source"
-cp -r tests pyproject.toml "$scratch/run"
+cp -r tests docs configs pyproject.toml "$scratch/run"
 VENV_BIN=$(cd "$VENV/bin" && pwd)
 cd "$scratch/run"
 # Without the tests that compile the CUDA sources, which need a matching CUDA toolkit.
-OMP_NUM_THREADS=1 "$VENV_BIN/python" -m pytest tests/ops tests/layers tests/models tests/engine \
+OMP_NUM_THREADS=1 "$VENV_BIN/python" -m pytest tests/ops tests/layers tests/models tests/engine tests/utils tests/apis \
     --ignore-glob="tests/ops/test_cuda_*.py"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._functorch.eager_transforms import _unwrap_all_tensors_from_functional, _wrap_all_tensors_to_functional
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.utils import flop_counter
 
 if hasattr(torch.library, "infer_schema"):
     from torch.library import infer_schema
@@ -161,16 +162,18 @@ def call_operator(overload: Callable, x: Tensor, *inputs: Any) -> Any:
     return overload(x, *inputs)
 
 
-try:
+if torch.__version__ >= "2.6":
     from torch.utils.flop_counter import register_flop_formula
-except ImportError:
-    from torch.utils.flop_counter import flop_mapping
+else:
+    # PyTorch 2.3 and 2.4 register overloads of operators, but look up operators; 2.1 has formulas of shapes.
+    _FORMULAS = getattr(flop_counter, "flop_registry", None) or flop_counter.flop_mapping
+    _of_shapes = getattr(flop_counter, "shape_wrapper", lambda formula: formula)
 
     def register_flop_formula(target: Callable) -> Callable[[Callable], Callable]:
         """Decorator that registers a FLOP formula, a function of the shapes of the inputs."""
 
         def register(formula: Callable) -> Callable:
-            flop_mapping[target] = formula
+            _FORMULAS[target] = _of_shapes(formula)
             return formula
 
         return register

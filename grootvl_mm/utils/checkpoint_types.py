@@ -15,10 +15,8 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any, NoReturn
 
 import numpy as np
-import torch
 from mmengine.logging import HistoryBuffer
 from torch import Tensor
-from torch.nn import Parameter
 from torch.storage import TypedStorage, UntypedStorage
 
 from grootvl_mm.utils.checkpoint_tensors import CheckpointTensor, check_shared, spend
@@ -31,8 +29,6 @@ _SIMPLE_DTYPE = (None, None, None, -1, -1, 0)
 # The dtype of an array without content yet: neither arithmetic nor torch.from_numpy accepts it.
 _EMPTY = np.dtype("V1")
 _MAX_BYTES = 2**47  # more than any machine addresses; protects NumPy's own size computations
-# Before torch 2.6, safe loading is not the default, and stand-ins are not used.
-HAS_STAND_INS = torch.__version__ >= "2.6"
 # The statistics that every HistoryBuffer has and pickles as attributes of the class.
 _STATISTICS = ("mean", "min", "max", "current")
 
@@ -238,8 +234,6 @@ def _plain(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
         result = value.dtype
     elif type(value) is CheckpointTensor:
         result = value.build()
-    elif type(value) in (Tensor, Parameter) and not HAS_STAND_INS:
-        vars(value).clear()
     elif isinstance(value, set):
         for item in value:
             _unchanged(item, done)

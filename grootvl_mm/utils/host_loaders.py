@@ -19,12 +19,10 @@ from grootvl_mm.utils.safe_checkpoints import CheckpointError, load_safely, read
 
 
 def use_safe_loaders() -> None:
-    """Replace mmengine's checkpoint loaders in this process. Has no effect with torch older than 2.6."""
+    """Replace mmengine's checkpoint loaders in this process."""
     # Imported here: the Runner requires OpenCV, which the models do not need.
     from mmengine.runner import checkpoint as host
 
-    if torch.__version__ < "2.6":
-        return
     register = host.CheckpointLoader.register_scheme
     register("", loader=load_from_local, force=True)
     register(("http://", "https://"), loader=load_from_http, force=True)

@@ -5,7 +5,8 @@ of mmengine's Runner also contain a message hub with :class:`~mmengine.logging.H
 NumPy scalars, and would therefore be refused on ``--resume`` and ``test``. This module allows exactly these types,
 through the stand-ins of :mod:`grootvl_mm.utils.checkpoint_types`, and the yacs config in checkpoints of the published
 training code, which is read as a dictionary. When our own code reads a file, the stand-ins of
-:mod:`grootvl_mm.utils.checkpoint_tensors` also build its tensors.
+:mod:`grootvl_mm.utils.checkpoint_tensors` also build its tensors. Before torch 2.11, our own code also restricts the
+pickle itself, through :mod:`grootvl_mm.utils.safe_unpickler`.
 """
 
 import functools
@@ -26,6 +27,7 @@ from torch import UntypedStorage, _weights_only_unpickler
 
 from grootvl_mm.utils import checkpoint_types
 from grootvl_mm.utils.checkpoint_tensors import limited_copies, strict_globals
+from grootvl_mm.utils.safe_unpickler import NEWLY_ALLOWED, record_sizes, restricted_pickle
 
 # Records at the end of an archive: signature, numbers of disks and entries, size and offset of the directory, comment.
 # Zip64 archives also have a locator (signature, disk, offset of the zip64 end record, disks) and that end record.
@@ -40,6 +42,8 @@ class CheckpointError(ValueError):
 # torch looks up every name in a file here, before the types that were registered by add_safe_globals.
 _torchs_own = _weights_only_unpickler._get_allowed_globals
 _reading = threading.local()
+# Since when ``weights_only=True`` is the default, and since when it keeps a file to its own memory.
+_IS_DEFAULT, _IS_STRICT = (torch.__version__ >= version for version in ("2.6", "2.11"))
 
 
 @functools.cache
@@ -49,7 +53,8 @@ def _for_everybody() -> dict[str, Any]:
 
 @functools.cache
 def _for_checkpoints() -> dict[str, Any]:
-    return {**strict_globals(_torchs_own()), **checkpoint_types.STAND_INS}
+    allowed = _torchs_own() if _IS_DEFAULT else {**_torchs_own(), **NEWLY_ALLOWED}
+    return {**strict_globals(allowed), **checkpoint_types.STAND_INS}
 
 
 def _allowed_globals() -> dict[str, Any]:
@@ -68,7 +73,7 @@ def allow_mmengine_checkpoints() -> None:
 
     Does nothing before torch 2.6, where safe loading is not the default. Calling it again has no effect.
     """
-    if checkpoint_types.HAS_STAND_INS:
+    if _IS_DEFAULT:
         _weights_only_unpickler._get_allowed_globals = _allowed_globals
 
 
@@ -92,10 +97,11 @@ def load_safely(path: str | Path | IO[bytes], **options: Any) -> Any:
     Raises:
         pickle.UnpicklingError: the file contains objects of other types, or tensors larger than their data.
     """
-    options = {"map_location": "cpu", **options, "weights_only": True}
-    if not checkpoint_types.HAS_STAND_INS:
-        return checkpoint_types.plain(torch.load(path, **options))
+    path = str(path) if isinstance(path, Path) else path  # mmap of old versions needs a string
+    options = {"map_location": "cpu", **options, "weights_only": _IS_STRICT}
     start, size = _look_at(path)
+    if not _IS_STRICT:
+        options["pickle_module"] = restricted_pickle(_for_checkpoints(), record_sizes(path, start == _ARCHIVE))
     if start != _ARCHIVE:
         options["map_location"] = _zeroed(size)
     with _strictly(), limited_copies(size):

@@ -21,7 +21,6 @@ from grootvl_mm.apis.checkpoint_files import (
     rewrite_checkpoint,
     write_checkpoint,
 )
-from tests.helpers.marks import needs_safe_globals
 
 
 def assert_one_line(message: str) -> None:
@@ -168,7 +167,6 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
             read_checkpoint(tmp_path / impossible)
 
 
-@needs_safe_globals
 def test_configs_of_the_published_training_code_come_as_dictionaries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,8 +184,9 @@ def test_configs_of_the_published_training_code_come_as_dictionaries(
     content = read_checkpoint(tmp_path / "file.pth")
     assert content["config"] == {"MODEL": {"NAME": "grootv", "DEPTHS": [2, 2]}}
     assert content["model"]["a"].item() == 1
-    # A backbone reads the same file through mmengine's loader.
-    assert torch.load(tmp_path / "file.pth")["config"] == content["config"]
+    # A backbone reads the same file through mmengine's loader, and so through PyTorch's.
+    if torch.__version__ >= "2.6":
+        assert torch.load(tmp_path / "file.pth")["config"] == content["config"]
 
 
 def test_is_state_dict() -> None:

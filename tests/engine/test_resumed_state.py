@@ -15,7 +15,6 @@ from torch import nn
 from grootvl_mm.engine.hooks import UntrustedCheckpointHook
 from grootvl_mm.engine.resumed_state import check_resumed_state
 from grootvl_mm.utils.safe_checkpoints import CheckpointError, load_safely
-from tests.helpers.marks import needs_safe_globals
 from tests.helpers.small_runs import run
 
 
@@ -244,7 +243,6 @@ def test_several_optimizers_and_scaled_losses() -> None:
             check_resumed_state(changed, both, lists)
 
 
-@needs_safe_globals
 @pytest.mark.parametrize("runner_type", ["Runner", "FlexibleRunner"])
 def test_a_training_does_not_go_on_from_them(runner_type: str, tmp_path: Path) -> None:
     settings = {

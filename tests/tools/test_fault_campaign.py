@@ -11,7 +11,6 @@ from types import ModuleType
 
 import pytest
 
-from tests.helpers.marks import needs_safe_globals
 from tests.helpers.tool_runs import ROOT
 
 
@@ -25,7 +24,6 @@ def campaign() -> Callable[[str], ModuleType]:
         sys.path.remove(str(ROOT / ".dev_scripts"))
 
 
-@needs_safe_globals
 @pytest.mark.parametrize(
     ("module", "part", "count"),
     [
@@ -50,7 +48,6 @@ def run_campaign(*arguments: object) -> str:
 
 
 @pytest.mark.slow
-@needs_safe_globals
 def test_interruptions_and_how_a_campaign_goes_on(tmp_path: Path) -> None:
     """In a process of their own, which forks."""
     pytest.importorskip("mmpretrain")
@@ -66,7 +63,6 @@ def leave_file(path: Path) -> None:
     (path.parent / "left").touch()
 
 
-@needs_safe_globals
 @pytest.mark.parametrize(
     ("load", "message"),
     [

@@ -14,7 +14,6 @@ from PIL import Image
 
 from grootvl_mm.apis.checkpoint_files import read_checkpoint
 from grootvl_mm.apis.resume import find_resumable_checkpoint, read_seed
-from tests.helpers.marks import needs_safe_globals
 from tests.helpers.sharing import made_once
 from tests.helpers.tool_runs import Command, read_metrics, read_scalars
 
@@ -148,7 +147,6 @@ def test_killed_training_ends_as_one_that_was_not_killed(command: Command, make_
             torch.testing.assert_close(got[part], expected[part], rtol=0, atol=0)
 
 
-@needs_safe_globals
 def test_checkpoints_of_strangers(trained: Trained, command: Command, tmp_path: Path):
     """Resumed, nothing of them runs; tested, they are complete or an error."""
     content = read_checkpoint(trained.checkpoint)

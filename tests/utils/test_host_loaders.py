@@ -20,9 +20,6 @@ from mmengine.runner import checkpoint as host
 from grootvl_mm.utils.host_loaders import safe_loaders
 from grootvl_mm.utils.safe_checkpoints import CheckpointError
 from tests.helpers.crafted_pickles import call, named, write
-from tests.helpers.marks import needs_safe_globals
-
-pytestmark = needs_safe_globals
 
 
 class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):

@@ -2,6 +2,7 @@ import io
 import pickle
 import subprocess
 import sys
+import tarfile
 import threading
 import zipfile
 from collections import OrderedDict
@@ -94,7 +95,7 @@ VALUES = {
 }
 
 
-@needs_safe_globals
+@pytest.mark.usefixtures("reader")
 def test_what_mmengine_writes_is_read_exactly(tmp_path: Path):
     shared = np.arange(3.0)
     content = OrderedDict(values=dict(VALUES), nested=[({"a": shared},), shared], weights=nn.Linear(2, 2).state_dict())
@@ -127,10 +128,16 @@ def test_plain_loading_gives_arrays_that_compute_and_are_saved_as_such(tmp_path:
 
 @needs_safe_globals
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_pickles_are_refused(name: str, tmp_path: Path):
+def test_hostile_pickles_are_refused_by_plain_loading(name: str, tmp_path: Path):
     path = write(tmp_path / "crafted.pth", {"state_dict": {}, "meta": HOSTILE[name]()})
     with pytest.raises((pickle.UnpicklingError, AttributeError, TypeError)):
         torch.load(path)
+
+
+@pytest.mark.usefixtures("reader")
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickles_are_refused(name: str, tmp_path: Path):
+    path = write(tmp_path / "crafted.pth", {"state_dict": {}, "meta": HOSTILE[name]()})
     with pytest.raises(CheckpointError) as raised:
         read_checkpoint(path)
     assert "\n" not in str(raised.value)
@@ -140,7 +147,6 @@ def test_no_hostile_pickle_hides_another():
     assert len(HOSTILE | HOSTILE_TENSORS | NO_DATA) == len(HOSTILE) + len(HOSTILE_TENSORS) + len(NO_DATA)
 
 
-@needs_safe_globals
 def test_versions_of_modules_are_numbers(tmp_path: Path):
     for metadata in ({"": 5}, {"": {"version": "2"}}, [1], {1: {"version": 1}}, {"": {"version": 1, "a": tensor()}}):
         crafted = build(call(named("collections.OrderedDict"), [("a", 1)]), {"_metadata": metadata})
@@ -148,7 +154,6 @@ def test_versions_of_modules_are_numbers(tmp_path: Path):
         assert not hasattr(loaded, "_metadata")
 
 
-@needs_safe_globals
 @pytest.mark.parametrize("name", NO_DATA)
 def test_what_is_no_data_is_refused(name: str, tmp_path: Path):
     path = write(tmp_path / "crafted.pth", {"state_dict": NO_DATA[name]()})
@@ -157,7 +162,6 @@ def test_what_is_no_data_is_refused(name: str, tmp_path: Path):
         load_safely(path)
 
 
-@needs_safe_globals
 def test_real_types_beside_the_stand_ins_are_no_way_around():
     """A host may allow NumPy's own types, too; the stand-ins then meet them."""
     array = reconstruct(np.ndarray, (0,), b"b")
@@ -169,7 +173,6 @@ def test_real_types_beside_the_stand_ins_are_no_way_around():
             reconstruct(np.ndarray, (0,), b"b").__setstate__((1, (1,), dtype, False, bytes(dtype.itemsize)))
 
 
-@needs_safe_globals
 def test_attributes_that_hide_methods_are_dropped(tmp_path: Path):
     dictionary = call(named("collections.OrderedDict"), [("a", 1)])
     crafted = build(dictionary, {"items": "hidden", "_metadata": {"": {"version": 1}}})
@@ -182,7 +185,6 @@ def test_attributes_that_hide_methods_are_dropped(tmp_path: Path):
     assert load_safely(tmp_path / "file.pth")["a"].numel() == 3
 
 
-@needs_safe_globals
 def test_content_that_holds_itself(tmp_path: Path):
     crafted = Op(pickle.EMPTY_LIST + pickle.BINPUT + b"\0" + pickle.BINGET + b"\0" + pickle.APPEND)
     content = load_safely(write(tmp_path / "crafted.pth", {"a": crafted}))
@@ -190,6 +192,16 @@ def test_content_that_holds_itself(tmp_path: Path):
     deep = Op(pickle.EMPTY_TUPLE + 100_000 * pickle.TUPLE1)
     with pytest.raises(CheckpointError, match="damaged"):
         read_checkpoint(write(tmp_path / "crafted.pth", {"a": deep}))
+
+
+@pytest.mark.usefixtures("reader")
+def test_torchscript_and_tar_archives_are_refused(tmp_path: Path):
+    torch.jit.script(nn.Identity()).save(str(tmp_path / "program.pth"))
+    with tarfile.open(tmp_path / "archive.pth", "w") as file:
+        file.add(tmp_path / "program.pth", "pickle")
+    for name in ("program.pth", "archive.pth"):
+        with pytest.raises(CheckpointError):
+            read_checkpoint(tmp_path / name)
 
 
 def archive(method: int, content: bytes) -> tuple[bytes, bytes, bytes]:
@@ -205,7 +217,6 @@ def archive(method: int, content: bytes) -> tuple[bytes, bytes, bytes]:
     return whole[:start], whole[start:-22], whole[-22:]
 
 
-@needs_safe_globals
 def test_an_archive_has_one_directory(tmp_path: Path):
     """Python's reader looks for it before the end record, torch's where the end record says that it is."""
     entries, directory, end = archive(zipfile.ZIP_DEFLATED, bytes(2**20))
@@ -226,7 +237,9 @@ def test_an_archive_has_one_directory(tmp_path: Path):
     assert read_checkpoint(path)["a"].numel() < 2**18
 
 
-@needs_safe_globals
+@pytest.mark.skipif(
+    torch.__version__ < "2.6", reason="PyTorch 2.4 cannot read small archives that are written as large"
+)
 def test_archives_written_as_large_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "file.pth"
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
@@ -259,8 +272,8 @@ def test_objects_are_still_refused(tmp_path: Path, capsys):
 
 def numpys_own() -> list:
     """What Hugging Face's Trainer and Accelerate put on torch's list while they read states of random generators."""
-    core = getattr(np, "_core", None) or np.core
-    return [core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+    reconstruct, scalar = (value.__reduce__()[0] for value in (np.zeros(1), np.float64(0)))
+    return [reconstruct, scalar, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 
 @needs_safe_globals
@@ -290,7 +303,6 @@ def test_other_libraries_types_are_no_way_around(name: str, tmp_path: Path) -> N
         torch.load(path, weights_only=True)
 
 
-@needs_safe_globals
 def test_threads_read_as_if_alone(tmp_path: Path) -> None:
     """While one thread reads a checkpoint, another one's torch.load gives tensors, not what stands in for them."""
     torch.save({"a": torch.ones(3)}, tmp_path / "file.pth")

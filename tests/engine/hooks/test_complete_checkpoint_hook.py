@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from grootvl_mm.utils.safe_checkpoints import CheckpointError, load_safely
-from tests.helpers.marks import needs_safe_globals
 from tests.helpers.small_runs import run
 
 HOOK = {"type": "grootvl_mm.CompleteCheckpointHook"}
@@ -19,7 +18,6 @@ CHANGES = {
 }
 
 
-@needs_safe_globals
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("part", ["state_dict", "ema_state_dict", "without EMA"])
 def test_resuming(part: str, change: str, tmp_path: Path) -> None:
@@ -36,7 +34,6 @@ def test_resuming(part: str, change: str, tmp_path: Path) -> None:
     assert "linear.bias" in str(raised.value) or "ema_state_dict" in str(raised.value)
 
 
-@needs_safe_globals
 def test_a_training_from_weights_may_have_new_heads(tmp_path: Path) -> None:
     run(tmp_path, 1, custom_hooks=[HOOK])
     content = load_safely(tmp_path / "iter_1.pth")
@@ -46,7 +43,6 @@ def test_a_training_from_weights_may_have_new_heads(tmp_path: Path) -> None:
     assert not any(module._load_state_dict_pre_hooks for module in runner.model.modules())
 
 
-@needs_safe_globals
 @pytest.mark.parametrize("allow", [False, True])
 def test_testing(allow: bool, tmp_path: Path) -> None:
     runner = run(tmp_path, 1)

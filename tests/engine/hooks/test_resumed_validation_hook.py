@@ -8,7 +8,6 @@ from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
 from grootvl_mm.utils.safe_checkpoints import load_safely
-from tests.helpers.marks import needs_safe_globals
 from tests.helpers.small_runs import best, run
 
 HOOKS = [
@@ -48,7 +47,6 @@ def kill_at(moment: str, step: int) -> tuple[type, str, Callable]:
     return owner, name, wrapped
 
 
-@needs_safe_globals
 @pytest.mark.parametrize(
     "moment",
     [
@@ -75,7 +73,6 @@ def test_step_that_dies_in_its_validation(moment: str, by_epoch: bool, tmp_path:
     assert Path(info["best_ckpt"]).name == f"best_a_{name}_2.pth"
 
 
-@needs_safe_globals
 def test_last_step_is_validated_when_a_finished_training_is_resumed(tmp_path: Path) -> None:
     killed = kill_at("before the validation", 2)
     with pytest.MonkeyPatch.context() as patch:
@@ -86,7 +83,6 @@ def test_last_step_is_validated_when_a_finished_training_is_resumed(tmp_path: Pa
     assert best(tmp_path) == ["best_a_iter_2.pth"]
 
 
-@needs_safe_globals
 def test_best_checkpoint_that_is_newer_than_what_is_resumed(tmp_path: Path) -> None:
     run(tmp_path, 3, scores=(1.0, 2.0, 5.0), custom_hooks=HOOKS)
     run(tmp_path, 4, tmp_path / "iter_1.pth", scores=(1.5, 2.5, 3.0, 4.0), custom_hooks=HOOKS)
@@ -95,7 +91,6 @@ def test_best_checkpoint_that_is_newer_than_what_is_resumed(tmp_path: Path) -> N
     assert content["message_hub"]["runtime_info"]["best_score"] == 5.0
 
 
-@needs_safe_globals
 def test_of_several_best_checkpoints_the_best_stays(tmp_path: Path) -> None:
     run(tmp_path, 1, scores=(3.0,), custom_hooks=HOOKS)
     first = (tmp_path / "best_a_iter_1.pth").read_bytes()

@@ -10,7 +10,6 @@ from mmengine.logging import HistoryBuffer
 
 from grootvl_mm.engine.hooks import UntrustedCheckpointHook
 from grootvl_mm.utils.safe_checkpoints import CheckpointError, load_safely
-from tests.helpers.marks import needs_safe_globals
 from tests.helpers.small_runs import best, run
 
 RUNNER_TYPES = ("Runner", "FlexibleRunner")
@@ -26,7 +25,6 @@ def change(path: Path, **parts: dict) -> Path:
     return path
 
 
-@needs_safe_globals
 @pytest.mark.parametrize("runner_type", RUNNER_TYPES)
 def test_resuming_executes_nothing_of_the_file(runner_type: str, tmp_path: Path) -> None:
     run(tmp_path / "run", 1, runner_type=runner_type)
@@ -47,7 +45,6 @@ def test_resuming_executes_nothing_of_the_file(runner_type: str, tmp_path: Path)
     assert len(losses.data[0]) == (3 if runner_type == "Runner" else 2)
 
 
-@needs_safe_globals
 def test_without_the_hook_the_host_executes_it(tmp_path: Path) -> None:
     """The test above would see it."""
     run(tmp_path / "run", 1)
@@ -92,7 +89,6 @@ def test_checkpoints_in_a_folder_of_their_own(tmp_path: Path) -> None:
     assert best(folder) == ["best_a_iter_2.pth"]
 
 
-@needs_safe_globals
 @pytest.mark.parametrize("several", [False, True], ids=["one score", "several scores"])
 @pytest.mark.parametrize(
     "target",
@@ -145,7 +141,6 @@ class Resuming:
         self.work_dir = str(work_dir)
 
 
-@needs_safe_globals
 @pytest.mark.parametrize(
     ("change_it", "message"),
     [
