@@ -14,8 +14,8 @@ NAME = "grootv-pico_demo-cls"
 
 def test_names_are_those_of_the_configs() -> None:
     assert zoo.model_names() == sorted(path.stem for path in CONFIG_FILES)
-    paths = [Path(zoo.config_file(path.stem)).resolve() for path in CONFIG_FILES]
-    assert paths == CONFIG_FILES
+    for path in CONFIG_FILES:  # installations have copies
+        assert Path(zoo.config_file(path.stem)).read_text() == path.read_text()
 
 
 def test_unknown_names() -> None:

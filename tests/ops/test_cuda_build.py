@@ -77,7 +77,7 @@ ONE_STREAM, TWO_STREAMS = r"7StreamsILNS_11PropagationE\d+EJE.*?", r"7StreamsILN
 # registers outside of loops over terms and pieces. More of them would be spilled inside.
 SCAN_KERNELS = {
     "summarise, one stream": (r"16summarise_kernelINS0_" + ONE_STREAM, 256, 32, 32),
-    "finish, one stream": (r"13finish_kernelINS0_" + ONE_STREAM, 256, 32, 40),
+    "finish, one stream": (r"13finish_kernelINS0_" + ONE_STREAM, 256, 32, 48),
     "summarise, two streams": (r"16summarise_kernelINS0_" + TWO_STREAMS, 256, 24, 0),
     "finish, two streams": (r"13finish_kernelINS0_" + TWO_STREAMS, 256, 24, 64),
     "output": (r"13output_kernelILi128E.*?", 128, 16, 0),
