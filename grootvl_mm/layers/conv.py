@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grootvl_mm.layers.calls import call, call_module, call_own
-from grootvl_mm.layers.untouched import has_own_kernels, untouched
+from grootvl_mm.layers.untouched import untouched
 from grootvl_mm.ops import depthwise_conv_silu
-from grootvl_mm.ops._checks import unwatched
+from grootvl_mm.ops._checks import has_own_kernels, unwatched
 from grootvl_mm.ops._compat import is_autocast_enabled, is_eager
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grootvl_mm.layers.calls import call, call_module
-from grootvl_mm.layers.untouched import has_own_kernels, untouched
+from grootvl_mm.layers.untouched import untouched
+from grootvl_mm.ops._checks import has_own_kernels
 from grootvl_mm.ops._compat import is_autocast_enabled, is_eager, onednn_linear
 
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from grootvl_mm.layers.linear import linear, linear_gelu
-from grootvl_mm.layers.untouched import has_own_kernels, untouched
-from grootvl_mm.ops._checks import unwatched
+from grootvl_mm.layers.untouched import untouched
+from grootvl_mm.ops._checks import has_own_kernels, unwatched
 from grootvl_mm.ops._compat import autocast_dtype, is_autocast_enabled, is_eager
 
 # Hidden values per piece: a few megabytes, which the last-level cache holds. Smaller matrix products are slower.

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grootvl_mm.layers.calls import call_module, call_own
-from grootvl_mm.layers.untouched import has_own_kernels, untouched
+from grootvl_mm.layers.untouched import untouched
 from grootvl_mm.ops import layer_norm as own_layer_norm
 from grootvl_mm.ops import residual_layer_norm
-from grootvl_mm.ops._checks import unwatched
+from grootvl_mm.ops._checks import has_own_kernels, unwatched
 from grootvl_mm.ops._compat import autocast_dtype, is_autocast_enabled, is_eager
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules import module as global_hooks
 from torch.overrides import _get_current_function_mode_stack
@@ -13,7 +13,6 @@ from torch.utils._device import DeviceContext
 from grootvl_mm.layers.calls import is_direct
 from grootvl_mm.ops._checks import unwatched
 from grootvl_mm.ops._compat import is_compiling
-from grootvl_mm.ops._library import has_kernels
 
 try:
     from torch.utils.module_tracker import ModuleTracker
@@ -96,15 +95,6 @@ def _has_foreign_mode() -> bool:
         isinstance(mode, DeviceContext) or getattr(mode, "keeps_results", False)
         for mode in _get_current_function_mode_stack()
     )
-
-
-@unwatched
-def has_own_kernels(*tensors: Tensor | None) -> bool:
-    """Whether these are plain tensors on one device with compiled kernels, and no dispatch mode is active."""
-    for value in tensors:
-        if type(value) not in (Tensor, nn.Parameter) or value.device != tensors[0].device:
-            return False
-    return has_kernels(tensors[0].device.type) and not torch._C._len_torch_dispatch_stack()
 
 
 def _is_watched() -> bool:

@@ -10,7 +10,6 @@ from grootvl_mm.ops._compat import is_compiling, is_eager
 from grootvl_mm.ops._library import has_kernels
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def unwatched(look: Callable) -> Callable:
@@ -47,14 +46,17 @@ def checked(check: Callable[..., None], call: Callable, inputs: Sequence[Tensor]
 
 
 @unwatched
-def _are_checked_by_kernels(inputs: Sequence[Tensor]) -> bool:
-    x = inputs[0]
-    if not (is_eager(x) and has_kernels(x.device.type)) or torch._C._len_torch_dispatch_stack():
-        return False
-    for value in inputs:
-        if type(value) not in _PLAIN or value.dtype not in FLOATING or value.device != x.device:
+def has_own_kernels(*tensors: Tensor | None) -> bool:
+    """Whether these are plain tensors on one device with compiled kernels, and no dispatch mode is active."""
+    for value in tensors:
+        if type(value) not in (Tensor, torch.nn.Parameter) or value.device != tensors[0].device:
             return False
-    return True
+    return has_kernels(tensors[0].device.type) and not torch._C._len_torch_dispatch_stack()
+
+
+@unwatched
+def _are_checked_by_kernels(inputs: Sequence[Tensor]) -> bool:
+    return is_eager(inputs[0]) and has_own_kernels(*inputs) and all(value.dtype in FLOATING for value in inputs)
 
 
 @unwatched

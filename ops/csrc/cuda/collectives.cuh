@@ -7,11 +7,11 @@ namespace grootvl::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffff;
 
-// The sum over the lanes of a warp, the same in each of them.
-template <typename T>
-__device__ T warp_sum(T value) {
+// The sum over kLanes neighbouring lanes of a warp, the same in each of them.
+template <int kLanes, typename T>
+__device__ T sum_over_lanes(T value) {
 #pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
     value += __shfl_xor_sync(kAllLanes, value, offset);
   }
   return value;

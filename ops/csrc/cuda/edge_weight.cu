@@ -31,7 +31,7 @@ __device__ acc_t term(acc_t a, acc_t b) {
   }
 }
 
-// Adds up each row's values over kLanes neighbouring lanes, in the same order for all rows and lanes. Returns the sum
+// Adds up each row's values over kLanes neighbouring lanes, in the order of sum_over_lanes. Returns the sum
 // of row lane % kLanes / (kLanes / kRows): each exchange halves the rows that a lane keeps.
 template <int kLanes, typename acc_t>
 __device__ acc_t sum_rows(acc_t (&values)[kRows]) {
@@ -53,16 +53,6 @@ __device__ acc_t sum_rows(acc_t (&values)[kRows]) {
     }
   }
   return values[0];
-}
-
-// The sum over kLanes neighbouring lanes, added in the order of sum_rows.
-template <int kLanes, typename acc_t>
-__device__ acc_t sum_row(acc_t value) {
-#pragma unroll
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(kAllLanes, value, offset);
-  }
-  return value;
 }
 
 template <typename acc_t>
@@ -156,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(acc_t) == 4 ? 4 : 1) edge_wei
   if constexpr (metric == Metric::kCosine) {
     own_norm = norm(sum_rows<kLanes>(square));
     right_norm = norm(sum_rows<kLanes>(square_right));
-    const acc_t last_norm = norm(sum_row<kLanes>(square_last));
+    const acc_t last_norm = norm(sum_over_lanes<kLanes>(square_last));
     const acc_t next_norm = __shfl_down_sync(kAllLanes, own_norm, kCopies);
     below_norm = row + 1 < kRows ? next_norm : last_norm;
   }

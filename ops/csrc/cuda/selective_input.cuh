@@ -5,6 +5,7 @@
 
 #include "cuda/collectives.cuh"
 #include "cuda/packs.cuh"
+#include "cuda/sigmoid.cuh"
 #include "cuda/tiles.cuh"
 
 namespace grootvl::cuda {
@@ -34,14 +35,6 @@ __device__ inline float softplus(float x) {
 __device__ inline double softplus(double x) {
   // The identity above 20, as in PyTorch.
   return x > 20 ? x : log1p(exp(x));
-}
-
-__device__ inline float sigmoid(float x) {
-  return __fdividef(1.0f, 1.0f + __expf(-x));
-}
-
-__device__ inline double sigmoid(double x) {
-  return 1 / (1 + exp(-x));
 }
 
 // dt dt_weight^T + dt_bias: the step before its softplus.

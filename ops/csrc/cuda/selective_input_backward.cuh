@@ -85,11 +85,7 @@ struct SelectiveGradients {
           sums_of_lane[kBias][p] += is_own ? of_step[p] : 0;
           sums_of_lane[kRate][p] += is_own ? of_exponent * delta : 0;
         }
-        of_b = is_own ? of_b : 0;
-#pragma unroll
-        for (int offset = kRowLanes / 2; offset > 0; offset /= 2) {
-          of_b += __shfl_xor_sync(kAllLanes, of_b, offset);
-        }
+        of_b = sum_over_lanes<kRowLanes>(is_own ? of_b : 0);
         if (is_own) {
           const int64_t place_of_row = at[j] * channels + place.channel;
           store_pack(x + place_of_row, of_x);
