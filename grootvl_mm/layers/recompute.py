@@ -160,8 +160,8 @@ class _Lean(_Fast):
         storage = result.untyped_storage()
         values = (*args, *kwargs.values())
         for value in values:
-            if isinstance(value, Tensor) and value.untyped_storage()._cdata == storage._cdata:
-                return  # a function that modifies its input in place cannot be recomputed
+            if isinstance(value, Tensor) and not _has_own_storage(value, storage):
+                return
         autocast = {"device_type": self.device_type, "enabled": is_autocast_enabled(self.device_type)}
         if autocast["enabled"]:
             autocast["dtype"] = autocast_dtype(self.device_type)
@@ -251,6 +251,11 @@ class _Recipe:
             return self.func(*args, **kwargs)
         with torch.autocast(**self.autocast):
             return self.func(*args, **kwargs)
+
+
+def _has_own_storage(value: Tensor, result: torch.UntypedStorage) -> bool:
+    """False for subclasses that wrap tensors, and for a result written in place, which cannot be recomputed."""
+    return type(value) in (Tensor, nn.Parameter) and value.untyped_storage()._cdata != result._cdata
 
 
 def _always(*args: Any, **kwargs: Any) -> bool:
