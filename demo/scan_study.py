@@ -12,9 +12,7 @@ WORK_DIR/results.json, and with --jobs the output of each training to WORK_DIR/T
 
 import argparse
 import json
-import math
 import signal
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -23,7 +21,7 @@ from typing import Any, NamedTuple
 
 from mmengine.config import Config
 from mmengine.logging import MMLogger
-from scipy.stats import t as student
+from scipy.stats import ttest_ind
 from studies import (
     Training,
     markdown_table,
@@ -237,14 +235,15 @@ def read_metrics(training: Training) -> dict[str, float] | None:
     return None
 
 
-def difference(values: dict[int, float], reference: dict[int, float]) -> tuple[float, float] | None:
-    """The mean difference to another arm over common seeds, and half of its confidence interval (Student's t)."""
-    seeds = sorted(set(values) & set(reference))
-    if len(seeds) < 2:
+def difference(values: Sequence[float], reference: Sequence[float]) -> tuple[float, float] | None:
+    """The difference of the means of two arms, and half of its confidence interval (Welch's t).
+
+    Seeds are not paired: the same seed draws other weights for another arm.
+    """
+    if min(len(values), len(reference)) < 2:
         return None
-    gaps = [values[seed] - reference[seed] for seed in seeds]
-    half = student.ppf((1 + CONFIDENCE) / 2, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
-    return statistics.mean(gaps), float(half)
+    low, high = ttest_ind(values, reference, equal_var=False).confidence_interval(CONFIDENCE)
+    return float(low + high) / 2, float(high - low) / 2
 
 
 def make_table(task: str, results: dict[str, dict[int, dict[str, float]]]) -> str:
@@ -261,12 +260,10 @@ def make_table(task: str, results: dict[str, dict[int, dict[str, float]]]) -> st
     for arm in (name for name in ARMS if results.get(name)):
         cells = [ARMS[arm].title, str(len(results[arm]))]
         for title in TASKS[task].metrics:
-            values, trees = (
-                {seed: found[title] for seed, found in results.get(name, {}).items()} for name in (arm, "tree")
-            )
+            values, trees = ([found[title] for found in results.get(name, {}).values()] for name in (arm, "tree"))
             gap = None if arm == "tree" else difference(values, trees)
             significant = "-" if gap is None else "yes" if abs(gap[0]) > gap[1] else "no"
-            cells += [summary(list(values.values())), f"{gap[0]:+.3f} ± {gap[1]:.3f}" if gap else "-", significant]
+            cells += [summary(values), f"{gap[0]:+.3f} ± {gap[1]:.3f}" if gap else "-", significant]
         rows.append(cells)
     return markdown_table(header, rows)
 
@@ -283,7 +280,9 @@ def make_page(results: dict[str, dict[str, float]], args: argparse.Namespace) ->
                 chosen.setdefault(arm, {})[int(seed)] = values
         if chosen:
             page.append(f"## {task}: {TASKS[task].title}, {iters} iterations\n\n{make_table(task, chosen)}")
-    note = "Mean ± standard deviation over the seeds; differences are paired by seed, ± half of their 95 % interval.\n"
+    note = (
+        "Mean ± standard deviation over the seeds; differences of means, ± half of their 95 % interval (Welch's t).\n"
+    )
     return "\n".join([*page, note])
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from measuring import (
     MEMORY_ENVIRONMENT,
     add_common_arguments,
@@ -366,6 +367,8 @@ def draw_curves(
     ):
         axes.loglog(*zip(*points, strict=True), style, label=name, markersize=4) if points else None
     axes.set_xticks(sides, map(str, sides))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.set(title=title, xlabel="side of the image, pixels", ylabel=unit)
 
