@@ -181,7 +181,9 @@ def sanitizer_environment(sanitizer: str) -> dict[str, str]:
     if sanitizer == "thread":
         options = {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1 halt_on_error=1"}
         runtime = "libtsan.so"
-    return options | {"LD_PRELOAD": str(Path(_run([compiler, f"-print-file-name={runtime}"]).strip()).resolve())}
+    # AddressSanitizer looks for the functions that throw exceptions when it starts, so the C++ library must be there.
+    libraries = [_run([compiler, f"-print-file-name={name}"]).strip() for name in (runtime, "libstdc++.so")]
+    return options | {"LD_PRELOAD": " ".join(str(Path(library).resolve()) for library in libraries)}
 
 
 def _run(command: list[str]) -> str:
