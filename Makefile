@@ -20,7 +20,7 @@ OPS_BIN := .venv-ops/bin
 # Tests and demo of a stack, if they differ from the default.
 TESTS_language := tests/language tests/test_language_extra.py
 DEMO := demo/train_on_digits.py --task $(TASK)
-DEMO_language := demo/language_study.py --quick
+DEMO_language := demo/language_study.py --preset quick
 NATIVE = $(shell find ops tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # Worksteal keeps neighbouring tests, which share data, on one worker until another worker is idle.

@@ -77,7 +77,7 @@ if [[ $SANITIZE == 1 ]]; then
   done
 else
   step gpu 30 nvidia-smi -q -d CLOCK,MEMORY
-  # Without a limit, each worker would start a thread per core for what it computes on the CPU for comparison.
+  # Without a limit, each worker would start one thread per core for the reference results that it computes on the CPU.
   threads=$(($(nproc) / (WORKERS > 1 ? WORKERS : 1)))
   step tests 330 env GROOTVL_FAILURES="$OUT/failures.txt" OMP_NUM_THREADS=$((threads > 1 ? threads : 1)) \
     "$PYTHON" -m pytest tests/ops tests/layers tests/models \

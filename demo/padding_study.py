@@ -82,13 +82,13 @@ def train_and_test(
     """Train one detector and run the evaluations that are missing in ``result``.
 
     Args:
-        backbone: what to train.
-        seed: of the training.
-        folder: of the training.
-        data: demo scenes.
-        iters: length of the training.
-        result: what is known.
-        keep: whether all checkpoints are kept.
+        backbone: Backbone to train.
+        seed: Seed of the training.
+        folder: Work dir of the training.
+        data: Folder of the demo scenes.
+        iters: Number of iterations.
+        result: Results of earlier calls.
+        keep: Keep all checkpoints.
 
     Yields:
         The results after each step: ``loss``, averaged over the last iterations, and the metrics of each evaluation.

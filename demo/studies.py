@@ -31,7 +31,7 @@ class Ended(NamedTuple):
     training: Training
     status: int  # exit status; negative if a signal ended it
     seconds: float
-    output: Path | None  # file of what it printed; None if it was printed to the terminal
+    output: Path | None  # file with its output; None if the output went to the terminal
 
 
 def run_trainings(trainings: Iterable[Training], jobs: int) -> Iterator[Ended]:
@@ -66,12 +66,12 @@ def run_trainings(trainings: Iterable[Training], jobs: int) -> Iterator[Ended]:
 
 
 def output_of(training: Training, jobs: int) -> Path | None:
-    """The file of what a training prints; None for the terminal."""
+    """The file for a training's output; None for the terminal."""
     return training.folder / "output.txt" if jobs > 1 else None
 
 
 def start(command: Sequence[str], output: Path | None, env: dict[str, str] | None) -> subprocess.Popen:
-    """Start a process that prints to a file, or to the terminal."""
+    """Start a process whose output goes to a file, or to the terminal."""
     if output is None:
         return subprocess.Popen(command, env=env)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture
+def sync_debug_mode() -> Iterator[None]:
+    """Reset ``torch.cuda.set_sync_debug_mode`` after a test that changes it."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -105,7 +105,7 @@ class Trainings:
 
 
 def endless(trainings: Trainings, work_dir: Path, timeout: int) -> tuple[object, ...]:
-    """The arguments of a distributed training that goes on until something happens."""
+    """The arguments of a distributed training that runs until it is interrupted."""
     options = ("train_cfg.max_iters=100000", f"env_cfg.dist_cfg.timeout={timeout}")
     return trainings.config, "--work-dir", work_dir, "--launcher", "pytorch", "--cfg-options", *options
 

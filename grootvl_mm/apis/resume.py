@@ -26,7 +26,7 @@ def find_resumable_checkpoint(work_dir: str | Path) -> Path | None:
     """
     work_dir = Path(work_dir)
     found = {*work_dir.glob("iter_*.pth"), *work_dir.glob("epoch_*.pth")}
-    # A name that is cut off, or overwritten, may be of bytes that no file can have.
+    # A truncated or overwritten name may contain bytes that no file name can have.
     with suppress(OSError, ValueError):
         target = Path((work_dir / "last_checkpoint").read_text().strip())
         if target.is_file():

@@ -47,7 +47,7 @@ def check_resumed_state(checkpoint: dict[str, Any], optim_wrapper: Any, schedule
 def _wrapper_problems(wrapper: Any, state: Any, name: str) -> list[str]:
     if isinstance(wrapper, OptimWrapperDict):
         if not isinstance(state, Mapping) or set(state) != set(wrapper.keys()):
-            return [f"{name} is not of the optimizers {', '.join(wrapper.keys())}"]
+            return [f"{name} must have an entry for each of the optimizers {', '.join(wrapper.keys())}"]
         return [
             problem for key, part in wrapper.items() for problem in _wrapper_problems(part, state[key], f"{name}.{key}")
         ]
@@ -77,7 +77,7 @@ def _group_problems(optimizer: Optimizer, groups: list[Mapping], name: str) -> I
     for position, (own, group) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
         where, ids = f"{name}.param_groups[{position}]", group.get("params")
         if not isinstance(ids, list) or len(ids) != len(own["params"]) or not all(type(id_) is int for id_ in ids):
-            yield f"{where} is not of {len(own['params'])} parameters"
+            yield f"{where} must have {len(own['params'])} parameters"
             continue
         numbers.update(ids)
         options = _upgraded(optimizer, group)
@@ -101,7 +101,7 @@ def _state_problems(optimizer: Optimizer, groups: list[Mapping], states: Mapping
         for number, parameter in zip(group["params"], own["params"], strict=True)
     }
     if not all(isinstance(state, Mapping) for state in states.values()) or not set(states) <= set(parameters):
-        yield f"{name}.state is not of the parameters"
+        yield f"{name}.state does not match the parameters"
         return
     storages: set[int] = set()
     for number, state in states.items():
@@ -118,7 +118,7 @@ def _state_problems(optimizer: Optimizer, groups: list[Mapping], states: Mapping
 
 
 def _new_state(optimizer: Optimizer, group: Mapping, parameter: Tensor) -> dict[str, Any]:
-    """The state that a first step of ``optimizer`` creates for a parameter, as far as a step on meta tensors gets."""
+    """The state that the first step of ``optimizer`` creates for a parameter, as far as that works on meta tensors."""
     sample = torch.empty_like(parameter, device="meta").requires_grad_()
     sample.grad = torch.empty_like(sample)
     options = {key: False if key in _IMPLEMENTATIONS else value for key, value in group.items()}
@@ -131,7 +131,7 @@ def _new_state(optimizer: Optimizer, group: Mapping, parameter: Tensor) -> dict[
 
 
 def _expected_form(value: Any, new: Any) -> str:
-    """What a part of the state of a parameter should be if it is not; ``new`` is that part after a first step."""
+    """What an entry of a parameter's state should be, or "" if it is that; ``new`` is the entry after a first step."""
     if isinstance(new, Tensor) and new.ndim:
         alike = isinstance(value, Tensor) and value.shape == new.shape and value.is_floating_point()
         return "" if alike and _is_finite(value) else f"a tensor of shape {tuple(new.shape)}"
@@ -144,7 +144,7 @@ def _expected_form(value: Any, new: Any) -> str:
 
 
 def _owns_memory(value: Tensor, storages: set[int]) -> bool:
-    """Whether a tensor is as large as its storage, and none of the others, which are remembered, has this storage."""
+    """Whether a tensor's storage is large enough and not one of ``storages``, to which it is added."""
     storage = value.untyped_storage()
     is_first = storage._cdata not in storages
     storages.add(storage._cdata)
@@ -155,14 +155,14 @@ def _schedulers_problems(schedulers: Any, states: Any) -> Iterator[str]:
     if isinstance(schedulers, Mapping):
         lists = states if isinstance(states, Mapping) else {}
         if set(lists) != set(schedulers):
-            yield f"param_schedulers are not of the optimizers {', '.join(schedulers)}"
+            yield f"param_schedulers must have an entry for each of the optimizers {', '.join(schedulers)}"
             return
         pairs = [(schedulers[key], lists[key], f"param_schedulers.{key}") for key in schedulers]
     else:
         pairs = [(schedulers, states, "param_schedulers")]
     for own, parts, name in pairs:
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-            yield f"{name} is no list of states"
+            yield f"{name} is not a list of states"
             continue
         for position, (scheduler, state) in enumerate(zip(own, parts, strict=False)):
             expected = scheduler.state_dict()
@@ -213,7 +213,7 @@ def _is_finite(value: Any) -> bool:
     if isinstance(value, Tensor):
         return bool(value.isfinite().all())
     if isinstance(value, (list, tuple)):
-        # No lists in lists: a small file can nest one in itself so often that nobody could look at all of it.
+        # No nested lists: a small file can nest one list in itself so often that traversing it would take forever.
         return all(not isinstance(item, (list, tuple)) and _is_finite(item) for item in value)
     # Larger integers cannot be compared with floats by math.isfinite.
     return value is None or (isinstance(value, Real) and abs(value) <= sys.float_info.max)

@@ -1,4 +1,4 @@
-"""Calls of modules and functions to which the policy of a block may apply, see :mod:`grootvl_mm.layers.recompute`."""
+"""Calls of modules and functions that the policy of a block may replace, see :mod:`grootvl_mm.layers.recompute`."""
 
 import threading
 from collections.abc import Callable
@@ -11,10 +11,11 @@ from grootvl_mm.ops._compat import is_compiling
 
 
 class Policy(Protocol):
-    """What to do for functions that a block calls.
+    """Decides how the functions that a block calls are executed.
 
     Attributes:
-        is_direct: whether all modules of the block are known to be untouched, so that functions replace their calls.
+        is_direct: whether all modules of the block are known to be untouched, so that their functions are called
+            instead of the modules.
     """
 
     is_direct: bool
@@ -45,21 +46,21 @@ def is_direct() -> bool:
 
 
 def call(func: Callable, *args: Any, **kwargs: Any) -> Any:
-    """``func(*args, **kwargs)`` for a function of PyTorch, which the mode of a policy sees if it is not direct."""
+    """Call a PyTorch function: through the policy if it is direct; otherwise, its torch function mode intercepts it."""
     if not is_direct():
         return func(*args, **kwargs)
     return _CURRENT.policy.call(func, args, kwargs)
 
 
 def call_own(func: Callable, *args: Any, **kwargs: Any) -> Any:
-    """``func(*args, **kwargs)`` for a function of :mod:`grootvl_mm.ops`, which no mode sees."""
+    """Call a function of :mod:`grootvl_mm.ops` through the policy; torch function modes do not intercept these."""
     if is_compiling() or _CURRENT.policy is None:
         return func(*args, **kwargs)
     return _CURRENT.policy.call(func, args, kwargs)
 
 
 def call_module(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)``: in a block of untouched modules, the function that its forward calls."""
+    """Call a module or, in a block of untouched modules, the function that its ``forward`` would call."""
     if not is_direct():
         return module(x)
     parameters = module._parameters

@@ -91,7 +91,7 @@ class _OneDNNLinear(torch.autograd.Function):
         grad_x = linear(rows, weight.t()).view_as(x) if needs_x else None
         grad_weight = None
         if needs_weight:
-            # oneDNN is faster where the result has more columns than rows.
+            # oneDNN is faster if the result has at least as many columns as rows.
             if weight.shape[0] <= weight.shape[1]:
                 grad_weight = linear(rows.t(), x_rows.t())
             else:

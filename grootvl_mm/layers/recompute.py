@@ -9,9 +9,9 @@ Inside :func:`lean`, the modules of a block are called and differentiated as usu
   under autocast uses our operator, see :mod:`grootvl_mm.layers.norm`.
 
 Both replace functions that modules call, not the modules, so hooks, adapters, parametrizations and replaced modules
-behave as in any other model. A torch function mode finds these calls, which takes longer than launching a kernel. Where
-all modules of a block are untouched, their functions are called directly instead, see :mod:`grootvl_mm.layers.calls`.
-PyTorch's defaults apply under ``torch.compile``, tracers, ``torch.func`` transforms,
+behave as in any other model. A torch function mode intercepts these calls, which takes longer than launching a kernel.
+Where all modules of a block are untouched, their functions are therefore called directly, see
+:mod:`grootvl_mm.layers.calls`. PyTorch's defaults apply under ``torch.compile``, tracers, ``torch.func`` transforms,
 other torch function modes and replaced functions of PyTorch. They also apply where activation checkpointing or other
 saved-tensor hooks start inside a block, because these call parts of the block again themselves.
 """
@@ -76,7 +76,7 @@ _FAST_IN_BLOCKS = {F.linear: linear, F.layer_norm: narrow_layer_norm}
 
 
 class _Fast(TorchFunctionMode):
-    """Replaces PyTorch functions by others. If it is direct, only functions that are called through :meth:`call`."""
+    """Replaces PyTorch functions by others; if direct, only those that are called through :meth:`call`."""
 
     keeps_results = True
 
@@ -137,7 +137,7 @@ class _Lean(_Fast):
             result = replaced(*args, **kwargs)
         else:
             replaced = self.functions.get(func, func)
-            # Only functions of such tensors save them, and hooks take time for every tensor.
+            # The hooks, which cost time for every saved tensor, are needed only where such a tensor may be saved.
             with self.hooks if self._has_recipe(args) else contextlib.nullcontext():
                 result = replaced(*args, **kwargs)
         if is_compiling():

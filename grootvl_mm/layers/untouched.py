@@ -21,7 +21,8 @@ except ImportError:  # before torch 2.4
 
 # torch.export replaces plain parameters by fake tensors.
 _PLAIN = (nn.Parameter, FakeTensor)
-# Methods and functions that profilers and similar tools replace: of a class, of all modules, of torch.nn.functional.
+# The original methods and functions: profilers and similar tools replace the forward of a class, the call of all
+# modules, or functions of torch.nn.functional.
 _FORWARDS = (nn.Linear.forward, nn.Conv2d.forward, nn.LayerNorm.forward, nn.GELU.forward)
 # Parts of a block that run no foreign code, and their forwards; see called_directly.
 _PARTS = {kind: kind.forward for kind in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GELU)}
@@ -66,7 +67,7 @@ def is_wholly_untouched(block: nn.Module) -> bool:
 
 
 def _are_untouched_parts(modules: Iterable[nn.Module]) -> bool:
-    # Loops, since this is asked for each block at each call.
+    # Plain loops: this runs for each block at each call.
     for module in modules:
         kind = type(module)
         forward = _PARTS.get(kind)

@@ -305,7 +305,7 @@ class GrootV(InitializedModule):
         elif self.ignore_padding:
             valid_sizes = find_valid_sizes(image)
         paddings: list[Padding | None] = [None] * (1 + len(self.stages))
-        # The sizes are no tensor in a symbolic trace.
+        # In a symbolic trace, the sizes are not a tensor.
         if valid_sizes is not None and not (isinstance(valid_sizes, Tensor) and is_unpadded(valid_sizes, image)):
             paddings = pyramid(valid_sizes, image, levels=len(paddings))
         with fast(image):

@@ -72,7 +72,7 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     found = [name for name in WEIGHTS if isinstance(checkpoint.get(name), Mapping)]
     weights = dict(checkpoint[found[0]] if found else checkpoint)
     if not all(isinstance(name, str) for name in weights):
-        raise CheckpointError("the weights are no dictionary of names to tensors")
+        raise CheckpointError("the weights are not a dictionary of names to tensors")
     if len(found) > 1:
         print_log(
             f"The checkpoint also contains EMA weights ({found[1]!r}); loading the weights under {found[0]!r}. To use "

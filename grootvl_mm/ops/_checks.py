@@ -33,7 +33,7 @@ def checked(check: Callable[..., None], call: Callable, inputs: Sequence[Tensor]
     """``call(inputs, *options)``; raises the errors of ``check(inputs, *options)``.
 
     Compiled kernels check the same for floating inputs on their device, in a fraction of the time. For them, ``check``
-    runs only after an error, which it states in the terms of the caller.
+    runs only after an error, to report it in terms of the caller's arguments.
     """
     if not _are_checked_by_kernels(inputs):
         check(inputs, *options)

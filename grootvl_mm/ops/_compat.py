@@ -31,7 +31,7 @@ else:
 
         @functools.wraps(function)
         def without_defaults(*args: Any) -> None:
-            """A function with a signature that torch understands."""
+            """A function whose signature PyTorch 2.1 can parse."""
 
         without_defaults.__signature__ = signature.replace(parameters=plain)
         schema = infer_schema(without_defaults)

@@ -38,7 +38,7 @@ class _SharedCut:
 
     @staticmethod
     def _key_of(tree: "Tree") -> tuple:
-        # Twice per tree, so not by torch.cuda.current_stream, which creates an object of Python.
+        # Called twice per tree; torch.cuda.current_stream would create a Python object each time.
         stream = torch._C._cuda_getCurrentRawStream(tree.parent.get_device()) if tree.parent.is_cuda else None
         return stream, *(None if part.is_inference() else part._version for part in tree)
 

@@ -209,11 +209,8 @@ def _no_gradient(name: str) -> None:
     register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
 
 
-_no_gradient("grid_edge_weight")
-_no_gradient("grid_tree")
-_no_gradient("grid_tree_and_cut")
-_no_gradient("graph_tree")
-_no_gradient("tree_cut")
+for _name in ("grid_edge_weight", "grid_tree", "grid_tree_and_cut", "graph_tree", "tree_cut"):
+    _no_gradient(_name)
 
 
 def _save_scan(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -315,24 +312,8 @@ def _(feature_shape: torch.Size, metric: str, log: bool, **kwargs: Any) -> int:
     return _WEIGHT_FLOPS[metric] * feature_shape.numel()
 
 
-@register_flop_formula(torch.ops.grootvl.grid_tree)
-def _(*args: Any, **kwargs: Any) -> int:
-    return 0
-
-
-@register_flop_formula(torch.ops.grootvl.grid_tree_and_cut)
-def _(*args: Any, **kwargs: Any) -> int:
-    return 0
-
-
-@register_flop_formula(torch.ops.grootvl.graph_tree)
-def _(*args: Any, **kwargs: Any) -> int:
-    return 0
-
-
-@register_flop_formula(torch.ops.grootvl.tree_cut)
-def _(*args: Any, **kwargs: Any) -> int:
-    return 0
+for _name in ("grid_tree", "grid_tree_and_cut", "graph_tree", "tree_cut"):
+    register_flop_formula(getattr(torch.ops.grootvl, _name))(lambda *args, **kwargs: 0)
 
 
 @register_flop_formula(torch.ops.grootvl.tree_scan)

@@ -115,20 +115,10 @@ register_autograd(f"{NAMESPACE}::depthwise_conv_silu", _conv_backward, setup_con
 register_autograd(f"{NAMESPACE}::depthwise_conv_silu_backward", _conv_double_backward, setup_context=_save_conv)
 
 
-def _normed_dtype(x: Tensor, dtype: torch.dtype | None, autocast: torch.dtype) -> torch.dtype:
-    """The requested dtype; by default that of autocast for a float32 ``x``, as the next linear layer would cast."""
-    return dtype or (autocast if x.dtype == torch.float32 else x.dtype)
-
-
-def _autocast_layer_norm(
-    autocast: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None
-) -> tuple:
-    return x, weight, bias, eps, _normed_dtype(x, dtype, autocast)
-
-
-def _autocast_residual_layer_norm(autocast: torch.dtype, x: Tensor, *inputs: Any) -> tuple:
+def _autocast_norm(autocast: torch.dtype, x: Tensor, *inputs: Any) -> tuple:
+    """By default, norm a float32 ``x`` into the dtype of autocast, to which the next linear layer would cast."""
     *inputs, dtype = inputs
-    return x, *inputs, _normed_dtype(x, dtype, autocast)
+    return x, *inputs, dtype or (autocast if x.dtype == torch.float32 else x.dtype)
 
 
 def _autocast_conv(autocast: torch.dtype, x: Tensor, weight: Tensor) -> tuple:
@@ -137,8 +127,8 @@ def _autocast_conv(autocast: torch.dtype, x: Tensor, weight: Tensor) -> tuple:
 
 
 for _device_type in ("cpu", "cuda"):
-    implement_autocast(f"{NAMESPACE}::layer_norm", _device_type, _autocast_layer_norm)
-    implement_autocast(f"{NAMESPACE}::residual_layer_norm", _device_type, _autocast_residual_layer_norm)
+    implement_autocast(f"{NAMESPACE}::layer_norm", _device_type, _autocast_norm)
+    implement_autocast(f"{NAMESPACE}::residual_layer_norm", _device_type, _autocast_norm)
     implement_autocast(f"{NAMESPACE}::depthwise_conv_silu", _device_type, _autocast_conv)
 
 

@@ -384,7 +384,7 @@ def plain_selective_scan(
 def smooth_layer_norm(x: Tensor, channels: Sequence[int], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """``F.layer_norm`` over the last axis with correct derivatives of any order; PyTorch's are wrong from the third on.
 
-    (As of 2.14, its second derivative takes the mean and the deviation that the forward pass kept for constants.)
+    (As of 2.14, its second derivative treats the saved mean and standard deviation as constants.)
     """
     centred = x - x.mean(-1, keepdim=True)
     return centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() * weight + bias

@@ -124,7 +124,7 @@ def _selective_scan(inputs: SelectiveScanInputs, tree: Tree, eps: float, propaga
     dtype = inputs.dt_weight.dtype
     is_mixed = any(parameter.dtype != dtype for parameter in inputs.parameters())
     if is_mixed and not is_autocast_enabled(inputs.x.device.type):
-        _check_selective_scan(inputs, tree, eps, propagation)  # of the dtypes that came
+        _check_selective_scan(inputs, tree, eps, propagation)  # before the dtypes change
         wide = (parameter.float() for parameter in inputs.parameters())
         inputs = SelectiveScanInputs(*inputs.activations(), *wide)
     operator = torch.ops.grootvl.tree_selective_scan.default

@@ -23,7 +23,7 @@ _MOST_EXPANDED = 2**24
 _MOST_AXES = 64
 # Elements per byte of the storages: tied weights share one, but not this often.
 _MOST_SHARED = 16
-# What Python objects may hold together, relative to the size of their file.
+# Limit for the total size of Python objects, relative to the size of their file.
 _MOST_COPIED = 4
 _POINTER = 8  # bytes per item of a container
 
@@ -63,7 +63,7 @@ def spend(size: int) -> None:
 
 
 def check_shared(tensors: Iterable[Tensor]) -> None:
-    """Check that tensors are together not much larger than their storages, which each of them may use as a whole.
+    """Check that tensors, which may share storages, are together not much larger than these.
 
     Raises:
         pickle.UnpicklingError: they are.
@@ -148,7 +148,7 @@ def rebuild_parameter(*arguments: Any) -> CheckpointTensor:
     """Stand in for ``_rebuild_parameter`` and ``_rebuild_parameter_with_state``; hooks and state are dropped."""
     tensor, requires_grad = arguments[:2] if len(arguments) in (3, 4) else (None, None)
     if type(tensor) is not CheckpointTensor:
-        _refuse("a parameter of no tensor")
+        _refuse("a parameter without a tensor")
     return dataclasses.replace(tensor, requires_grad=bool(requires_grad), parameter=True)
 
 

@@ -42,7 +42,7 @@ class CheckpointError(ValueError):
 # torch looks up every name in a file here, before the types that were registered by add_safe_globals.
 _torchs_own = _weights_only_unpickler._get_allowed_globals
 _reading = threading.local()
-# Since when ``weights_only=True`` is the default, and since when it keeps a file to its own memory.
+# Whether ``weights_only=True`` is the default, and whether it prevents tensors from reading memory behind their data.
 _IS_DEFAULT, _IS_STRICT = (torch.__version__ >= version for version in ("2.6", "2.11"))
 
 

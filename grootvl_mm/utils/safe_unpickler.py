@@ -1,7 +1,7 @@
 """Restricts how ``torch.load`` reads a file as PyTorch 2.11 does with ``weights_only=True``, for older versions.
 
-Before 2.6, their own unpickler restores no objects but tensors, and so cannot read mmengine's checkpoints. Before 2.11,
-it trusts the size that a file states for a storage: the tensors could include memory behind their data.
+Before 2.6, PyTorch's own restricted unpickler supports too few types for mmengine's checkpoints. Before 2.11, it trusts
+the size that a file states for a storage, so tensors could include memory behind their data.
 """
 
 import pickle

@@ -112,8 +112,8 @@ def record_trees(model: Any) -> Iterator[list[TreeRecord]]:
             f"{type(module).__name__} has no {TreeSSM.__name__} layer, so there are no trees to record; pass a model "
             "with a GrootV backbone, not an exported or traced program"
         )
-    sharing = {child for stage in module.modules() if isinstance(stage, Stage) and stage.share_tree
-               for child in stage.modules()}  # fmt: skip
+    stages = [stage for stage in module.modules() if isinstance(stage, Stage) and stage.share_tree]
+    sharing = {child for stage in stages for child in stage.modules()}
     recorder = _Recorder()
     watches = []
     try:

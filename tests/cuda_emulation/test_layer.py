@@ -10,37 +10,6 @@ from tests.cuda_emulation import latency_model
 from tests.cuda_emulation.run import environment
 from tests.cuda_emulation.test_kernels import Launch, run_kernels
 
-# PyTorch's operators that launch no kernel on a GPU, or only by calling others.
-WITHOUT_KERNEL = {
-    "_reshape_alias",
-    "_to_copy",
-    "_unsafe_view",
-    "as_strided",
-    "chunk",
-    "clone",
-    "contiguous",
-    "detach",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "expand",
-    "flatten",
-    "narrow",
-    "permute",
-    "promote_types",
-    "reshape",
-    "result_type",
-    "slice",
-    "split",
-    "split_with_sizes",
-    "t",
-    "to",
-    "transpose",
-    "unflatten",
-    "unsqueeze",
-    "view",
-}
-
 # The layer of float32 inference as it runs on a GPU, where norms and residual connections use our operators and the
 # projections are single products; checked against the block.
 LAYER = """
@@ -48,6 +17,13 @@ import json
 from torch.profiler import ProfilerActivity, profile
 from grootvl_mm.models.grootv import Block
 from grootvl_mm.ops import depthwise_conv_silu, layer_norm, residual_layer_norm
+
+# PyTorch's operators that launch no kernel on a GPU, or only by calling others.
+WITHOUT_KERNEL = '''
+_reshape_alias _to_copy _unsafe_view as_strided chunk clone contiguous detach empty empty_like empty_strided expand
+flatten narrow permute promote_types reshape result_type slice split split_with_sizes t to transpose unflatten
+unsqueeze view
+'''.split()
 
 def run(block, x):
     mixer, mlp = block.mixer, block.mlp
@@ -92,7 +68,7 @@ class Layer(NamedTuple):
 @pytest.fixture(scope="module")
 def layer(tmp_path_factory: pytest.TempPathFactory) -> Layer:
     folder = tmp_path_factory.mktemp("layer")
-    code = f"WITHOUT_KERNEL, CHANNELS = {WITHOUT_KERNEL}, {CHANNELS}\n{LAYER}"
+    code = f"CHANNELS = {CHANNELS}\n{LAYER}"
     launches = run_kernels(code, folder, Path(environment(0)["GROOTVL_LIBRARY"]))
     return Layer(launches, json.loads((folder / "operators.json").read_text()))
 

@@ -117,8 +117,8 @@ WRONG: dict[str, tuple[Callable[[dict], None], str]] = {
     "optimizer is a list": (at("optimizer", value=[1]), "has no list of param_groups"),
     "no state": (without("optimizer", "state"), "has no state for each parameter"),
     "state is a number": (at("optimizer", "state", value=math.nan), "has no state for each parameter"),
-    "state of others": (at("optimizer", "state", 77, value=lambda _: {}), "state is not of the parameters"),
-    "states are lists": (at(*STATE, value=[1]), "state is not of the parameters"),
+    "state of others": (at("optimizer", "state", 77, value=lambda _: {}), "state does not match the parameters"),
+    "states are lists": (at(*STATE, value=[1]), "state does not match the parameters"),
     "a group less": (at("optimizer", "param_groups", value=lambda groups: groups[:1]), "has 1 groups .* expected 2"),
     "groups are texts": (at("optimizer", "param_groups", value=["a", "b"]), "no list of param_groups"),
     "no rate": (without(*FIRST, "lr"), r"param_groups\[0\] has no lr"),
@@ -133,9 +133,9 @@ WRONG: dict[str, tuple[Callable[[dict], None], str]] = {
     "a beta is a text": (at(*FIRST, "betas", value=(0.9, "a")), r"betas\[1\] is 'a', expected 0.999"),
     "flag is a tensor": (at(*FIRST, "amsgrad", value=torch.ones(2)), "amsgrad is a tensor"),
     "unset flag is a list": (at(*FIRST, "foreach", value=[]), "foreach is a list, expected None"),
-    "no parameters": (at(*FIRST, "params", value=None), "is not of 2 parameters"),
-    "a parameter less": (at(*FIRST, "params", value=[0]), "is not of 2 parameters"),
-    "parameters are texts": (at(*FIRST, "params", value=["0", "1"]), "is not of 2 parameters"),
+    "no parameters": (at(*FIRST, "params", value=None), "must have 2 parameters"),
+    "a parameter less": (at(*FIRST, "params", value=[0]), "must have 2 parameters"),
+    "parameters are texts": (at(*FIRST, "params", value=["0", "1"]), "must have 2 parameters"),
     "a parameter twice": (at(*FIRST, "params", value=[0, 0]), "name a parameter twice"),
     "momentum of another shape": (
         at(*STATE, "exp_avg", value=lambda old: old.T),
@@ -163,8 +163,8 @@ WRONG: dict[str, tuple[Callable[[dict], None], str]] = {
     "other has lists in lists": (at(*STATE, "other", value=nested()), "other is a list, expected numbers"),
     "rate is huge": (at(*FIRST, "lr", value=10**400), "lr is an integer of 1329 bits, expected 0.1"),
     "step is NaN": (at(*STATE, "step", value=torch.tensor(math.nan)), "step is a tensor with NaN"),
-    "no list of schedulers": (at("param_schedulers", value={"a": 1}), "param_schedulers is no list"),
-    "scheduler is a text": (at("param_schedulers", value=["a"]), "param_schedulers is no list of states"),
+    "no list of schedulers": (at("param_schedulers", value={"a": 1}), "param_schedulers is not a list"),
+    "scheduler is a text": (at("param_schedulers", value=["a"]), "param_schedulers is not a list of states"),
     "scheduler's step is a text": (at(*SCHEDULER, "last_step", value="2"), "last_step is '2', expected 0"),
     "scheduler's rates are NaN": (at(*SCHEDULER, "base_values", value=[math.nan] * 3), r"base_values\[0\] is nan"),
     "scheduler's rates are fewer": (at(*SCHEDULER, "_last_value", value=[0.1]), "_last_value is a list, expected 3"),
@@ -232,10 +232,10 @@ def test_several_optimizers_and_scaled_losses() -> None:
     for path, value, message in (
         (("optimizer", "b"), {}, r"optimizer.b has no list"),
         (("optimizer", "a", "loss_scaler"), {"scale": "x"}, "loss_scaler.scale is 'x', expected 2.0"),
-        (("optimizer", "a", "state", 0), [], r"optimizer.a.state is not"),
+        (("optimizer", "a", "state", 0), [], r"optimizer.a.state does not match"),
         (("param_schedulers", "a", 0, "last_step"), [], r"param_schedulers.a\[0\].last_step is a list"),
-        (("param_schedulers",), {}, "are not of the optimizers a, b"),
-        (("optimizer",), {"a": {}}, "is not of the optimizers a, b"),
+        (("param_schedulers",), {}, "must have an entry for each of the optimizers a, b"),
+        (("optimizer",), {"a": {}}, "optimizer must have an entry for each of the optimizers a, b"),
     ):
         changed = copy.deepcopy(content)
         at(*path, value=value)(changed)

@@ -38,7 +38,7 @@ def study(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 
     def run(*arguments: object, **sizes: int) -> str:
         options = [word for name, size in {**SIZES, **sizes}.items() for word in (f"--{name}", str(size))]
-        command = ["study", "--quick", "--text", text, "--work-dir", tmp_path / "study", *options, *arguments]
+        command = ["study", "--preset", "quick", "--text", text, "--work-dir", tmp_path / "study", *options, *arguments]
         monkeypatch.setattr(sys, "argv", list(map(str, command)))
         module.main()
         return (tmp_path / "study" / "README.md").read_text()

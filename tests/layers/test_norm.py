@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from grootvl_mm.layers import norm as layers
 from grootvl_mm.layers.norm import add_norm, layer_norm, narrow_layer_norm
 from grootvl_mm.layers.recompute import lean
+from tests.helpers.memory import kept_tensors
 
 HALF = torch.bfloat16
 
@@ -129,14 +130,7 @@ def test_a_touched_norm_is_called(device: torch.device, monkeypatch: pytest.Monk
 def test_the_norm_of_a_sum_is_not_kept(device: torch.device) -> None:
     module, linear = norm(device), nn.Linear(24, 8, device=device)
     x = torch.randn(2, 3, 5, 24, device=device, requires_grad=True)
-    kept = {}
-    with (
-        torch.autograd.graph.saved_tensors_hooks(
-            lambda value: kept.setdefault(value.untyped_storage().data_ptr(), value), lambda value: value
-        ),
-        autocast(device, True),
-        lean(x),
-    ):
+    with kept_tensors() as kept, autocast(device, True), lean(x):
         linear(add_norm(x, x * 2, module)[1])
     own = {parameter.data_ptr() for parameter in (*module.parameters(), *linear.parameters())}
     maps = [value for at, value in kept.items() if at not in own and value.numel() == x.numel()]

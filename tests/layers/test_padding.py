@@ -48,15 +48,12 @@ def test_empty_batch(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.usefixtures("sync_debug_mode")
 def test_the_gpu_is_not_waited_for() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     image = batch(torch.device("cuda"))
     torch.cuda.set_sync_debug_mode("error")
-    try:
-        pyramid(find_valid_sizes(image), image, 4)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    pyramid(find_valid_sizes(image), image, 4)
 
 
 def test_given_sizes(device: torch.device) -> None:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from grootvl_mm.layers import recompute
 from grootvl_mm.layers.mlp import MLP
 from grootvl_mm.layers.recompute import fast, lean, narrow
+from tests.helpers.memory import kept_tensors
 
 
 class Layers(nn.Module):
@@ -59,10 +60,7 @@ def gradients(layers: nn.Module, x: Tensor, is_lean: bool) -> list[Tensor]:
 
 
 def kept_bytes(layers: Callable[[Tensor], Tensor], x: Tensor, is_lean: bool = True) -> int:
-    kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda value: kept.setdefault(value.untyped_storage().data_ptr(), value), lambda value: value
-    ):
+    with kept_tensors() as kept:
         y = call(layers, x, is_lean)
     own = {value.data_ptr() for value in layers.parameters()} if isinstance(layers, nn.Module) else ()
     assert y.grad_fn is not None

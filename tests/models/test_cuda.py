@@ -1,7 +1,5 @@
 """The backbone on a GPU: no synchronisation, mixed precision, compilation."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -24,13 +22,6 @@ def backbone() -> GrootV:
 def image() -> Tensor:
     """A batch of two."""
     return torch.randn(2, 3, 64, 96, device="cuda")
-
-
-@pytest.fixture
-def sync_debug_mode() -> Iterator[None]:
-    """Puts the mode back."""
-    yield
-    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.usefixtures("sync_debug_mode")

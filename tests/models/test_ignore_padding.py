@@ -10,6 +10,7 @@ from grootvl_mm.layers.padding import pyramid
 from grootvl_mm.models import GrootV, TreeSSM, grootv
 from grootvl_mm.models.tree_ssm import SCANS, raster_path
 from tests.helpers.marks import HALVES, needs_compiler, needs_free_batches
+from tests.helpers.memory import kept_tensors
 
 NANO = {"channels": 8, "depths": [1, 2]}
 SIZES = [(23, 37), (40, 17), (40, 44), (3, 44)]
@@ -243,15 +244,9 @@ def test_a_block_keeps_no_map_more() -> None:
     kept = {}
     for ignored in (False, True):
         model = make(arch={"channels": 8, "depths": [4]}, out_indices=(0,), ignore_padding=ignored)
-        storages = {}
-
-        def pack(value: Tensor, storages: dict = storages) -> Tensor:
-            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-            return value
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        with kept_tensors() as tensors:
             feature = model(nn.functional.pad(torch.randn(1, 3, 64, 56), (0, 8)))[0]
-        kept[ignored] = sum(storages.values())
+        kept[ignored] = sum(value.untyped_storage().nbytes() for value in tensors.values())
         assert feature.requires_grad
     one_map = 8 * 16 * 16 * 4
     assert kept[True] - kept[False] < 4 * one_map  # of four blocks

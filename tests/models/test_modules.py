@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from grootvl_mm.layers.recompute import lean
 from grootvl_mm.models import GrootV, TreeSSM, grootv
 from tests.helpers.marks import needs_compiler
+from tests.helpers.memory import kept_tensors
 
 LINEAR = ("in_proj", "x_proj", "dt_proj", "out_proj", "fc1", "fc2")
 NORMS = ("norm1", "norm2", "h_norm", "out_norm")
@@ -122,15 +123,9 @@ def test_blocks_with_and_without_hooks_are_the_same(
     monkeypatch.setattr(grootv, "lean", lambda *args: _spied(lean(*args), directly))
 
     def run() -> tuple[list[Tensor], int]:
-        kept: dict[int, Tensor] = {}
         torch.manual_seed(0)
-        with (
-            torch.set_grad_enabled(watched),
-            torch.autograd.graph.saved_tensors_hooks(
-                lambda value: kept.update({value.untyped_storage()._cdata: value}) or value, lambda value: value
-            ),
-            torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_autocast),
-        ):
+        precision = torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_autocast)
+        with torch.set_grad_enabled(watched), kept_tensors() as kept, precision:
             feature = model(image)[-1]
         grads = torch.autograd.grad(feature.square().sum(), list(model.parameters())) if watched else ()
         return [feature, *grads], sum(value.untyped_storage().nbytes() for value in kept.values())

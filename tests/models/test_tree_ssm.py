@@ -1,4 +1,4 @@
-"""The layer as a block calls it: its fused scan, and what it keeps for its backward pass."""
+"""The layer as a block calls it: its fused scan, its derivatives and its trees."""
 
 import pytest
 import torch
@@ -6,8 +6,6 @@ from torch import Tensor, nn
 
 from grootvl_mm.layers.recompute import lean
 from grootvl_mm.models import TreeSSM
-from grootvl_mm.models.grootv import Block
-from tests.helpers.marks import needs_compiler
 
 
 def make(dtype: torch.dtype = torch.float32, **options: str) -> TreeSSM:
@@ -66,35 +64,6 @@ def test_trees_have_no_gradient_and_are_handed_on(device: torch.device) -> None:
     assert torch.equal(y, again)
     assert not any(vertices.requires_grad for vertices in (*tree, *same))
     assert all(torch.equal(a, b) for a, b in zip(tree, same, strict=True))
-
-
-@pytest.mark.parametrize(("channels", "maps"), [(4, 12)])
-def test_a_block_keeps_twelve_maps(channels: int, maps: int) -> None:
-    """In maps of C channels: the inputs of both norms 1 each, in-projection 4, scan 2, MLP 4; the trees are C / 2."""
-    block = Block(channels)
-    x = torch.randn(2, 8, 8, channels, requires_grad=True)
-    kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda value: kept.setdefault(value.untyped_storage().data_ptr(), value), lambda value: value
-    ):
-        block(x)
-    parameters = {parameter.data_ptr() for parameter in block.parameters()}
-    values = sum(value.untyped_storage().nbytes() // 4 for at, value in kept.items() if at not in parameters)
-    # Mean and scale of two norms, what x_proj returns (dt of rank 1, b, c), parent and order.
-    assert values == maps * x.numel() + (4 + 3 + 2) * x[..., 0].numel()
-
-
-@needs_compiler
-def test_compiles_as_one_graph_with_gradients(device: torch.device) -> None:
-    layer = make().to(device)
-    x = torch.randn(2, 4, 5, 6, device=device, requires_grad=True)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for call in (layer, compiled):
-        y, _ = call(x)
-        grads = torch.autograd.grad(y.square().sum(), (x, *layer.parameters()))
-        if call is layer:
-            expected = (y, grads)
-    torch.testing.assert_close((y, grads), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_shapes_alone_will_do() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grootvl_mm.ops import depthwise_conv_silu, reference_neighbours
 from tests.helpers.marks import HALVES
+from tests.helpers.threads import assert_same_with_any_number_of_threads
 from tests.helpers.trees import SEEDS, SIZES
 
 BACKWARD = torch.ops.grootvl.depthwise_conv_silu_backward
@@ -163,16 +164,7 @@ def test_autocast_casts_as_a_convolution_does(device: torch.device, autocast: to
 @pytest.mark.cpu_kernels
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     x, weight, grad_y = sample(2, 70, 33, 48, dtype=torch.float32)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            results.append((depthwise_conv_silu(x, weight), *BACKWARD(grad_y, x, weight)))
-    finally:
-        torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    assert_same_with_any_number_of_threads(lambda: (depthwise_conv_silu(x, weight), *BACKWARD(grad_y, x, weight)))
 
 
 X, WEIGHT, _ = sample(2, 3, 4, 8, dtype=torch.float32)

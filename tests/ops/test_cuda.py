@@ -3,8 +3,6 @@
 The values, gradients and errors of the CUDA operators are tested where those of the CPU are.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -22,13 +20,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-
-
-@pytest.fixture
-def sync_debug_mode() -> Iterator[None]:
-    """Puts the mode back."""
-    yield
-    torch.cuda.set_sync_debug_mode("default")
 
 
 def layer(feature: Tensor, decay: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from grootvl_mm.ops import Tree, _library, graph_tree, grid_tree, reference, sequence_edges, tree_scan
 from tests.helpers.marks import needs_compiler
+from tests.helpers.threads import assert_same_with_any_number_of_threads
 from tests.helpers.trees import SEEDS, SIZES, assert_rooted, kruskal, random_graph, random_weight
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -201,16 +202,7 @@ def test_inputs_are_not_written_and_get_no_gradient(device: torch.device) -> Non
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     edge_index = random_graph(300, 900, seed=6)
     weight = torch.randn(5, edge_index.shape[1])
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            results.append(graph_tree(edge_index, weight, 300))
-    finally:
-        torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    assert_same_with_any_number_of_threads(lambda: graph_tree(edge_index, weight, 300))
 
 
 @pytest.mark.cpu_kernels

@@ -16,8 +16,6 @@ from grootvl_mm.ops import (
     extension_error,
     grid_edge_weight,
     grid_tree,
-    reference,
-    reference_neighbours,
     sequence_edges,
     tree_scan,
 )
@@ -65,6 +63,10 @@ def samples(device: torch.device) -> dict[str, tuple]:
     }
 
 
+def as_tuple(results: torch.Tensor | tuple) -> tuple:
+    return results if isinstance(results, tuple) else (results,)
+
+
 def test_compiled_operators_are_in_use() -> None:
     assert extension_error() is None
 
@@ -79,9 +81,7 @@ def test_every_operator_has_a_reference_with_its_schema() -> None:
 def test_references_return_no_graph() -> None:
     for name, function in _library.REFERENCES.items():
         inputs = [value.detach() if isinstance(value, torch.Tensor) else value for value in samples("cpu")[name]]
-        results = function(*inputs)
-        for result in results if isinstance(results, tuple) else (results,):
-            assert not result.requires_grad, name
+        assert not any(result.requires_grad for result in as_tuple(function(*inputs))), name
 
 
 NEEDS = {"depthwise_conv_silu_backward": needs_symbolic_convolutions}
@@ -252,75 +252,48 @@ def test_a_library_of_other_sources_is_an_error(package_without_extension: Path)
 def test_instruction_sets_agree(tmp_path: Path, isa: str) -> None:
     """Trees are bitwise the same, edge weights, scans and their gradients to rounding."""
     feature = torch.randn(2, 37, 20, 21)
-    weight = grid_edge_weight(feature)
     x, decay, tree = random_scan(2, 20, 21, 48, seed=0, dtype=torch.float32)
-    inputs, selective_tree = random_selective_scan(2, 20, 21, 40, 3, seed=0, dtype=torch.float32)
-    selective = [*inputs.values(), *selective_tree]
-    halves = [value.to(dtype) for dtype in (torch.bfloat16, torch.float16) for value in selective[:5]]
     maps, taps, norm = torch.randn(2, 9, 11, 83), torch.randn(83, 1, 3, 3), torch.randn(83)
-    torch.save([feature, weight, x, decay, *tree, maps, taps, norm, halves, *selective], tmp_path / "inputs.pt")
-    result = run_python(
+    narrow = maps.bfloat16()
+    trees = [("grid_edge_weight", (feature, "cosine", False)), ("grid_tree", (grid_edge_weight(feature), 20, 21, 0))]
+    close = [
+        ("tree_scan", (x, decay, *tree, "all")),
+        ("tree_scan_backward", (x, x, decay, *tree, "all")),
+        ("depthwise_conv_silu", (maps, taps)),
+        ("depthwise_conv_silu_backward", (maps, maps, taps)),
+        ("residual_layer_norm", (maps, narrow, None, norm, norm, 1e-5, None)),
+        ("layer_norm_backward", (maps, narrow, maps, None, norm, 1e-5, None)),
+    ]
+    inputs, tree = random_selective_scan(2, 20, 21, 40, 3, seed=0, dtype=torch.float32)
+    rounded = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        values = [value.to(dtype) if number < 5 else value for number, value in enumerate(inputs.values())]
+        x, gate, decay = values[0], values[4], values[4].sigmoid()
+        rounded += [
+            ("tree_selective_scan", (*values, *tree, 1e-5, "all")),
+            ("tree_selective_scan_backward", (x, *values, *tree, 1e-5, "all")),
+            ("tree_scan", (x, decay, *tree, "all")),
+            ("tree_scan_backward", (gate, x, decay, *tree, "all")),
+        ]
+    torch.save(trees + close + rounded, tmp_path / "calls.pt")
+    process = run_python(
         tmp_path,
-        "import torch\n"
-        "from grootvl_mm.ops import Tree, grid_edge_weight, grid_tree, tree_scan\n"
-        "feature, weight, x, decay, parent, order, maps, taps, norm, halves, *selective = torch.load('inputs.pt')\n"
-        "tree = (parent, order)\n"
-        "grads = torch.ops.grootvl.tree_scan_backward(x, x, decay, *tree, 'all')\n"
-        "ops, narrow = torch.ops.grootvl, maps.bfloat16()\n"
-        "neighbours = [ops.depthwise_conv_silu(maps, taps), *ops.depthwise_conv_silu_backward(maps, maps, taps),\n"
-        "              *ops.residual_layer_norm(maps, narrow, None, norm, norm, 1e-5, None),\n"
-        "              *ops.layer_norm_backward(maps, narrow, maps, None, norm, 1e-5, None)]\n"
-        "narrow_results = []\n"
-        "for first in (0, 5):\n"
-        "    values = [*halves[first : first + 5], *selective[5:]]\n"
-        "    decays = values[4].sigmoid()\n"
-        "    narrow_results += [ops.tree_selective_scan(*values, 1e-5, 'all'),\n"
-        "                       *ops.tree_selective_scan_backward(values[0], *values, 1e-5, 'all'),\n"
-        "                       ops.tree_scan(values[0], decays, *values[13:], 'all'),\n"
-        "                       *ops.tree_scan_backward(values[4], values[0], decays, *values[13:], 'all')]\n"
-        "torch.save([narrow_results, neighbours, grid_edge_weight(feature), *grid_tree(weight, 20, 21),\n"
-        "            tree_scan(x, decay, Tree(*tree)), *grads,\n"
-        "            torch.ops.grootvl.tree_selective_scan(*selective, 1e-5, 'all'),\n"
-        "            *torch.ops.grootvl.tree_selective_scan_backward(selective[0], *selective, 1e-5, 'all')],\n"
-        "           'outputs.pt')\n",
+        "import torch, grootvl_mm.ops\n"
+        "results = [getattr(torch.ops.grootvl, name)(*arguments) for name, arguments in torch.load('calls.pt')]\n"
+        "torch.save(results, 'results.pt')\n",
         GROOTVL_CPU_ISA=isa,
         PYTHONPATH=str(PACKAGE.parent),
     )
-    assert result.returncode == 0, result.stderr
-    outputs = torch.load(tmp_path / "outputs.pt")
-    narrow_results, neighbours, weights, parent, order, h, grad_x, grad_decay, *selective_results = outputs
-    torch.testing.assert_close(weights, weight, rtol=1e-6, atol=1e-7)
-    expected = grid_tree(weight, 20, 21)
-    assert torch.equal(parent, expected.parent)
-    assert torch.equal(order, expected.order)
-    narrow = maps.bfloat16()
-    expected_neighbours = [
-        reference_neighbours.depthwise_conv_silu(maps, taps),
-        *reference_neighbours.depthwise_conv_silu_backward(maps, maps, taps),
-        *reference_neighbours.residual_layer_norm(maps, narrow, None, norm, norm, 1e-5, None),
-        *reference_neighbours.layer_norm_backward(maps, narrow, maps, None, norm, 1e-5, None),
-    ]
-    torch.testing.assert_close(neighbours, expected_neighbours, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(h, tree_scan(x, decay, tree))
-    torch.testing.assert_close([grad_x, grad_decay], list(reference.tree_scan_backward(x, x, decay, *tree, "all")))
-    exact = [value.double() for value in inputs.values()]
-    expected_results = [
-        reference.tree_selective_scan(*exact, *selective_tree, 1e-5, "all"),
-        *reference.tree_selective_scan_backward(exact[0], *exact, *selective_tree, 1e-5, "all"),
-    ]
-    for result, expected_result in zip(selective_results, expected_results, strict=True):
-        assert (result - expected_result).norm() < 2e-5 * expected_result.norm()
-    expected_results = []
-    for first in (0, 5):
-        values = [*halves[first : first + 5], *selective[5:]]
-        x, gate, decays = values[0], values[4], values[4].sigmoid()
-        expected_results += [
-            reference.tree_selective_scan(*values, 1e-5, "all"),
-            *reference.tree_selective_scan_backward(x, *values, 1e-5, "all"),
-            reference.tree_scan(x, decays, *selective_tree, "all"),
-            *reference.tree_scan_backward(gate, x, decays, *selective_tree, "all"),
-        ]
-    for result, expected_result in zip(narrow_results, expected_results, strict=True):
-        assert result.dtype == expected_result.dtype
-        bound = 2 * torch.finfo(result.dtype).eps if result.element_size() == 2 else 1e-4
-        assert (result.double() - expected_result.double()).norm() < bound * expected_result.double().norm()
+    assert process.returncode == 0, process.stderr
+    weight, found_tree, *results = torch.load(tmp_path / "results.pt")
+    torch.testing.assert_close(weight, grid_edge_weight(feature), rtol=1e-6, atol=1e-7)
+    assert all(map(torch.equal, found_tree, torch.ops.grootvl.grid_tree(*trees[1][1])))
+    for (name, arguments), result in zip(close, results, strict=False):
+        tolerance = {} if "scan" in name else {"rtol": 1e-4, "atol": 1e-4}
+        torch.testing.assert_close(result, _library.REFERENCES[name](*arguments), **tolerance)
+    for (name, arguments), result in zip(rounded, results[len(close) :], strict=True):
+        for value, expected in zip(*map(as_tuple, (result, _library.REFERENCES[name](*arguments))), strict=True):
+            assert value.dtype == expected.dtype
+            rounding = 2e-5 if arguments[0].dtype == torch.float32 else 1e-4
+            bound = 2 * torch.finfo(value.dtype).eps if value.element_size() == 2 else rounding
+            assert (value.double() - expected.double()).norm() < bound * expected.double().norm(), name

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grootvl_mm.ops import layer_norm, reference_neighbours, residual_layer_norm
 from tests.helpers.marks import HALVES
+from tests.helpers.threads import assert_same_with_any_number_of_threads
 from tests.helpers.trees import SEEDS
 
 EPS = 1e-6
@@ -213,17 +214,12 @@ def test_autocast_norms_into_its_own_dtype(device: torch.device, autocast: torch
 @pytest.mark.cpu_kernels
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     inputs = sample((4, 1000, 48), 0, torch.float32, torch.bfloat16)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            total, normed = residual_layer_norm(**inputs)
-            results.append((total, normed, *BACKWARD(total, normed, total, None, inputs["weight"], EPS, None)))
-    finally:
-        torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+    def run() -> tuple:
+        total, normed = residual_layer_norm(**inputs)
+        return total, normed, *BACKWARD(total, normed, total, None, inputs["weight"], EPS, None)
+
+    assert_same_with_any_number_of_threads(run)
 
 
 INPUTS = sample((2, 3, 4), 0, torch.float32, torch.bfloat16)

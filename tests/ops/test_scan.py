@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from grootvl_mm.ops import Tree, grid_tree, reference, tree_scan
 from tests.helpers.precision import assert_rounded_once
+from tests.helpers.threads import assert_same_with_any_number_of_threads
 from tests.helpers.trees import SEEDS, SIZES, brute_force_scan, random_scan, random_weight
 
 PROPAGATIONS = ("all", "up", "down")
@@ -202,16 +203,9 @@ def test_non_contiguous_inputs_are_not_written(device: torch.device) -> None:
 @pytest.mark.cpu_kernels
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     x, decay, tree = random_scan(3, 20, 20, 96, seed=0, dtype=torch.float32)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            results.append((tree_scan(x, decay, tree), *SCAN_BACKWARD(x, x, decay, *tree, "all")))
-    finally:
-        torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    assert_same_with_any_number_of_threads(
+        lambda: (tree_scan(x, decay, tree), *SCAN_BACKWARD(x, x, decay, *tree, "all"))
+    )
 
 
 def test_autocast_casts_to_the_wider_dtype_only(device: torch.device) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from grootvl_mm.ops import reference, tree_selective_scan
 from grootvl_mm.ops.scan import PROPAGATIONS, SelectiveScanInputs
 from tests.helpers.precision import assert_rounded_once, copied_elements
+from tests.helpers.threads import assert_same_with_any_number_of_threads
 from tests.helpers.trees import SEEDS, SIZES
 from tests.helpers.trees import random_selective_scan as sample
 
@@ -143,19 +144,15 @@ def test_slices_of_projections_are_taken_as_they_are(device: torch.device) -> No
 
 @pytest.mark.cpu_kernels
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    threads = torch.get_num_threads()
-    for batch in (1, 5):
-        inputs, tree = sample(batch, 20, 27, 48, 3, seed=0, dtype=torch.float32)
+    def run() -> list[torch.Tensor]:
         results = []
-        try:
-            for number in (1, 2, 3):
-                torch.set_num_threads(number)
-                y = tree_selective_scan(**inputs, tree=tree)
-                results.append((y, *BACKWARD(y, *inputs.values(), *tree, EPS, "all")))
-        finally:
-            torch.set_num_threads(threads)
-        for result in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+        for batch in (1, 5):
+            inputs, tree = sample(batch, 20, 27, 48, 3, seed=0, dtype=torch.float32)
+            y = tree_selective_scan(**inputs, tree=tree)
+            results += [y, *BACKWARD(y, *inputs.values(), *tree, EPS, "all")]
+        return results
+
+    assert_same_with_any_number_of_threads(run)
 
 
 @pytest.mark.cpu_kernels

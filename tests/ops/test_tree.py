@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grootvl_mm.ops import Tree, decompositions, grid_edge_weight, grid_tree, reference
+from tests.helpers.threads import assert_same_with_any_number_of_threads
 from tests.helpers.trees import SEEDS, SIZES, assert_rooted, kruskal, random_weight
 
 METRICS = ("cosine", "euclidean", "manhattan")
@@ -166,17 +167,12 @@ def test_tree_methods() -> None:
 @pytest.mark.cpu_kernels
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     feature = torch.randn(3, 40, 30, 31)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            weight = grid_edge_weight(feature)
-            results.append((weight, *grid_tree(weight, 30, 31)))
-    finally:
-        torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+    def run() -> tuple:
+        weight = grid_edge_weight(feature)
+        return weight, *grid_tree(weight, 30, 31)
+
+    assert_same_with_any_number_of_threads(run)
 
 
 def test_inputs_are_not_written_and_get_no_gradient(device: torch.device) -> None:

@@ -132,7 +132,7 @@ def record(step: Callable[[Tensor], Any], images: Tensor) -> Callable[[Tensor], 
 
 
 def set_tf32(settings: Settings) -> None:
-    """Matrix products and convolutions of float32 on CUDA, for the process."""
+    """Set whether this process computes float32 matrix products and convolutions on CUDA in TF32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
 
 
@@ -227,8 +227,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="default: both")
     parser.add_argument("--compile", action="store_true", help="measure under torch.compile")
-    parser.add_argument("--graphs", action="store_true", help="measure CUDA graphs of the steps; no peak memory")
-    parser.add_argument("--tf32", action="store_true", help="products of float32 matrices on CUDA in TF32")
+    parser.add_argument("--graphs", action="store_true", help="measure CUDA graphs of the steps, without peak memory")
+    parser.add_argument("--tf32", action="store_true", help="compute float32 matrix products on CUDA in TF32")
     args = parser.parse_args()
     check_common_arguments(parser, args)
     if args.device != "cuda" and (args.graphs or args.tf32):

@@ -1,4 +1,4 @@
-"""Ground truth and results of single images: what the study of trees compares their quality with."""
+"""Ground truth and results of single images, with which the study compares the quality of their trees."""
 
 import contextlib
 import io

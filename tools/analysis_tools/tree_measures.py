@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import Config
 from scipy import ndimage
+from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from grootvl_mm.apis import cli
@@ -21,7 +22,7 @@ from grootvl_mm.models import TreeSSM
 from grootvl_mm.models.tree_ssm import raster_path
 from grootvl_mm.ops import Tree, graph_tree, grid_edge_weight, grid_tree
 from grootvl_mm.ops.reference import grid_edges
-from grootvl_mm.visualization import find_backbone
+from grootvl_mm.visualization import find_backbone, parent_edges
 
 OUTSIDE = -1  # label of positions outside the image
 RESAMPLES = 2000
@@ -174,11 +175,9 @@ def edge_mask(tree: Tree, width: int) -> Tensor:
     """Which edges of the grid are in spanning trees of the 4-connected grid, (B, E) bool."""
     batch, vertices = tree.parent.shape
     height = vertices // width
-    low, high = tree.edges().long().unbind(2)
-    vertical = (high - low == width) & ((width > 1) | (high > low))
-    index = torch.where(vertical, low, (height - 1) * width + low // width * (width - 1) + low % width)
-    mask = torch.zeros(batch, (height - 1) * width + height * (width - 1), dtype=torch.bool)
-    return mask.scatter_(1, index, True)
+    edges = (height - 1) * width + height * (width - 1)
+    index = parent_edges(tree, height, width) % (edges + 1)  # -1, of the root, becomes an extra column
+    return torch.zeros(batch, edges + 1, dtype=torch.bool).scatter_(1, index, True)[:, :-1]
 
 
 def edge_keys(edges: Tensor, vertices: int) -> Tensor:
@@ -250,13 +249,8 @@ def border_auc(weight: Tensor, labels: np.ndarray) -> float:
     values = weight.double().numpy()
     border, inside = grid_borders(labels)
     values, border = values[inside], border[inside]
-    order = np.argsort(values, kind="stable")
-    _, start, count = np.unique(values[order], return_index=True, return_counts=True)
-    rank = np.empty(len(values))
-    rank[order] = np.repeat(start + (count + 1) / 2, count)
-    positive = int(border.sum())
-    negative = len(values) - positive
-    return float((rank[border].sum() - positive * (positive + 1) / 2) / (positive * negative))
+    positive, negative = int(border.sum()), int((~border).sum())
+    return float((rankdata(values)[border].sum() - positive * (positive + 1) / 2) / (positive * negative))
 
 
 def grid_borders(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -283,12 +277,8 @@ def interval(values: Sequence[float], statistic: Callable[[np.ndarray], np.ndarr
 
 def rank_correlation(pairs: np.ndarray) -> np.ndarray:
     """Spearman's correlation of samples (S, N, 2); NaN for constant samples."""
-    order = pairs.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable").astype(np.float64)
-    for sample, ranks in zip(pairs, order, strict=True):
-        for column in range(2):  # ties get their mean rank
-            _, inverse, count = np.unique(sample[:, column], return_inverse=True, return_counts=True)
-            ranks[:, column] = (np.bincount(inverse, ranks[:, column]) / count)[inverse]
-    centred = order - order.mean(axis=1, keepdims=True)
+    ranks = rankdata(pairs, axis=1)
+    centred = ranks - ranks.mean(axis=1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         return centred.prod(axis=2).sum(axis=1) / np.sqrt(np.square(centred).sum(axis=1).prod(axis=1))
 

@@ -141,7 +141,7 @@ def measure_checkpoint(
     """All measures of one checkpoint, by picture, and its trees."""
     model = build_model(config, checkpoint)
     metric = find_backbone(model).stages[0].blocks[0].mixer.tree_metric
-    results = choose_results(model, truth) if args.results and not is_initial(checkpoint) else None
+    results = None if is_initial(checkpoint) else choose_results(model, truth)
     generator = torch.Generator().manual_seed(0)
     blocks: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     agreements, per_picture, trees = defaultdict(list), defaultdict(list), []
@@ -300,7 +300,7 @@ def draw_checkpoints(axes: Axes, checkpoints: dict[str, Any]) -> None:
 
 
 def readable_name(name: str) -> str:
-    """What the name of a checkpoint says, for people: ``none-1``, ``iter_600`` or ``run/epoch_12``, for example."""
+    """The name of a checkpoint for figures, e.g. "iteration 600, run" for ``run/iter_600``."""
     if is_initial(name):
         _, _, seed = name.partition("-")
         return f"random weights, seed {seed or 0}"
@@ -323,7 +323,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.add_argument(
-        "--names", nargs="+", metavar="NAME", help="of the checkpoints, for tables and figures (default: of the files)"
+        "--names",
+        nargs="+",
+        metavar="NAME",
+        help="names of the checkpoints in tables and figures (default: those of the files)",
     )
     parser.add_argument("--images", type=Path, required=True, help="folder of the images")
     parser.add_argument(
@@ -331,12 +334,6 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--number", type=at_least(2), default=100, metavar="N", help="images to measure (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--no-results",
-        dest="results",
-        action="store_false",
-        help="skip AP and IoU (default: measured for trained detectors with masks and trained segmenters)",
     )
     add_output_argument(parser, NAME)
     args = parser.parse_args()

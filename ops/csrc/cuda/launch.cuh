@@ -87,13 +87,6 @@ int64_t dynamic_shared_memory_limit(void (*kernel)(Parameters...)) {
   return limit;
 }
 
-// The number of warps of a block whose warps share nothing: as many as fit, at least one and at most `most`.
-inline int warps_that_fit(int64_t bytes_a_warp, int most) {
-  const int64_t room = bytes_a_warp == 0 ? most : shared_memory_limit() / bytes_a_warp;
-  TORCH_CHECK(room > 0, "a row of this operator takes ", bytes_a_warp, " bytes, more than the device's shared memory");
-  return static_cast<int>(room < most ? room : most);
-}
-
 // Launches a kernel on the current stream of the current device.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, Arguments&&... arguments) {
