@@ -1,8 +1,9 @@
-# make setup / make setup-ops    create the environment of all other targets / of test-ops, docs and wheel
+# make setup / make setup-ops    create the environment of all other targets / of test-ops, test-cuda, docs and wheel
 # make demo [TASK=det|seg|cls]   train and evaluate a small model, and draw its predictions
 # make test                      lint, then all tests except slow ones
 # make test-all                  lint, all tests, the documentation, the CPU operators under sanitizers
 # make test-ops                  tests of operators, layers and models; no OpenMMLab host, takes minutes from a clone
+# make test-cuda                 the CUDA kernels in an emulator on the CPU, without a GPU
 # make lint / make format        check / fix the code style
 # make docs                      build the documentation site in docs/_build/html
 # make wheel                     build source distribution and wheel in dist
@@ -26,7 +27,7 @@ NATIVE = $(shell find ops tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o 
 # Worksteal keeps neighbouring tests, which share data, on one worker until another worker is idle.
 WORKERS := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: setup setup-ops demo test test-all test-ops lint format docs wheel clean
+.PHONY: setup setup-ops demo test test-all test-ops test-cuda lint format docs wheel clean
 
 setup:
 	@STACK=$(STACK) .dev_scripts/setup_env.sh
@@ -47,6 +48,9 @@ test-all: lint
 
 test-ops: setup-ops
 	OMP_NUM_THREADS=1 $(OPS_BIN)/python -m pytest -m "not slow" $(WORKERS) tests/ops tests/layers tests/models
+
+test-cuda: setup-ops
+	OMP_NUM_THREADS=1 $(OPS_BIN)/python -m pytest -m "not slow" $(WORKERS) tests/cuda_emulation
 
 lint: setup
 	$(BIN)/ruff check .
