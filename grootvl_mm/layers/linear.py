@@ -55,6 +55,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and weight.layout == torch.strided
         and weight.dim() == 2
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))  # oneDNN misreads others
         and x.dim() > 1
         and x.numel() > 0
         and not is_autocast_enabled("cpu")
@@ -95,5 +96,6 @@ class _OneDNNLinear(torch.autograd.Function):
             if weight.shape[0] <= weight.shape[1]:
                 grad_weight = linear(rows.t(), x_rows.t())
             else:
-                grad_weight = linear(x_rows.t(), rows.t()).t()
+                # Contiguous like PyTorch's, since people call view(-1) on gradients.
+                grad_weight = linear(x_rows.t(), rows.t()).t().contiguous()
         return grad_x, grad_weight, rows.sum(0) if needs_bias else None

@@ -12,12 +12,13 @@ Both replace functions that modules call, not the modules, so hooks, adapters, p
 behave as in any other model. A torch function mode intercepts these calls, which takes longer than launching a kernel.
 Where all modules of a block are untouched, their functions are therefore called directly, see
 :mod:`grootvl_mm.layers.calls`. PyTorch's defaults apply under ``torch.compile``, tracers, ``torch.func`` transforms,
-other torch function modes and replaced functions of PyTorch. They also apply where activation checkpointing or other
-saved-tensor hooks start inside a block, because these call parts of the block again themselves.
+other torch function modes and replaced functions of PyTorch. They also apply where transforms, activation checkpointing
+or other saved-tensor hooks start inside a block, because these call parts of the block again themselves.
 """
 
 import contextlib
 from collections.abc import Callable
+from types import MethodWrapperType
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from grootvl_mm.layers.calls import set_policy
 from grootvl_mm.layers.linear import linear
 from grootvl_mm.layers.norm import layer_norm, narrow_layer_norm
+from grootvl_mm.layers.padding import masked
 from grootvl_mm.layers.untouched import are_functions_watched, is_wholly_untouched
 from grootvl_mm.ops import depthwise_conv_silu, residual_layer_norm
 from grootvl_mm.ops import layer_norm as own_layer_norm
@@ -38,6 +40,8 @@ from grootvl_mm.ops._compat import (
     is_autocast_enabled,
     is_compiling,
     is_eager,
+    is_forward_ad,
+    is_transformed,
     top_saved_tensors_hooks,
 )
 
@@ -85,7 +89,6 @@ class _Fast(TorchFunctionMode):
         self.functions = functions
         self.is_direct = is_direct
         self.outer = top_saved_tensors_hooks()
-        self.top = self.outer  # the active hooks unless others were added within the block
 
     def __enter__(self) -> "_Fast":
         self.outer_policy = set_policy(self)
@@ -97,16 +100,25 @@ class _Fast(TorchFunctionMode):
             super().__exit__(*error)
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if type(func) is MethodWrapperType:  # a property such as the shape
+            return func(*args, **(kwargs or {}))
         return self.call(func, args, kwargs or {})
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """Call a function, or the one that replaces it."""
-        return self._replaced(func)(*args, **kwargs)
+        if func in self.functions and not self._is_suspended():
+            func = self.functions[func]
+        return func(*args, **kwargs)
 
-    def _replaced(self, func: Callable) -> Callable:
-        if func not in self.functions or is_compiling() or top_saved_tensors_hooks() != self.top:
-            return func
-        return self.functions[func]
+    def _is_suspended(self) -> bool:
+        """Whether a module of the block compiles or transforms what it calls, or hooks the tensors that this saves."""
+        return not self.is_direct and (
+            is_compiling()
+            or is_transformed()
+            or is_forward_ad()
+            or not are_saved_tensors_hooks_enabled()
+            or top_saved_tensors_hooks() != self.outer
+        )
 
 
 class _Lean(_Fast):
@@ -116,32 +128,20 @@ class _Lean(_Fast):
         super().__init__(_FAST_IN_BLOCKS, is_direct)
         self.device_type = device_type
         self.recipes: dict[int, tuple[StorageWeakRef, int, _Recipe]] = {}
-        self.top = self._pack, _unpack
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(*self.top)
-
-    def __enter__(self) -> "_Lean":
-        if not self.is_direct:
-            self.hooks.__enter__()
-        return super().__enter__()
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        if not self.is_direct:
-            self.hooks.__exit__(*error)
         self.recipes.clear()
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """Call a function and record how to recompute its result, if it is cheap."""
-        if not self.is_direct:
-            replaced = self._replaced(func)
+        if self._is_suspended():
+            return func(*args, **kwargs)
+        replaced = self.functions.get(func, func)
+        # Not around the whole block: hooks take time for every tensor, and torch.func allows none in its transforms.
+        with self.hooks if self._has_recipe(*args, *kwargs.values()) else contextlib.nullcontext():
             result = replaced(*args, **kwargs)
-        else:
-            replaced = self.functions.get(func, func)
-            # The hooks, which cost time for every saved tensor, are needed only where such a tensor may be saved.
-            with self.hooks if self._has_recipe(args) else contextlib.nullcontext():
-                result = replaced(*args, **kwargs)
-        if is_compiling():
-            return result
         if func is residual_layer_norm:
             total, normed = result
             _, _, *norm = args
@@ -150,8 +150,13 @@ class _Lean(_Fast):
             self._remember(result, replaced, args, kwargs)
         return result
 
-    def _has_recipe(self, args: tuple) -> bool:
-        return any(isinstance(value, Tensor) and value.untyped_storage()._cdata in self.recipes for value in args)
+    def _has_recipe(self, *values: Any) -> bool:
+        return any(
+            type(value) in (Tensor, nn.Parameter)
+            and torch._C._has_storage(value)  # sparse tensors have none
+            and value.untyped_storage()._cdata in self.recipes
+            for value in values
+        )
 
     def _remember(self, result: Tensor, func: Callable, args: tuple, kwargs: dict) -> None:
         """Record that ``func`` recomputes ``result``."""
@@ -175,9 +180,8 @@ class _Lean(_Fast):
 
     def _pack(self, value: Tensor) -> Unpack:
         """What autograd saves for a tensor: its recipe if there is one, otherwise the tensor itself."""
-        found = self.recipes.get(value.untyped_storage()._cdata)
-        if found is not None:
-            _, version, recipe = found
+        if self._has_recipe(value):
+            _, version, recipe = self.recipes[value.untyped_storage()._cdata]
             if version == value._version and recipe.is_possible():
                 recipe.uses += 1
                 view = value.size(), value.stride(), value.storage_offset()
@@ -231,13 +235,10 @@ class _Recipe:
         return True
 
     def take(self) -> Tensor:
-        if self.value is None:
-            if torch.is_grad_enabled():  # the backward pass records a graph
-                with torch.no_grad():
-                    self.value = self._compute()
-            else:
-                self.value = self._compute()
-        value = self.value
+        value = self.value  # another thread, which differentiates the same graph, may free it
+        if value is None:
+            with torch.no_grad():  # even if the backward pass records a graph
+                value = self.value = self._compute()
         self.served += 1
         if self.served % self.uses == 0:
             self.value = None
@@ -262,12 +263,8 @@ def _always(*args: Any, **kwargs: Any) -> bool:
     return True
 
 
-def _is_depthwise(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> bool:
+def _is_depthwise(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> bool:
     return weight.shape[1] == 1
-
-
-def _is_mask(x: Tensor, mask: Tensor, **kwargs: Any) -> bool:
-    return isinstance(mask, Tensor) and not mask.requires_grad and not kwargs
 
 
 _CHEAP = {
@@ -275,6 +272,6 @@ _CHEAP = {
     F.gelu: _always,
     F.silu: _always,
     F.conv2d: _is_depthwise,
-    torch.mul: _is_mask,
+    masked: _always,
     depthwise_conv_silu: _always,
 }

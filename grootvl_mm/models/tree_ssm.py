@@ -236,6 +236,7 @@ class TreeSSM(InitializedModule):
             untouched(self.dt_proj, kinds=(StepProjection, nn.Linear))
             and untouched(self.h_norm, self.out_norm, kinds=(nn.LayerNorm,))
             and self.h_norm.eps == self.out_norm.eps
+            and self.h_norm.normalized_shape == self.out_norm.normalized_shape == x.shape[-1:]
         ):
             return call_own(
                 tree_selective_scan,

@@ -37,6 +37,29 @@ def test_equals_pytorch(shape: list, features: int, results: int, bias: bool, ex
         torch.testing.assert_close(linear(x, *parameters), expected, rtol=1e-4, atol=1e-4)
 
 
+BIASES = {
+    "every second value": torch.randn(14)[::2],
+    "expanded": torch.randn(1).expand(7),
+    "of one value": torch.randn(1),
+    "without axes": torch.randn(()),
+    "of each row": torch.randn(6, 7),
+}
+
+
+@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
+def test_other_biases_are_added_as_by_pytorch(bias: torch.Tensor) -> None:
+    """Those that adapters cut out of tables or share."""
+    x, weight = torch.randn(6, 5), torch.randn(7, 5)
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)], ids=str)
+def test_gradients_are_contiguous(shape: tuple[int, int]) -> None:
+    """``grad.view(-1)`` is how optimizers and analyses join them."""
+    leaves = [torch.randn(3, 5, shape[1], requires_grad=True), torch.randn(shape, requires_grad=True)]
+    assert all(grad.is_contiguous() for grad in torch.autograd.grad(linear(*leaves).sum(), leaves))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_are_pytorchs(device: torch.device, dtype: torch.dtype) -> None:
     x, weight = torch.randn(3, 6, device=device, dtype=dtype), torch.randn(4, 6, device=device, dtype=dtype)

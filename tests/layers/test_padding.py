@@ -39,6 +39,12 @@ def test_sizes_in_other_types(device: torch.device, dtype: torch.dtype) -> None:
     assert find_valid_sizes(batch(device).to(dtype)).tolist() == [list(size) for size in SIZES]
 
 
+@pytest.mark.parametrize("sizes", [[[5, 7]], torch.tensor([[5, 7]])], ids=["rows", "tensor"])
+def test_sizes_are_not_put_on_the_default_device(sizes: object) -> None:
+    with torch.device("meta"):
+        assert check_valid_sizes(sizes, batch(torch.device("cpu"))[:1]).tolist() == [[5, 7]]
+
+
 def test_empty_batch(device: torch.device) -> None:
     image = batch(device)[:0]
     assert find_valid_sizes(image).shape == (0, 2)

@@ -133,8 +133,7 @@ def test_results_changed_in_place_are_kept() -> None:
 def test_an_input_changed_in_place_is_an_error() -> None:
     layers, x = make()
     x = x * 1
-    y = call(layers.norm, x)
-    z = call(layers.first, y)
+    z = call(nn.Sequential(layers.norm, layers.first), x)
     x.add_(1)
     with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*\(2, 3, 4, 6\)"):
         z.sum().backward()
@@ -237,6 +236,19 @@ def test_results_in_the_memory_of_an_input_are_kept() -> None:
         with lean(x) if is_lean else contextlib.nullcontext():
             y = F.silu(x * 2, True)
             y = y * y.sin()
+        return torch.autograd.grad(y.sum(), x)[0]
+
+    torch.testing.assert_close(run(True), run(False))
+
+
+def test_inputs_that_pytorch_does_not_keep_may_change() -> None:
+    x, mask = torch.randn(4, 6, requires_grad=True), torch.rand(4, 6)
+
+    def run(is_lean: bool) -> Tensor:
+        value = x * 1
+        with lean(x) if is_lean else contextlib.nullcontext():
+            y = torch.mul(value, mask).sin()
+        value.add_(1)
         return torch.autograd.grad(y.sum(), x)[0]
 
     torch.testing.assert_close(run(True), run(False))

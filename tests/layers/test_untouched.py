@@ -1,6 +1,7 @@
 """When an operator may replace a module."""
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
 
 from grootvl_mm.layers.mlp import MLP
-from grootvl_mm.layers.untouched import is_wholly_untouched, untouched
+from grootvl_mm.layers.untouched import _are_original, is_wholly_untouched, untouched
 
 
 class OtherLinear(nn.Linear):
@@ -45,6 +46,7 @@ TOUCHES: dict[str, Callable[[nn.Linear], object]] = {
     "backward hook": lambda layer: layer.register_full_backward_hook(print),
     "backward pre-hook": lambda layer: layer.register_full_backward_pre_hook(print),
     "own forward": with_forward,
+    "own call": lambda layer: setattr(layer, "_call_impl", print),
     "adapter inside": lambda layer: layer.add_module("adapter", nn.Linear(3, 3)),
     "compiled": lambda layer: layer.compile(),
     "pruned": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
@@ -104,12 +106,18 @@ def test_modes_and_patches_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not untouched(layer, kinds=(nn.Linear,))
     with torch.device("cpu"):
         assert untouched(layer, kinds=(nn.Linear,))
-    for owner, name in ((nn.Linear, "forward"), (nn.Module, "__call__"), (F, "linear"), (F, "silu")):
+    methods = [(owner, name) for owner in (nn.Linear, nn.Module) for name in ("__call__", "_call_impl")]
+    for owner, name in ((nn.Linear, "forward"), *methods, (F, "linear"), (F, "silu")):
         plain = getattr(owner, name)
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, lambda *args, plain=plain: plain(*args))
             assert not untouched(layer, kinds=(nn.Linear,))
         assert untouched(layer, kinds=(nn.Linear,))
+
+
+def test_what_was_replaced_before_the_import() -> None:
+    assert _are_original([nn.Linear.forward, MLP.forward, F.linear, F.layer_norm])
+    assert not _are_original([nn.Linear.forward, functools.wraps(F.linear)(lambda *args: F.linear(*args))])
 
 
 def test_what_comes_off_again() -> None:
@@ -132,7 +140,8 @@ def test_what_touches_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
             touched = copy.deepcopy(block)
             touch(touched.mlp.fc1)
             assert not is_wholly_untouched(touched)
-    for name in ("forward hook", "forward pre-hook", "backward hook", "own forward", "adapter inside", "compiled"):
+    names = ("forward hook", "forward pre-hook", "backward hook", "own forward", "own call", "compiled")
+    for name in (*names, "adapter inside"):
         touched = copy.deepcopy(block)
         TOUCHES[name](touched.mlp)
         assert is_wholly_untouched(touched) == (name == "adapter inside")  # an untouched layer, which nobody calls

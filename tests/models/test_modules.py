@@ -6,6 +6,7 @@ of it, a counter is a forward hook, a pruned weight is computed by a pre-hook.
 
 import contextlib
 import copy
+import types
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from grootvl_mm.layers.recompute import lean
@@ -161,6 +163,83 @@ def test_activations_and_gradients_of_norms(name: str) -> None:
     assert (moved - loss).item() == pytest.approx((step * grads[0]).sum().item(), rel=0.01)
 
 
+def circular(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution that makes textures tile."""
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias, groups=conv.groups)
+
+
+def test_methods_set_on_instances() -> None:
+    """Those that a call of a module runs beside ``forward``."""
+    model, image = make(), torch.randn(1, 3, 32, 40)
+    plain = both_modes(model, image)
+    replaced = copy.deepcopy(model)
+    for parent, conv in layers(replaced, "conv2d"):
+        options = {"padding": 1, "groups": conv.groups, "bias": False, "padding_mode": "circular"}
+        parent.conv2d = nn.Conv2d(conv.in_channels, conv.out_channels, 3, **options)
+        parent.conv2d.weight = conv.weight
+    for _, conv in layers(model, "conv2d"):
+        conv._conv_forward = types.MethodType(circular, conv)
+    tiled = both_modes(model, image)
+    torch.testing.assert_close(tiled, both_modes(replaced, image))
+    assert not torch.allclose(tiled, plain, rtol=1e-3)
+
+
+def test_trees_of_a_teacher() -> None:
+    """A method set on a mixer calls another model, whose hooks are called as well."""
+    model, teacher, image, calls = make(), make(), torch.randn(1, 3, 32, 40), []
+    for _, layer in layers(teacher, "x_proj"):
+        layer.register_forward_hook(lambda *args: calls.append("x_proj"))
+    teachers = {mixer.in_proj.in_features: mixer for _, mixer in layers(teacher, "mixer")}
+    for _, mixer in layers(model, "mixer"):
+
+        def build_tree(feature: Tensor, padding: None, mixer: TreeSSM = mixer) -> object:
+            batch, _, height, width = feature.shape
+            channels = mixer.in_proj.in_features
+            return teachers[channels](torch.ones(batch, height, width, channels))[1]
+
+        mixer.build_tree = build_tree
+    both_modes(model, image)
+    assert len(calls) == 4
+
+
+class ByKeywords(nn.Conv2d):
+    """A convolution that names the arguments of the function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As its class."""
+        return F.conv2d(input=x, weight=self.weight, padding=1, groups=self.groups)
+
+
+class Learning(nn.Linear):
+    """A layer that takes a step on its weights before it is applied, as in test-time training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer after the step."""
+        step = torch.func.grad(lambda weight: F.gelu(F.linear(x, weight)).square().mean())(self.weight)
+        return F.linear(x, self.weight - 0.1 * step, self.bias)
+
+
+class Tangent(nn.Linear):
+    """A layer that differentiates in forward mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The derivative along the ones."""
+        return torch.func.jvp(super().forward, (x,), (torch.ones_like(x),))[1]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("conv2d", ByKeywords), ("fc2", Learning), ("fc2", Tangent)])
+def test_what_foreign_modules_do_with_functions(name: str, kind: type[nn.Module]) -> None:
+    model, image = make(), torch.randn(1, 3, 32, 40)
+    for _, module in layers(model, name):
+        module.__class__ = kind
+    leaves, results = [p for name, p in model.named_parameters() if "fc2.bias" not in name], []
+    for is_plain in (False, True):
+        with BaseTorchFunctionMode() if is_plain else contextlib.nullcontext():  # PyTorch's defaults apply
+            feature = model(image)[-1]
+        results.append([both_modes(model, image), feature, *torch.autograd.grad(feature.square().mean(), leaves)])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
 TOUCHES: dict[str, Callable[[nn.Module], object]] = {
     "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
     "spectral norm": parametrizations.spectral_norm,
@@ -268,6 +347,14 @@ def test_dynamic_quantization() -> None:
     assert all("quantized" in module for module in replaced)
     quantized.load_state_dict(copy.deepcopy(quantized).state_dict())
     assert (both_modes(quantized, image) - both_modes(model, image)).norm() < 0.1 * model(image)[-1].norm()
+
+
+def test_counter_of_pytorch_has_a_row_for_each_module() -> None:
+    model, image = make(), torch.randn(1, 3, 32, 40)
+    with FlopCounterMode(display=False) as counter:
+        model(image)[-1].sum().backward()
+    rows = {name.rpartition(".")[2] for name in counter.get_flop_counts()}
+    assert rows >= {"in_proj", "conv2d", "x_proj", "out_proj", "fc1", "fc2"}  # the scan's are in that of the mixer
 
 
 def test_counting_by_hooks_on_types() -> None:

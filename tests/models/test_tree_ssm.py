@@ -43,6 +43,13 @@ def test_the_fused_scan_is_what_the_modules_compute(device: torch.device, option
     torch.testing.assert_close(gradients(layer, x, True), gradients(layer, x, False))
 
 
+def test_norms_over_all_tokens() -> None:
+    """A norm in the place of another may have another shape."""
+    layer, x = make(), torch.randn(2, 4, 5, 6)
+    layer.h_norm = nn.LayerNorm((20, 12))
+    torch.testing.assert_close(call(layer, x, True), call(layer, x, False), rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_by_finite_differences(device: torch.device) -> None:
     layer = make(torch.float64).to(device)
     x = torch.randn(1, 2, 2, 6, dtype=torch.float64, device=device, requires_grad=True)
