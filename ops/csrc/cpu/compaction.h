@@ -78,10 +78,6 @@ struct CompactionAvx512 {
       uint32_t first,
       uint64_t* __restrict ends,
       uint64_t* __restrict keys) {
-    const auto load = [](const void* values) { return _mm256_loadu_si256(static_cast<const __m256i*>(values)); };
-    const auto packed = [](__m256i high, __m512i low) {
-      return _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(high), 32), low);
-    };
     const __m512i lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
     int64_t listed = 0, i = 0;
     for (; i + 8 <= count; i += 8) {
@@ -96,6 +92,15 @@ struct CompactionAvx512 {
     const uint32_t next = first + static_cast<uint32_t>(i);
     return listed +
            Compaction::list_crossing(count - i, from + i, to + i, weight + i, next, ends + listed, keys + listed);
+  }
+
+ private:
+  static __m256i load(const void* values) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(values));
+  }
+
+  static __m512i packed(__m256i high, __m512i low) {
+    return _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(high), 32), low);
   }
 };
 
