@@ -151,12 +151,7 @@ class _Lean(_Fast):
         return result
 
     def _has_recipe(self, *values: Any) -> bool:
-        return any(
-            type(value) in (Tensor, nn.Parameter)
-            and torch._C._has_storage(value)  # sparse tensors have none
-            and value.untyped_storage()._cdata in self.recipes
-            for value in values
-        )
+        return any(_storage_of(value) in self.recipes for value in values)
 
     def _remember(self, result: Tensor, func: Callable, args: tuple, kwargs: dict) -> None:
         """Record that ``func`` recomputes ``result``."""
@@ -165,7 +160,8 @@ class _Lean(_Fast):
         storage = result.untyped_storage()
         values = (*args, *kwargs.values())
         for value in values:
-            if isinstance(value, Tensor) and not _has_own_storage(value, storage):
+            # A result that was written in place cannot be recomputed.
+            if isinstance(value, Tensor) and _storage_of(value) in (None, storage._cdata):
                 return
         autocast = {"device_type": self.device_type, "enabled": is_autocast_enabled(self.device_type)}
         if autocast["enabled"]:
@@ -180,8 +176,9 @@ class _Lean(_Fast):
 
     def _pack(self, value: Tensor) -> Unpack:
         """What autograd saves for a tensor: its recipe if there is one, otherwise the tensor itself."""
-        if self._has_recipe(value):
-            _, version, recipe = self.recipes[value.untyped_storage()._cdata]
+        found = self.recipes.get(_storage_of(value))
+        if found is not None:
+            _, version, recipe = found
             if version == value._version and recipe.is_possible():
                 recipe.uses += 1
                 view = value.size(), value.stride(), value.storage_offset()
@@ -254,9 +251,11 @@ class _Recipe:
             return self.func(*args, **kwargs)
 
 
-def _has_own_storage(value: Tensor, result: torch.UntypedStorage) -> bool:
-    """False for subclasses that wrap tensors, and for a result written in place, which cannot be recomputed."""
-    return type(value) in (Tensor, nn.Parameter) and value.untyped_storage()._cdata != result._cdata
+def _storage_of(value: Any) -> int | None:
+    """The address of a tensor's storage, or None for sparse tensors, subclasses that wrap tensors, and other values."""
+    if type(value) not in (Tensor, nn.Parameter) or not torch._C._has_storage(value):
+        return None
+    return value.untyped_storage()._cdata
 
 
 def _always(*args: Any, **kwargs: Any) -> bool:

@@ -33,7 +33,7 @@ class _Part(NamedTuple):
     """The functions that run when a module is called: those of its class unless tools replace them.
 
     Attributes:
-        names: names of functions that an attribute of a module with the same name hides.
+        names: names of functions and parameters that an attribute of a module with the same name hides.
         look_up: returns the functions of a class.
         functions: those of the class when it was registered.
     """
@@ -54,7 +54,7 @@ def called_directly(kind: type[nn.Module]) -> type[nn.Module]:
     look_up = attrgetter("__call__", *names)
     functions = look_up(kind)
     if _are_original(functions):
-        _PARTS[kind] = _Part(frozenset(names), look_up, functions)
+        _PARTS[kind] = _Part(frozenset(names | {"weight", "bias"}), look_up, functions)
     return kind
 
 
@@ -113,10 +113,8 @@ def _are_untouched_parts(modules: Iterable[nn.Module]) -> bool:
         part, attributes = _PARTS.get(type(module)), module.__dict__
         if part is None or not attributes.keys().isdisjoint(part.names) or not _has_no_hooks(module):
             return False
-        if "weight" in attributes or "bias" in attributes:
-            return False
-        for value in attributes["_parameters"].values():
-            if value is not None and (type(value) not in _PLAIN or value.layout is not torch.strided):
+        for parameter in attributes["_parameters"].values():
+            if parameter is not None and not _is_plain(parameter):
                 return False
         children = attributes["_modules"]
         if children and (type(module).forward in _FORWARDS or not _are_untouched_parts(children.values())):
@@ -159,17 +157,15 @@ def _is_untouched(module: nn.Module, kinds: tuple[type[nn.Module], ...], bias: b
         and _runs_its_class(module)
         and _has_no_hooks(module)
         and not module._modules
-        and "weight" not in module.__dict__
-        and "bias" not in module.__dict__
         and _has_plain_parameters(module, bias)
     )
 
 
 def _runs_its_class(module: nn.Module) -> bool:
-    """Whether a call of a module runs the functions of a registered class, as they were."""
+    """Whether a call of a module runs the functions of a registered class, as they were, on its own parameters."""
     if is_compiling():
-        is_hidden = "forward" in module.__dict__ or "_conv_forward" in module.__dict__
-        return type(module).forward in _FORWARDS and not is_hidden
+        names = ("forward", "_conv_forward", "weight", "bias")
+        return type(module).forward in _FORWARDS and not any(name in module.__dict__ for name in names)
     part = _PARTS.get(type(module))
     return (
         part is not None
