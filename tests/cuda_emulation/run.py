@@ -23,7 +23,8 @@ def command(arguments: Sequence[str] = ()) -> list[str]:
     """The pytest command for tests of the CUDA kernels; runs all of them if ``arguments`` name no tests."""
     names_tests = any(argument.startswith("tests/") for argument in arguments)
     tests = () if names_tests else OPERATOR_TESTS
-    return [sys.executable, "-m", "pytest", "-m", "not cpu_kernels and not gpu", *tests, *arguments]
+    # Sanitizers write to stderr and end the process; captured by file descriptor, the report would be lost.
+    return [sys.executable, "-m", "pytest", "--capture=sys", "-m", "not cpu_kernels and not gpu", *tests, *arguments]
 
 
 def environment(seed: int, sanitizer: str = "", shared_bytes: int = CARDS[-1]) -> dict[str, str]:

@@ -4,7 +4,9 @@ import pytest
 
 from tests.cuda_emulation.run import run_tests
 
-# Every kernel, in sizes that the sanitizers finish in about a minute.
+# Every kernel, in sizes that the sanitizers finish in minutes: with so little shared memory, images of 33 x 47 take the
+# kernels for large images.
+SMALL_CARD = 57344
 SANITIZED = (
     "tests/ops/test_tree.py",
     "tests/ops/test_scan.py",
@@ -12,7 +14,8 @@ SANITIZED = (
     "tests/ops/test_norm.py",
     "tests/ops/test_conv.py",
     "-k",
-    "as_defined or any_memory_format or tree_equals_reference or all_dtypes or empty or non_contiguous or slices",
+    "(as_defined or any_memory_format or tree_equals_reference or all_dtypes or empty or non_contiguous or slices)"
+    " and not (64-64 or 7-200 or 100-103 or dtype0 or dtype2)",
 )
 
 
@@ -31,6 +34,7 @@ def test_operators_pass_their_tests(seed: int, arguments: tuple) -> None:
 
 
 @pytest.mark.slow
-def test_operators_access_memory_as_they_may() -> None:
-    result = run_tests(SANITIZED, seed=2, sanitizer="address")
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_sanitizers_report_nothing(sanitizer: str) -> None:
+    result = run_tests(SANITIZED, seed=2, sanitizer=sanitizer, shared_bytes=SMALL_CARD)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-8000:]

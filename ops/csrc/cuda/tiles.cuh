@@ -30,7 +30,7 @@ constexpr int kTileBlocks = sizeof(acc_t) > 4 ? 2
 constexpr int kRowsAtOnce = 8;
 
 // The image and the channels of a lane: blocks along the x axis are images x groups of channels. Lanes beyond the last
-// channel read the first channels and write nothing.
+// channel read what the first lane of their row reads, which no other block writes, and write nothing.
 template <int kPack>
 struct LanePlace {
   int64_t image, channel;
@@ -43,9 +43,9 @@ struct LanePlace {
     group = static_cast<int>(threadIdx.x) / kRowLanes;
     image = blockIdx.x / tiles;
     channel_tile = static_cast<int>(blockIdx.x % tiles);
-    channel = (static_cast<int64_t>(channel_tile) * kRowLanes + lane) * kPack;
-    is_active = channel < channels;
-    channel = is_active ? channel : 0;
+    const int64_t first = static_cast<int64_t>(channel_tile) * kRowLanes * kPack;
+    is_active = first + lane * kPack < channels;
+    channel = is_active ? first + lane * kPack : first;
   }
 };
 
