@@ -23,7 +23,7 @@ from mmengine.registry import init_default_scope
 from tqdm import tqdm
 
 from grootvl_mm.apis import cli, zoo
-from grootvl_mm.apis.images import find_images
+from grootvl_mm.apis.images import decode_image, find_images, read_image
 from grootvl_mm.apis.whole_files import whole_file
 
 FPS = 25.0  # for videos without a frame rate
@@ -72,7 +72,7 @@ def open_input(path: Path) -> Input:
     if path.is_dir():
         paths = find_images([path])
         return Input(((child.name, read_image(child)) for child in paths), len(paths), None)
-    image = decode(path)
+    image = decode_image(path)
     if image is not None:
         return Input(iter([(path.name, image)]), 1, None)
     video = mmcv.VideoReader(str(path))
@@ -80,19 +80,6 @@ def open_input(path: Path) -> Input:
         cli.fail(f"OpenCV cannot read '{path}', neither as an image nor as a video")
     frames = ((f"{index:06d}.png", frame) for index, frame in enumerate(video))
     return Input(frames, max(video.frame_cnt, 0) or None, video.fps or FPS)
-
-
-def read_image(path: Path) -> np.ndarray:
-    """Read an image file, or exit with an error."""
-    image = decode(path)
-    if image is None:
-        cli.fail(f"OpenCV cannot read '{path}' as an image; repair or remove it")
-    return image
-
-
-def decode(path: Path) -> np.ndarray | None:
-    """Read an image file; None if it is not an image."""
-    return mmcv.imread(path) if cv2.haveImageReader(str(path)) else None
 
 
 def find_config(model: str) -> str:

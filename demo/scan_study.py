@@ -7,7 +7,8 @@ segmentation (seg) of the demo scenes; and curves, which need long-range connect
 
 Each task is finished before the next one starts. To resume an interrupted study, or to repeat failed trainings, repeat
 the command: finished parts are not run again. The tables are written to WORK_DIR/README.md, all numbers to
-WORK_DIR/results.json, and with --jobs the output of each training to WORK_DIR/TASK-ARM-ITERS-SEED/output.txt.
+WORK_DIR/results.json, and with --jobs the output of each training to WORK_DIR/TASK-ARM-ITERS-TRAIN-VAL-SEED/output.txt,
+where TRAIN and VAL are the numbers of scenes. Studies with other options can share WORK_DIR.
 """
 
 import argparse
@@ -142,16 +143,28 @@ def is_curves(task: str) -> bool:
     return task.startswith("curves")
 
 
+def counts_of(task: str, args: argparse.Namespace) -> tuple[int, int]:
+    """The numbers of scenes for training and for validation."""
+    train, val = (4000, 1000) if is_curves(task) else (1500, 400)
+    return args.train or train, args.val or val
+
+
+def settings_of(task: str, args: argparse.Namespace) -> list[str]:
+    """What else distinguishes trainings of an arm, besides their seeds: iterations and numbers of scenes."""
+    return [str(args.iters or TASKS[task].iters), "{}-{}".format(*counts_of(task, args))]
+
+
 def data_folder(task: str, args: argparse.Namespace) -> Path:
     """The folder of a task's data; curves-cls shares that of curves."""
-    return args.work_dir / "data" / (task.removesuffix("-cls") if is_curves(task) else "digits")
+    name = task.removesuffix("-cls") if is_curves(task) else "digits"
+    return args.work_dir / "data" / "{}-{}-{}".format(name, *counts_of(task, args))
 
 
 def make_data(task: str, args: argparse.Namespace) -> None:
     """Generate the data of a task if they do not exist."""
-    train, val = (4000, 1000) if is_curves(task) else (1500, 400)
     script = "make_curve_data.py" if is_curves(task) else "make_demo_data.py"
-    counts = ("--train", args.train or train, "--val", args.val or val)
+    train, val = counts_of(task, args)
+    counts = ("--train", train, "--val", val)
     run(f"dataset_converters/{script}", "--out", data_folder(task, args), *counts, *TASKS[task].data)
 
 
@@ -212,18 +225,19 @@ def overrides(cfg: Config, task: str, data: Path) -> Iterator[str]:
 
 def plan(arm: str, task: str, seed: int, args: argparse.Namespace) -> Training:
     """Prepare the training and evaluation of one arm."""
-    iters = args.iters or TASKS[task].iters
+    iters, scenes = settings_of(task, args)
+    name = f"{task}/{arm}/{iters}/{scenes}/{seed}"
     config = write_config(arm, task, args.work_dir / "configs")
-    folder = args.work_dir / f"{task}-{arm}-{iters}-{seed}"
+    folder = args.work_dir / name.replace("/", "-")
     options = [f"train_cfg.val_interval={iters}", "default_hooks.checkpoint.max_keep_ckpts=1"]
-    options += [*scheduled(iters, seed), *overrides(Config.fromfile(config), task, data_folder(task, args))]
+    options += [*scheduled(int(iters), seed), *overrides(Config.fromfile(config), task, data_folder(task, args))]
     command = command_of("train.py", config, "--work-dir", folder, "--resume", "auto", "--cfg-options", *options)
-    return Training(f"{task}/{arm}/{iters}/{seed}", folder, command)
+    return Training(name, folder, command)
 
 
 def read_metrics(training: Training) -> dict[str, float] | None:
     """The metrics at the end of a training, 0 to 1, or None if it was not finished and evaluated."""
-    task, _, iters, _ = training.name.split("/")
+    task, _, iters, *_ = training.name.split("/")
     if find_resumable_checkpoint(training.folder) != training.folder / f"iter_{iters}.pth":
         return None
     for path in sorted(training.folder.glob("*/vis_data/scalars.json"), reverse=True):
@@ -272,14 +286,17 @@ def make_page(results: dict[str, dict[str, float]], args: argparse.Namespace) ->
     """The tables of all tasks."""
     page = []
     for task in args.tasks:
-        iters = args.iters or TASKS[task].iters
+        settings = settings_of(task, args)
         chosen: dict[str, dict[int, dict[str, float]]] = {}
         for key, values in results.items():
-            name, arm, length, seed = key.split("/")
-            if (name, int(length)) == (task, iters):
+            name, arm, *found, seed = key.split("/")
+            if (name, found) == (task, settings):
                 chosen.setdefault(arm, {})[int(seed)] = values
         if chosen:
-            page.append(f"## {task}: {TASKS[task].title}, {iters} iterations\n\n{make_table(task, chosen)}")
+            heading = "{}: {}, {} iterations, {} scenes and {} to test".format(
+                task, TASKS[task].title, settings[0], *counts_of(task, args)
+            )
+            page.append(f"## {heading}\n\n{make_table(task, chosen)}")
     note = (
         "Mean ± standard deviation over the seeds; differences of means, ± half of their 95 % interval (Welch's t).\n"
     )

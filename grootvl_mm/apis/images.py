@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
+import mmcv
 import numpy as np
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.dataset import Compose, pseudo_collate
 from torch import Tensor, nn
 
@@ -59,6 +60,47 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
+def decode_image(path: Path) -> np.ndarray | None:
+    """Read an image file, (H, W, 3) uint8, BGR, upright; None if it is not an image, or cut off."""
+    # The reader is found by the first bytes; the rest may be missing.
+    return mmcv.imread(str(path)) if cv2.haveImageReader(str(path)) else None
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Read an image file, (H, W, 3) uint8, BGR, upright, or exit with a one-line error."""
+    if not Path(path).is_file():
+        cli.fail(f"image '{path}' does not exist or is not a file")
+    image = decode_image(path)
+    if image is None:
+        cli.fail(f"OpenCV cannot read '{path}' as an image; repair or remove it")
+    return image
+
+
+def single_dataset(cfg: Config) -> ConfigDict:
+    """The config of the test set inside wrappers such as ``ConcatDataset``, of which the first one counts.
+
+    Exits with an error if it has no pipeline.
+    """
+    dataset = cfg.test_dataloader.dataset
+    while "pipeline" not in dataset:
+        inner = dataset.get("dataset") or next(iter(dataset.get("datasets") or ()), None)
+        if inner is None:
+            cli.fail("the dataset of the config's test_dataloader has no pipeline, through which images are read")
+        dataset = inner
+    return dataset
+
+
+def type_name(step: ConfigDict) -> str:
+    """The name of what a config builds; its ``type`` is a name, perhaps with a scope, or a class."""
+    kind = step["type"]
+    return kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
+
+
+def without_annotations(cfg: Config) -> list[ConfigDict]:
+    """The steps of the test pipeline, except for those that load annotations."""
+    return [step for step in single_dataset(cfg).pipeline if "Annotations" not in type_name(step)]
+
+
 class ImageReader:
     """Reads images through a config's test pipeline and its model's data preprocessor.
 
@@ -72,14 +114,12 @@ class ImageReader:
             cli.fail(
                 "the config needs a test_dataloader, and its model a data_preprocessor: images are read through them"
             )
-        steps = cfg.test_dataloader.dataset.pipeline
-        self.pipeline = Compose([step for step in steps if "Annotations" not in step["type"]])
+        self.pipeline = Compose(without_annotations(cfg))
         self.preprocessor = model.data_preprocessor
 
     def __call__(self, path: Path) -> SeenImage:
         """Read an image file, or exit with a one-line error."""
-        if not cv2.haveImageReader(str(path)):
-            cli.fail(f"OpenCV cannot read '{path}' as an image; repair or remove it")
+        read_image(path)  # the pipelines of the hosts fail with a traceback
         results: dict[str, Any] = {"img_path": str(path), "img_id": 0}
         followed = _Followed()
         for step in self.pipeline.transforms:
@@ -98,25 +138,30 @@ class _Followed:
 
     def __init__(self) -> None:
         self.file_size: tuple[int, int] | None = None
-        self.size: tuple[int, int] | None = None
+        self.shape: tuple[int, int] | None = None  # of the array
+        self.size: tuple[int, int] | None = None  # of the image in it, without padding
         self.scale, self.offset = np.ones(2), np.zeros(2)  # x and y
         self.lost: str | None = None
 
     def step(self, name: str, size: tuple[int, int]) -> None:
-        if self.size is None:
-            self.file_size = self.size = size
-        elif size != self.size:
-            old, new = np.array(self.size[::-1]), np.array(size[::-1])
+        if self.shape is None:
+            self.file_size = self.shape = self.size = size
+        elif size != self.shape:
+            old, new = np.array(self.shape[::-1]), np.array(size[::-1])
             if "Pad" in name:  # at the right and bottom: no position moves
-                return
-            if "Resize" in name:
+                pass
+            elif "Resize" in name:
                 self.scale = self.scale * new / old
                 self.offset = self.offset * new / old
-            elif name == "CenterCrop":
+                columns, rows = np.round(self.size[::-1] * new / old).astype(int).tolist()
+                self.size = rows, columns
+            elif name == "CenterCrop" and self.size == self.shape:
                 self.offset = self.offset - np.maximum(np.round((old - new) / 2), 0)
+                self.size = size
             else:
                 self.lost = name
-            self.size = size
+                self.size = size
+            self.shape = size
 
     def locate(self, x: float, y: float) -> tuple[float, float]:
         if self.lost is not None:

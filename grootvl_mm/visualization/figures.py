@@ -320,7 +320,9 @@ def _layout(
             grid[row, column] = figure.add_axes(place)
             grid[row, column].set_axis_off()
     if title is not None:
-        figure.suptitle(title, fontsize=11, y=1 - 0.5 * top / size[1], va="center")
+        # A file name may contain dollar signs, or bytes that are not UTF-8.
+        text = title.encode(errors="replace").decode()
+        figure.suptitle(text, fontsize=11, y=1 - 0.5 * top / size[1], va="center", parse_math=False)
     return figure, grid
 
 

@@ -100,12 +100,14 @@ def record_trees(model: Any) -> Iterator[list[TreeRecord]]:
         all blocks, about 0.25 GB for GrootV-T and an image of 800x1333: clear it between batches.
 
     Raises:
-        TypeError: ``model`` is not a module and has none.
+        TypeError: ``model`` is not a module and has none, or it has a ``torch.nn.DataParallel`` over several devices.
         ValueError: The model has no such layers; exported and traced programs have none.
     """
     module = model if isinstance(model, nn.Module) else getattr(model, "model", None)
     if not isinstance(module, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or have one as attribute model, got {type(model).__name__}")
+    if any(isinstance(child, nn.DataParallel) and len(child.device_ids) > 1 for child in module.modules()):
+        raise TypeError("DataParallel calls copies of its module, which cannot be recorded; pass its attribute module")
     mixers = {name: child for name, child in module.named_modules() if isinstance(child, TreeSSM)}
     if not mixers:
         raise ValueError(

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
 
-from grootvl_mm.apis.images import ImageReader, find_images
+from grootvl_mm.apis.images import ImageReader, decode_image, find_images, read_image, without_annotations
 from grootvl_mm.apis.models import load_model
 from tests.helpers.config_cases import ROOT, load_config
 
@@ -72,6 +72,52 @@ def test_positions_are_lost_where_nobody_knows(image: Path) -> None:
         seen.locate(3, 4)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_files_that_are_cut_off(config: str, suffix: str, image: Path) -> None:
+    """Their first bytes are those of an image."""
+    cfg = load_config(ROOT / "configs" / config)
+    whole = cv2.imencode(suffix, cv2.imread(str(image)))[1].tobytes()
+    path = image.with_suffix(suffix)
+    path.write_bytes(whole[:64])
+    assert decode_image(path) is None
+    with (
+        DefaultScope.overwrite_default_scope(cfg.default_scope),
+        pytest.raises(SystemExit, match=rf"OpenCV cannot read '.*{suffix}' as an image; repair or remove it"),
+    ):
+        reader(cfg)(path)
+    path.write_bytes(whole)
+    assert read_image(path).shape == (100, 150, 3)
+
+
+def test_pipelines_in_wrappers_and_classes(image: Path) -> None:
+    """Wrapped test sets, steps given by class as in configs in pure Python, and a size that changes after padding."""
+    cfg = load_config(ROOT / "configs" / "demo/mask-rcnn_grootv-pico_fpn_demo.py")
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        expected = reader(cfg)(image)
+        inner = cfg.test_dataloader.dataset
+        load, resize, *rest = without_annotations(cfg)
+        resize = {**resize, "type": TRANSFORMS.get("mmdet.Resize")}
+        inner.pipeline = [load, {"type": TRANSFORMS.get("mmdet.LoadAnnotations")}, resize, *rest]
+        for wrapped in (
+            {"type": "RepeatDataset", "dataset": inner, "times": 1},
+            {"type": "ConcatDataset", "datasets": [inner, inner]},
+        ):
+            cfg.test_dataloader.dataset = wrapped
+            found = reader(cfg)(image)
+            assert torch.equal(found.inputs, expected.inputs)
+            assert found.locate(*DOT) == expected.locate(*DOT)
+        cfg.test_dataloader.dataset = {"type": "ConcatDataset", "datasets": []}
+        with pytest.raises(SystemExit, match="has no pipeline"):
+            reader(cfg)
+        pad = {"type": "mmdet.Pad", "size": (300, 200)}  # width, height
+        halve = {"type": "mmdet.Resize", "scale_factor": 0.5}
+        cfg.test_dataloader.dataset = {**inner, "pipeline": [load, pad, halve, *rest]}
+        seen = reader(cfg)(image)
+    assert seen.picture.size == (50, 75)
+    assert seen.locate(*DOT) == ((DOT[0] + 0.5) / 2 - 0.5, (DOT[1] + 0.5) / 2 - 0.5)
+
+
 def test_what_is_no_image(tmp_path: Path, image: Path) -> None:
     cfg = load_config(ROOT / "configs" / "demo/grootv-pico_demo-cls.py")
     text = tmp_path / "text.png"
@@ -80,6 +126,8 @@ def test_what_is_no_image(tmp_path: Path, image: Path) -> None:
         read = reader(cfg)
         with pytest.raises(SystemExit, match=r"OpenCV cannot read '.*text.png' as an image"):
             read(text)
+        with pytest.raises(SystemExit, match=r"image '.*no.png' does not exist or is not a file"):
+            read(tmp_path / "no.png")
         seen = read(image).padded(80, 96)
     assert (seen.inputs.shape, seen.picture.pixels.shape) == ((1, 3, 80, 96), (80, 96, 3))
     assert (seen.inputs[..., 64:, :] == 0).all()

@@ -81,7 +81,7 @@ def test_presets(study, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 FAKE_TRAINING = """
 import json, pathlib, sys, zipfile
 folder = pathlib.Path(sys.argv[1])
-if "raster" in folder.name and "-1" in folder.name:
+if "raster" in folder.name and folder.name.endswith("-1"):
     sys.exit("out of luck")
 (folder / "now" / "vis_data").mkdir(parents=True)
 (folder / "now" / "vis_data" / "scalars.json").write_text(json.dumps({"loss": 1}) + "\\n" + json.dumps({"aAcc": 75.0}))
@@ -104,25 +104,44 @@ def test_failures_are_reported_at_the_end(study, tmp_path: Path, monkeypatch: py
     work_dir = tmp_path / "study"
     options = ["--tasks", "curves", "--arms", "tree", "raster", "--iters", "5", "--seeds", "0", "1", "--jobs", "4"]
     monkeypatch.setattr(sys, "argv", ["scan_study.py", "--work-dir", str(work_dir), *options])
-    log = work_dir / "curves-raster-5-1" / "output.txt"
-    with pytest.raises(SystemExit, match=rf"1 trainings failed.*\n.*curves/raster/5/1: exit status 1 .*{log}"):
+    log = work_dir / "curves-raster-5-4000-1000-1" / "output.txt"
+    with pytest.raises(
+        SystemExit, match=rf"1 trainings failed.*\n.*curves/raster/5/4000-1000/1: exit status 1 .*{log}"
+    ):
         study.main()
     assert log.read_text() == "out of luck\n"
     results = json.loads((work_dir / "results.json").read_text())
     assert {name: values["accuracy on the pixels of curves"] for name, values in results.items()} == {
-        "curves/tree/5/0": 0.75,
-        "curves/raster/5/0": 0.75,
-        "curves/tree/5/1": 0.75,
+        "curves/tree/5/4000-1000/0": 0.75,
+        "curves/raster/5/4000-1000/0": 0.75,
+        "curves/tree/5/4000-1000/1": 0.75,
     }
     assert "| raster | 1 | 0.750 |" in (work_dir / "README.md").read_text()
 
     assert made == ["curves"]
 
     # A checkpoint of the end with metrics counts, even if the study was killed before it noted them.
-    (work_dir / "results.json").write_text(json.dumps({"curves/tree/5/0": results["curves/tree/5/0"]}))
+    (work_dir / "results.json").write_text(
+        json.dumps({"curves/tree/5/4000-1000/0": results["curves/tree/5/4000-1000/0"]})
+    )
     with pytest.raises(SystemExit, match="1 trainings failed"):
         study.main()
     assert json.loads((work_dir / "results.json").read_text()).keys() == results.keys()
+
+
+def test_presets_share_a_folder(study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own data, trainings and results; results of other settings are not in its tables."""
+    options = [("--preset", "minutes"), ("--preset", "short"), ()]
+    plans = []
+    results = {"curves/tree/250/0": {}}  # of a version that did not count scenes
+    for chosen in options:
+        monkeypatch.setattr(sys, "argv", ["scan_study.py", *chosen, "--work-dir", str(tmp_path)])
+        args = study.parse_args()
+        training = study.plan("tree", "curves", 0, args)
+        plans.append((training.name, training.folder, study.data_folder("curves", args)))
+        results[training.name] = {"accuracy on the pixels of curves": 0.5 + len(plans) / 10}
+        assert f"| {0.5 + len(plans) / 10:.3f} |" in study.make_page(results, args)
+    assert [len(set(values)) for values in zip(*plans, strict=True)] == [3, 3, 3]
 
 
 @pytest.mark.slow
@@ -132,11 +151,13 @@ def test_study_runs_and_does_not_repeat_itself(study, tmp_path: Path) -> None:
     arguments += ["--tasks", "curves", "curves-cls", "seg", "--arms", "tree", "swin", "--train", 64, "--val", 8]
     command(*arguments, "--jobs", 2)
     results = json.loads((tmp_path / "study" / "results.json").read_text())
-    assert set(results) == {f"{task}/{arm}/2/3" for task in ("curves", "curves-cls", "seg") for arm in ("tree", "swin")}
+    assert set(results) == {
+        f"{task}/{arm}/2/64-8/3" for task in ("curves", "curves-cls", "seg") for arm in ("tree", "swin")
+    }
     assert all(0 <= value <= 1 for values in results.values() for key, value in values.items() if key != "seconds")
     page = (tmp_path / "study" / "README.md").read_text()
     assert page.count("| Swin Transformer | 1 |") == 3
-    assert "Iter(val)" in (tmp_path / "study" / "seg-swin-2-3" / "output.txt").read_text()
+    assert "Iter(val)" in (tmp_path / "study" / "seg-swin-2-64-8-3" / "output.txt").read_text()
     again = command(*arguments)
     assert "Iter(val)" not in again
     assert "Missing trainings: 0" in again

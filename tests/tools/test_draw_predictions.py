@@ -1,9 +1,29 @@
 """What tools/visualization/draw_predictions.py draws."""
 
+from pathlib import Path
+
+import torch
 from matplotlib.figure import Figure
+from mmengine.structures import BaseDataElement
+from PIL import ExifTags, Image
 
 from grootvl_mm.visualization.explorer import Box, Overlay
 from tests.helpers.tool_runs import load_script
+
+
+def test_images_are_upright(tmp_path: Path) -> None:
+    """As the pipelines of the hosts read them, whose boxes and masks are drawn."""
+    path = tmp_path / "phone.jpg"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # turned by 90 degrees
+    Image.new("RGB", (64, 48), (250, 20, 20)).save(path, exif=exif)
+    sample = BaseDataElement(metainfo={"img_path": str(path)})
+    sample.gt_label = sample.pred_label = torch.tensor([0])
+    tool = load_script("tools/visualization/draw_predictions.py")
+    figure = tool.draw_grid([sample], {"classes": ("red",)}, 0.5)
+    pixels = figure.axes[0].images[0].get_array()
+    assert pixels.shape == (64, 48, 3)
+    assert pixels[0, 0, 0] > 200 > 100 > pixels[0, 0, 2]
 
 
 def test_boxes_and_texts() -> None:

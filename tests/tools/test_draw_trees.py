@@ -125,6 +125,8 @@ def test_weights_stages_and_padding(
         ({"image": "images", "out": "x.png"}, "-o 'x.png' is a single file, but there are 2 images"),
         ({"image": "images", "out": "images"}, "the output 'images/b.png' would overwrite an input image"),
         ({"out": "images/notes.txt"}, "-o 'images/notes.txt' is a file, but neither .png nor .pdf"),
+        ({"out": "new/x.jpg"}, "-o 'new/x.jpg': figures are written as .png or .pdf, not .jpg; give another path"),
+        ({"out": "new/x.SVG"}, "-o 'new/x.SVG': figures are written as .png or .pdf, not .SVG; give another path"),
         ({"out": "images/notes.txt/x.png"}, "cannot write images/notes.txt/x.png"),
         ({"more": ("--pad-to", 16, 16)}, "cannot pad 'images/b.png' to 16 16: the preprocessed image has size 64 64"),
         (

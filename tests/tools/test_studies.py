@@ -1,11 +1,13 @@
 """The studies of trees in tools/analysis_tools, run at tiny sizes: what they write and what they must find."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 from PIL import Image
 
 from tests.helpers.analysis_runs import STAND_INS, read_results, run_here
@@ -130,6 +132,20 @@ def test_results_need_suitable_ground_truth(segmenter: Path, demo_data: Path, tm
         tool.ClassMaps(tmp_path, demo_data / "images" / "val")
 
 
+@pytest.mark.parametrize(("missing", "message"), [("annotations", "has less than two images"), ("images", "not exist")])
+def test_quality_needs_images(missing: str, message: str, monkeypatch, demo_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mmdet")
+    annotations = json.loads((demo_data / "annotations" / "instances_val.json").read_text())
+    if missing == "annotations":
+        annotations["annotations"] = []
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(annotations))
+    images = demo_data / "images" / ("val" if missing == "annotations" else "none")
+    options = ("--images", images, "--annotations", path, "--number", 2, "--out", tmp_path / "out")
+    with pytest.raises(SystemExit, match=message):
+        run_here(monkeypatch, "tree_quality.py", DETECTOR, *options)
+
+
 def test_names_of_checkpoints_for_readers() -> None:
     tool = load_script("tools/analysis_tools/tree_quality.py")
     names = {
@@ -140,6 +156,30 @@ def test_names_of_checkpoints_for_readers() -> None:
         "best": "best",
     }
     assert {name: tool.readable_name(name) for name in names} == names
+
+
+def test_results_of_configs_without_class_names(demo_data: Path, tmp_path: Path) -> None:
+    """The classes are those of the dataset; it may be wrapped, and need not agree with the annotations in all."""
+    pytest.importorskip("mmdet")
+    tool = load_script("tools/analysis_tools/tree_quality.py")
+    instances = tool.Instances(demo_data / "annotations" / "instances_val.json")
+    instances.coco.cats[1]["name"] = "person"
+    cfg = load_config(ROOT / "configs" / "mask_rcnn" / "mask-rcnn_grootv-tiny_fpn_1x_coco.py")
+    dataset = cfg.test_dataloader.dataset
+    model = SimpleNamespace(cfg=cfg)
+    for wrapped in (dataset, {"type": "ConcatDataset", "datasets": [dataset]}):
+        cfg.test_dataloader.dataset = wrapped
+        with DefaultScope.overwrite_default_scope("mmdet"):
+            detections = tool.choose_results(model, instances)
+        assert detections.categories == [1] + 79 * [None]
+    instances.coco.cats[1]["name"] = "0"
+    with (
+        DefaultScope.overwrite_default_scope("mmdet"),
+        pytest.raises(SystemExit, match="no class of the model is in the annotations, whose classes are 0, one, two"),
+    ):
+        tool.choose_results(model, instances)
+    del cfg.model.roi_head["mask_head"]  # Faster R-CNN finds no masks
+    assert tool.choose_results(model, instances) is None
 
 
 def test_ap_of_a_perfect_detector(monkeypatch, checkpoint: Path, demo_data: Path) -> None:
@@ -201,6 +241,21 @@ def test_robustness(monkeypatch, capsys, images: Path, tmp_path: Path) -> None:
     assert all(row["depth"] > 0 for row in found["ties"].values())
     assert all(norms[-1] == 1 for norms in found["gradients"].values())
     assert set(found["precisions"]) == {"bfloat16", "float16"}
+
+
+def test_robustness_of_a_model_that_overflows(monkeypatch, images: Path, tmp_path: Path) -> None:
+    """All files are written nevertheless."""
+    pytest.importorskip("mmpretrain")
+    model = build_model(load_config(CLASSIFIER))
+    model.backbone.stages[3].blocks[0].mlp.fc2.weight.data.fill_(3e38)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "huge.pth")
+    options = ("--number", 1, "--out", tmp_path / "out", "--checkpoints", tmp_path / "huge.pth", "--cfg-options",
+               "model.backbone.out_indices=(0,1,2,3)")  # fmt: skip
+    with pytest.raises(SystemExit, match="there are non-finite values"):
+        run_here(monkeypatch, "robustness.py", CLASSIFIER, "--images", images, *options)
+    found, _ = read_results(tmp_path / "out", "robustness")
+    assert found["not finite"]
+    assert found["changes"]["cosine, first"]["noise 2"]["moved"] is None
 
 
 def test_values_that_are_not_finite_are_found() -> None:

@@ -133,6 +133,15 @@ def test_paths(scan: str, images: Tensor, picture: Picture) -> None:
     assert scan in figure.axes[0].get_title(loc="left")
 
 
+@pytest.mark.parametrize("name", ["a$x_$.jpg", "cost$5$.png", "caf\udce9.png"])
+def test_titles_are_file_names(name: str, images: Tensor, picture: Picture) -> None:
+    """They are not formulas, and need not be UTF-8."""
+    figure = draw_trees(records_of(images), picture, title=name)
+    assert figure.get_suptitle() == name.replace("\udce9", "?")
+    assert not figure._suptitle.get_parse_math()
+    assert to_array(figure, 30).std() > 0
+
+
 def test_maps_of_a_single_vertex(picture: Picture) -> None:
     records = records_of(torch.randn(1, 3, 4, 4))
     assert [(record.height, record.width) for record in records] == [(1, 1)] * 3

@@ -332,3 +332,7 @@ def test_what_cannot_be_recorded() -> None:
         pass
     with pytest.raises(ValueError, match="Linear has no TreeSSM"), record_trees(nn.Linear(2, 2)):
         pass
+    parallel = nn.DataParallel(GrootV("pico"))
+    parallel.device_ids = [0, 1]
+    with pytest.raises(TypeError, match="DataParallel calls copies"), record_trees(nn.ModuleList([parallel])):
+        pass

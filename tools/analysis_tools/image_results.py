@@ -10,6 +10,7 @@ import mmcv
 import numpy as np
 import torch
 from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -17,9 +18,10 @@ from torch import nn
 from tree_measures import OUTSIDE
 
 from grootvl_mm.apis import cli
-from grootvl_mm.apis.images import find_images
+from grootvl_mm.apis.images import find_images, single_dataset, type_name, without_annotations
 
 NO_CLASS = 255  # in class maps
+MAX_NAMES = 200  # characters of class names in an error
 CONFIDENT = 0.3  # score from which a detection counts for the IoU
 
 
@@ -80,13 +82,15 @@ class Detections:
 
     def __init__(self, model: nn.Module, coco: COCO) -> None:
         from mmcv.transforms import Compose
-        from mmdet.utils import get_test_pipeline_cfg
 
         self.model, self.coco = model, coco
-        pipeline = [step for step in get_test_pipeline_cfg(model.cfg) if step["type"] != "LoadAnnotations"]
-        self.pipeline = Compose([{**pipeline[0], "type": "mmdet.LoadImageFromNDArray"}, *pipeline[1:]])
-        names = model.cfg.test_dataloader.dataset.metainfo.classes
-        self.categories = [coco.getCatIds(catNms=[name])[0] for name in names]
+        first, *others = without_annotations(model.cfg)
+        self.pipeline = Compose([{**first, "type": "mmdet.LoadImageFromNDArray"}, *others])
+        ids = {category["name"]: category["id"] for category in coco.loadCats(coco.getCatIds())}
+        names = DATASETS.build({**single_dataset(model.cfg), "lazy_init": True}).metainfo["classes"]
+        self.categories = [ids.get(name) for name in names]  # None: the ground truth does not have this class
+        if not any(name in ids for name in names):
+            cli.fail(f"no class of the model is in the annotations, whose classes are {', '.join(ids)[:MAX_NAMES]}")
 
     def measure(self, picture: np.ndarray, image: dict[str, Any]) -> dict[str, float]:
         """AP as COCO defines it on the picture alone, and the mean over its instances of the best mask IoU."""
@@ -97,6 +101,7 @@ class Detections:
         results = [
             {"image_id": image["id"], "category_id": self.categories[label], "score": score, "segmentation": mask}
             for label, score, mask in zip(found.labels.tolist(), found.scores.tolist(), masks, strict=True)
+            if self.categories[label] is not None
         ]
         best = []
         for instance in self.coco.loadAnns(self.coco.getAnnIds(image["id"], iscrowd=False)):
@@ -130,9 +135,9 @@ class Segmentations:
         from mmcv.transforms import Compose
 
         self.model, self.truth = model, truth
-        steps = [step for step in model.cfg.test_dataloader.dataset.pipeline if "Annotations" not in step["type"]]
-        self.pipeline = Compose([{"type": "mmseg.LoadImageFromNDArray"}, *steps[1:]])
-        loads = [step for step in model.cfg.test_dataloader.dataset.pipeline if step["type"] == "LoadAnnotations"]
+        self.pipeline = Compose([{"type": "mmseg.LoadImageFromNDArray"}, *without_annotations(model.cfg)[1:]])
+        steps = single_dataset(model.cfg).pipeline
+        loads = [step for step in steps if type_name(step) == "LoadAnnotations"]
         self.first_is_ignored = any(step.get("reduce_zero_label") for step in loads)
         self.ignored = model.cfg.test_evaluator.get("ignore_index", NO_CLASS)
 
@@ -159,7 +164,7 @@ RESULTS = (*Detections.metrics, *Segmentations.metrics)
 
 def choose_results(model: nn.Module, truth: Instances | ClassMaps) -> Detections | Segmentations | None:
     """What measures the results of a model, if the ground truth suits its task."""
-    if "roi_head" in model.cfg.model and isinstance(truth, Instances):
+    if "mask_head" in model.cfg.model.get("roi_head", {}) and isinstance(truth, Instances):
         return Detections(model, truth.coco)
     if "decode_head" in model.cfg.model and isinstance(truth, ClassMaps):
         return Segmentations(model, truth)

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -315,11 +316,20 @@ def format_ratio(ratio: Mapping[str, float]) -> tuple[str, str]:
     return f"{ratio['median']:.2f}x", f"{ratio['p10']:.2f}..{ratio['p90']:.2f}"
 
 
+def without_infinities(data: Any) -> Any:
+    """JSON has neither NaN nor infinity: None instead."""
+    if isinstance(data, Mapping):
+        return {name: without_infinities(value) for name, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [without_infinities(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
 def write_results(out: Path, name: str, data: Mapping[str, Any], text: str, figure: Figure) -> None:
-    """Write the text to stdout, and NAME.json, NAME.txt and NAME.png to a folder."""
+    """Write the text to stdout, and NAME.json, NAME.txt and NAME.png to a folder; NaN and infinity become null."""
     sys.stdout.write(text)
     with cli.output_file(out / f"{name}.json") as partial:
-        partial.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+        partial.write_text(json.dumps(without_infinities(data), indent=2, allow_nan=False) + "\n")
     with cli.output_file(out / f"{name}.txt") as partial:
         partial.write_text(text)
     with cli.output_file(out / f"{name}.png") as partial:

@@ -17,6 +17,7 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from grootvl_mm.apis import cli
+from grootvl_mm.apis.images import read_image
 from grootvl_mm.apis.models import NO_CHECKPOINT, load_grootv
 from grootvl_mm.models import TreeSSM
 from grootvl_mm.models.tree_ssm import raster_path
@@ -80,8 +81,8 @@ def is_initial(checkpoint: str) -> bool:
 
 
 def read_picture(path: Path, longest: int | None) -> np.ndarray:
-    """Read an image, (H, W, 3) uint8, BGR, and scale its longer side if ``longest`` is set."""
-    picture = mmcv.imread(str(path))
+    """Read an image, (H, W, 3) uint8, BGR, and scale its longer side if ``longest`` is set, or exit with an error."""
+    picture = read_image(path)
     if longest:
         picture = mmcv.imrescale(picture, longest / max(picture.shape[:2]))
     return picture

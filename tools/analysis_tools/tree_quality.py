@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import mmcv
 import numpy as np
 import torch
 from image_results import RESULTS, ClassMaps, Instances, choose_results
@@ -55,6 +54,7 @@ from tree_measures import (
 )
 
 from grootvl_mm.apis import cli
+from grootvl_mm.apis.images import read_image
 from grootvl_mm.ops import grid_tree
 from grootvl_mm.ops.tree import METRICS
 from grootvl_mm.visualization import find_backbone, record_trees
@@ -169,8 +169,10 @@ def measure_checkpoint(
             agreements[name].append(share)
         if qualities and results is not None:
             per_picture["quality"].append(float(np.mean(qualities)))
-            for name, value in results.measure(mmcv.imread(str(path)), image).items():
+            for name, value in results.measure(read_image(path), image).items():
                 per_picture[name].append(value)
+    if not blocks:
+        cli.fail(f"none of the {len(trees)} images has a border of the ground truth between positions of a feature map")
     return {"blocks": blocks, "agreement": agreements, "pictures": per_picture, "trees": trees, "metric": metric,
             "decays": decays}  # fmt: skip
 
@@ -355,6 +357,8 @@ def main() -> None:
     config = cli.load_config(args.config, args.cfg_options)
     is_folder = args.annotations.is_dir()
     truth = ClassMaps(args.annotations, args.images) if is_folder else Instances(args.annotations)
+    if len(truth.images(2)) < 2:
+        cli.fail(f"'{args.annotations}' has less than two images with {'borders' if is_folder else 'instances'}")
     found = {
         name: measure_checkpoint(args, config, checkpoint, truth)
         for name, checkpoint in zip(args.names, args.checkpoints, strict=True)

@@ -5,6 +5,7 @@ Detection: boxes and masks; segmentation: class maps; classification: labels wit
 
 import argparse
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,9 +18,9 @@ from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS
 from mmengine.structures import BaseDataElement
-from PIL import Image
 
 from grootvl_mm.apis import cli
+from grootvl_mm.apis.images import read_image
 from grootvl_mm.apis.models import load_model
 from grootvl_mm.visualization.explorer import Overlay, make_overlays
 
@@ -88,7 +89,7 @@ def draw_grid(samples: list[BaseDataElement], meta: dict, score_thr: float) -> F
     for axes, title in zip(grid[0], ["ground truth", "prediction"] * pairs_per_row, strict=True):
         axes.set_title(title, fontsize=10)
     for sample, pair in zip(samples, grid.reshape(-1, 2), strict=False):
-        image = np.asarray(Image.open(sample.img_path).convert("RGB"))
+        image = read_image(Path(sample.img_path))[..., ::-1]
         overlays = {overlay.name: overlay for overlay in make_overlays(sample, meta, image.shape[:2], score_thr)}
         for axes, name in zip(pair, ("ground truth", "prediction"), strict=True):
             axes.imshow(image)

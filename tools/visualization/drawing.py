@@ -13,13 +13,14 @@ from torch import nn
 from tqdm import tqdm
 
 from grootvl_mm.apis import cli
-from grootvl_mm.apis.images import ImageReader, SeenImage, find_images
+from grootvl_mm.apis.images import IMAGE_SUFFIXES, ImageReader, SeenImage, find_images
 from grootvl_mm.apis.models import NO_CHECKPOINT, load_grootv
 from grootvl_mm.models import GrootV
 from grootvl_mm.visualization import TreeRecord, record_trees
 from grootvl_mm.visualization.figures import PANEL
 
 FORMATS = ("png", "pdf")
+OTHER_FORMATS = IMAGE_SUFFIXES | {".eps", ".jfif", ".ps", ".svg"}
 
 
 class Opened(NamedTuple):
@@ -107,19 +108,22 @@ def record_images(args: argparse.Namespace) -> Iterator[Recorded]:
 def write_figure(figure: Figure, path: Path, dpi: int) -> None:
     """Write a figure, or exit with a one-line error."""
     with cli.output_file(path) as partial:
-        figure.savefig(partial, format=path.suffix[1:], dpi=dpi)
+        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=dpi)
 
 
 def _outputs(args: argparse.Namespace, paths: list[Path]) -> list[Path]:
     """The output file of each image."""
     out: Path = args.out
-    if out.suffix[1:] in FORMATS:
+    is_file = out.suffix[1:].lower() in FORMATS
+    if not is_file and out.suffix.lower() in OTHER_FORMATS:
+        cli.fail(f"-o '{out}': figures are written as .png or .pdf, not {out.suffix}; give another path")
+    if is_file:
         if len(paths) > 1:
             cli.fail(f"-o '{out}' is a single file, but there are {len(paths)} images; give a folder to -o")
         outputs = [out]
     else:
         outputs = [out / f"{path.stem}.{args.format}" for path in paths]
-    if out.exists() and out.is_dir() == (out.suffix[1:] in FORMATS):
+    if out.exists() and out.is_dir() == is_file:
         found = "a folder, not a file" if out.is_dir() else "a file, but neither .png nor .pdf"
         cli.fail(f"-o '{out}' is {found}; give another path")
     inputs = {path.resolve() for path in paths}

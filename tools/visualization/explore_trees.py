@@ -90,8 +90,8 @@ def explore(args: argparse.Namespace, paths: list[Path]) -> list[ExplorerImage]:
     backbone = opened.backbone
     overlays = Overlays(opened, args.checkpoint != NO_CHECKPOINT, args.score_thr)
     images = []
-    for path in tqdm(paths, unit="image"):
-        seen = opened.read(path)
+    all_seen = [opened.read(path) for path in paths]  # an unreadable image is found before the model has run
+    for path, seen in zip(paths, tqdm(all_seen, unit="image"), strict=True):
         with torch.no_grad(), record_trees(backbone) as records, TreeFeatures(backbone) as features:
             backbone(seen.inputs)
         blocks = explorer_blocks(records, features)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
 
 from grootvl_mm.registry import HOOKS
@@ -21,7 +21,8 @@ class TreeVisualizationHook(Hook):
     The figures go to the run's visualizer under the name ``trees``: ``LocalVisBackend`` writes them as PNG files to
     ``vis_image`` in the run's folder, ``TensorboardVisBackend`` to TensorBoard. They are drawn before the first
     iteration, every ``interval`` iterations and after each validation, with the model in evaluation mode; the training
-    itself is unaffected. In distributed runs, all ranks must have the hook.
+    itself is unaffected. In distributed runs, all ranks must have the hook. With ``EMAHook``, the figures after
+    validations have the averaged weights, as the validations do, and the name ``trees_ema``.
 
     Args:
         interval: Iterations between figures.
@@ -35,7 +36,7 @@ class TreeVisualizationHook(Hook):
             run: the run has no validation data, or the model no GrootV backbone.
     """
 
-    priority = "LOW"
+    priority = "HIGH"  # after validations, before EMAHook puts the trained weights back
 
     def __init__(
         self,
@@ -57,27 +58,28 @@ class TreeVisualizationHook(Hook):
         self.cut_share = cut_share
         self.dpi = dpi
         self._batch: dict[str, Any] | None = None
-        self._last: int | None = None
+        self._last: dict[str, int] = {}
 
     def before_train(self, runner: Runner) -> None:
         """Draw the initial trees."""
-        self._draw(runner, runner.iter)
+        self._draw(runner, "trees", runner.iter)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         """Draw every ``interval`` iterations."""
         if self.every_n_train_iters(runner, self.interval):
-            self._draw(runner, runner.iter + 1)
+            self._draw(runner, "trees", runner.iter + 1)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Draw the trees of the validated weights."""
-        self._draw(runner, runner.iter)
+        averaged = any(isinstance(hook, EMAHook) for hook in runner.hooks)
+        self._draw(runner, "trees_ema" if averaged else "trees", runner.iter)
 
-    def _draw(self, runner: Runner, step: int) -> None:
-        if step == self._last:
+    def _draw(self, runner: Runner, name: str, step: int) -> None:
+        if step == self._last.get(name):
             return
-        self._last = step
+        self._last[name] = step
         batch = self._first_batch(runner)
         records = _record(runner.model, deepcopy(batch))
         if self.stages is not None:
@@ -90,7 +92,7 @@ class TreeVisualizationHook(Hook):
             picture = Picture.of(batch["inputs"][0][:, :height, :width])
             picture = picture.padded(max(height, picture.size[0]), max(width, picture.size[1]))
             figure = draw_trees(records, picture, self.color, self.cut_share, title=f"iteration {step}")
-            runner.visualizer.add_image("trees", to_array(figure, self.dpi), step)
+            runner.visualizer.add_image(name, to_array(figure, self.dpi), step)
 
     def _first_batch(self, runner: Runner) -> dict[str, Any]:
         """The first validation image, before the data preprocessor."""

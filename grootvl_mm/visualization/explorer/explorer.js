@@ -11,6 +11,10 @@ const SCANS = { tree: "Tree", raster: "Raster", cross: "Cross" };
 const METRICS = { cosine: "cosine", euclidean: "Euclidean", manhattan: "Manhattan" };
 const DRAG = 8; // pixels; a longer movement is a drag, not a tap
 const HASH_DELAY = 250; // milliseconds; browsers limit how often a page may change its address
+const INITIAL = {
+  image: 0, stage: 0, block: 0, channel: 0, show: "affinity", lines: "off", scale: "linear", overlay: "none",
+  metric: null, edges: null, a: null, b: null,
+};
 const byId = (id) => document.getElementById(id);
 const count = (number) => number.toLocaleString("en");
 const counted = (number, noun) => `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
@@ -23,14 +27,13 @@ export class Explorer {
     this.frame = 0;
     this.stale = new Set();
     this.here = { x: 0.5, y: 0.5 };
-    this.state = { image: 0, stage: 0, block: 0, channel: 0, show: "affinity", lines: "off", scale: "linear", overlay: "none" };
-    Object.assign(this.state, { metric: null, edges: null, a: null, b: null });
+    this.state = { ...INITIAL };
     this.panels = Object.entries(SCANS).map(([scan, title]) => new Panel(scan, title, (panel) => this.listen(panel)));
     byId("panels").append(...this.panels.map((panel) => panel.element));
     this.makeControls();
     new ResizeObserver(() => this.redraw(["under", "over"])).observe(byId("panels"));
     matchMedia("(resolution: 1dppx)").addEventListener("change", () => this.redraw(["under", "over"]));
-    window.addEventListener("hashchange", () => this.change(readHash(location.hash)));
+    window.addEventListener("hashchange", () => this.change({ ...INITIAL, ...readHash(location.hash) }));
   }
 
   makeControls() {
@@ -71,7 +74,7 @@ export class Explorer {
 
   /** Change some fields of the state, adapt the others to them, and redraw. */
   async change(patch) {
-    const next = { ...this.state, ...patch };
+    const next = { ...(this.pending ?? this.state), ...patch }; // also what an image is still being loaded for
     next.image = Math.min(next.image, this.meta.images.length - 1);
     const info = this.meta.images[next.image];
     const at = { stage: next.stage, block: next.block };
@@ -90,9 +93,10 @@ export class Explorer {
     }
     next.edges = Math.min(next.edges ?? all, all);
 
-    const request = (this.request = {});
+    this.pending = next;
     const image = await this.open(next.image);
-    if (request !== this.request) return; // superseded by a later request
+    if (this.pending !== next) return; // superseded by a later change
+    this.pending = null;
     this.state = next;
     this.image = image;
     this.block = image.blocks.get(blockInfo) ?? new Block(blockInfo, image.bytes);
@@ -345,6 +349,7 @@ export class Explorer {
     if (target === null) {
       let sum = 0;
       for (const value of panel.affinity) sum += value;
+      for (const v of this.block.padding) sum -= panel.affinity[v]; // the layer sees zeros there
       panel.value.textContent = sum.toFixed(1);
       panel.note.textContent = "sum of the affinities";
       return;

@@ -92,6 +92,25 @@ def test_draws_at_the_start_at_intervals_and_after_validations(tmp_path: Path) -
     assert DRAWN[0][1][0] > one_stage[0]
 
 
+def test_averaged_weights_have_their_own_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With EMAHook, the figures after validations show the validated weights, the others those that are trained."""
+    weights: dict[str, list[torch.Tensor]] = {"drawn": [], "validated": []}
+    original = SmallTrees.val_step
+
+    def val_step(model: SmallTrees, data: dict) -> list:
+        kind = "drawn" if len(data["inputs"]) == 1 else "validated"
+        weights[kind].append(model.backbone.stages[0].blocks[0].mixer.out_proj.weight.detach().clone())
+        return original(model, data)
+
+    monkeypatch.setattr(SmallTrees, "val_step", val_step)
+    hook = {"type": "grootvl_mm.TreeVisualizationHook", "dpi": 30, "interval": 3, "stages": [1]}
+    train(tmp_path, 3, custom_hooks=[{"type": "EMAHook", "momentum": 0.5}, hook])
+    assert [(name, step) for name, _, step in DRAWN] == [("trees", 0), ("trees", 3), ("trees_ema", 3)]
+    _, trained, averaged = weights["drawn"]
+    assert torch.equal(averaged, weights["validated"][-1])
+    assert not torch.equal(averaged, trained)
+
+
 def test_the_training_stays_the_same(tmp_path: Path) -> None:
     """Also the statistics of batch norm, and the random numbers of drop path."""
     plain = train(tmp_path / "plain", 3).model.state_dict()

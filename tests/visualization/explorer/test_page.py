@@ -14,6 +14,7 @@ import torch
 from grootvl_mm.models import GrootV
 from grootvl_mm.visualization import affinity, compared_scans, cut_segments, mean_decay, path_between
 from grootvl_mm.visualization.explorer import ExplorerImage, explorer_page
+from tests.helpers.config_cases import ROOT
 from tests.visualization.explorer.conftest import make_image
 
 SCANS = ("tree", "raster", "cross")
@@ -115,6 +116,14 @@ def test_ignored_padding_stays_blank(visit: Callable, tmp_path: Path) -> None:
             below, beside = pixels[-(height * 22 // 96) :], pixels[:, -(width * 26 // 128) :]
             # JPEG adds some grey levels.
             assert max(below.max(), beside.max()) < 16 < inside.mean(), (shown, scan)
+    page.evaluate("explorer.change({ show: 'affinity' })")
+    page.mouse.move(**center(page, "raster", 2, 2))
+    sums = """() => explorer.panels.map((panel) => {
+        const ignored = new Set(explorer.block.padding);
+        return panel.affinity.reduce((sum, value, v) => sum + (ignored.has(v) ? 0 : value), 0);
+    })"""
+    for scan, inside in zip(SCANS, page.evaluate(sums), strict=True):
+        assert value(page, scan) == pytest.approx(inside, abs=0.06)
     last = page.evaluate("explorer.change({ edges: 449 }).then(() => document.getElementById('moment').textContent)")
     found = re.fullmatch(r"449 of 449 edges, 1 segment, the largest of 450 positions; last edge: cosine (.+)", last)
     assert -1 <= float(found[1]) <= 1
@@ -229,6 +238,21 @@ def test_address_restores_the_view(page, visit: Callable) -> None:
     other.evaluate("location.hash = '#stage=2&block=1&show=image'")
     other.locator("#block input[value='1']:checked").wait_for(state="attached")
     assert other.evaluate("[explorer.state.stage, explorer.state.show]") == [2, "image"]
+    # A view whose address lacks a field has its initial value.
+    assert other.evaluate("[explorer.state.a, explorer.state.b, explorer.state.lines]") == [None, None, "off"]
+
+
+def test_changes_while_an_image_is_loaded(page) -> None:
+    """None is lost."""
+    page.evaluate("Promise.all([explorer.change({ image: 1 }), explorer.change({ stage: 0 })])")
+    assert page.evaluate("[explorer.state.image, explorer.state.stage]") == [1, 0]
+    assert page.locator("#image").input_value() == "1"
+
+
+def test_the_published_page_of_the_demo(visit: Callable) -> None:
+    page = visit(ROOT / "docs" / "_static" / "explorer_demo.html", "#image=2&overlay=prediction")
+    assert page.evaluate("[explorer.state.image, explorer.state.overlay]") == [2, "prediction"]
+    assert value(page) > 1
 
 
 @pytest.mark.parametrize(
