@@ -2,7 +2,8 @@
 
 Scans on other devices need no cut. A cut is valid as long as its tree is not modified. Scans therefore share a cut only
 along trees from ``grid_tree`` or ``graph_tree``, whose memory has no other owner, and only until the tree is modified
-in place. Along any other tree, each scan computes a separate cut, which its backward pass reuses.
+in place. Along any other tree, each scan computes a separate cut, which its backward pass reuses. So do scans in
+inference mode, where tensors do not count their modifications.
 """
 
 from typing import TYPE_CHECKING
@@ -22,25 +23,33 @@ _SHARED = WeakTensorKeyDictionary()
 
 
 class _SharedCut:
-    """The cut of a tree, with the stream and tensor versions that it was computed from."""
+    """The cut of a tree, with the stream that it was computed on."""
 
     def __init__(self, tree: "Tree", cut: Tensor | None) -> None:
         self.order = tree.order
-        self._key = None if cut is None else self._key_of(tree)
-        self._cut = cut
+        self._versions = _versions(tree)
+        self._cut = None if cut is None else (_stream(tree), cut)  # replaced as a whole, for threads
 
     def of(self, tree: "Tree") -> Tensor:
-        """The cut, recomputed if the tree was modified in place or the current stream is another one."""
-        key = self._key_of(tree)
-        if self._cut is None or self._key != key:
-            self._cut, self._key = torch.ops.grootvl.tree_cut(*tree), key
-        return self._cut
+        """The cut, recomputed if the current stream is another one or the tree was ever modified in place.
 
-    @staticmethod
-    def _key_of(tree: "Tree") -> tuple:
-        # Called twice per tree; torch.cuda.current_stream would create a Python object each time.
-        stream = torch._C._cuda_getCurrentRawStream(tree.parent.get_device()) if tree.parent.is_cuda else None
-        return stream, *(None if part.is_inference() else part._version for part in tree)
+        A modification that was captured in a CUDA graph increments the version only once, but each replay repeats it.
+        """
+        if _versions(tree) != self._versions:
+            return torch.ops.grootvl.tree_cut(*tree)
+        stream, shared = _stream(tree), self._cut
+        if shared is None or shared[0] != stream:
+            self._cut = shared = stream, torch.ops.grootvl.tree_cut(*tree)
+        return shared[1]
+
+
+def _versions(tree: "Tree") -> tuple[int, ...]:
+    return tuple(part._version for part in tree)
+
+
+def _stream(tree: "Tree") -> int | None:
+    # Called twice per tree; torch.cuda.current_stream would create a Python object each time.
+    return torch._C._cuda_getCurrentRawStream(tree.parent.get_device()) if tree.parent.is_cuda else None
 
 
 def share_cut(tree: "Tree", cut: Tensor | None = None) -> None:
@@ -66,11 +75,12 @@ def cut_of(tree: "Tree") -> Tensor | None:
 def may_share(tensor: Tensor) -> bool:
     """Whether scans may share the cut of a tree that is, or is computed from, a tensor.
 
-    Not during CUDA graph capture, since replays change the tree without changing its version, nor in compilers and
-    tracers.
+    Not during CUDA graph capture, since replays change the tree without changing its version, nor in inference mode,
+    compilers and tracers.
     """
     return (
         tensor.device.type in _library.CUTTING_DEVICES
+        and not (tensor.is_inference() or torch.is_inference_mode_enabled())
         and is_eager(tensor)
         and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     )

@@ -47,8 +47,8 @@ inline void check_edge_weight(const at::Tensor& edge_weight, int64_t height, int
       edge_weight.scalar_type() == at::kFloat, "edge_weight must be float32, got ", edge_weight.scalar_type());
   // Kernels pack a vertex and two more bits into an int32.
   TORCH_CHECK_VALUE(
-      height > 0 && width > 0 && height < (int64_t{1} << 29) / width,
-      "height and width must be at least 1, with fewer than 2^29 vertices, got ",
+      height > 0 && width > 0 && height < (int64_t{1} << 28) / width,
+      "height and width must be at least 1, with fewer than 2^28 vertices, got ",
       height,
       " and ",
       width);

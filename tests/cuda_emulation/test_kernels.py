@@ -194,9 +194,20 @@ def test_a_tree_is_cut_once(tmp_path: Path) -> None:
         "    part.copy_(new)\n"
         "changed = tree_scan(x, x.sigmoid(), tree)\n"
         "assert torch.equal(changed, tree_scan(x, x.sigmoid(), Tree(*fresh)))\n"
-        "assert not torch.equal(changed, expected)\n",
+        "assert not torch.equal(changed, expected)\n"
+        "again = grid_tree(weight, 5, 6)\n"
+        "for part, new in zip(tree, again):\n"
+        "    part.data.copy_(new)\n"  # the version stays, as in replays of a captured modification
+        "assert torch.equal(tree_scan(x, x.sigmoid(), tree), expected)\n"
+        "with torch.inference_mode():\n"
+        "    tree = grid_tree(weight, 5, 6)\n"
+        "    assert torch.equal(tree_scan(x, x.sigmoid(), tree), expected)\n"
+        "    for part, new in zip(tree, fresh):\n"
+        "        part.copy_(new)\n"
+        "    assert torch.equal(tree_scan(x, x.sigmoid(), tree), changed)\n",
         tmp_path,
         Path(environment(0)["GROOTVL_LIBRARY"]),
     )
-    # The copy without a history, and the tree with new vertices; the trees themselves were cut as they were built.
-    assert sum("Cuts" in launch.parameters and "Grid" not in launch.parameters for launch in launches) == 2
+    # The copy without a history, the tree with new vertices twice, and both scans in inference mode; the trees
+    # themselves were cut as they were built.
+    assert sum("Cuts" in launch.parameters and "Grid" not in launch.parameters for launch in launches) == 5

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.cuda_emulation.run import run_tests
+from tests.cuda_emulation.run import CARDS, run_tests
 
 # Every kernel, in sizes that the sanitizers finish in minutes: with so little shared memory, images of 33 x 47 take the
 # kernels for large images.
@@ -18,18 +18,23 @@ SANITIZED = (
     " and not (64-64 or 7-200 or 100-103)",
 )
 
+# Finite differences are thousands of launches, which another order does not make more telling. A tree of a million
+# vertices takes as long as a third of all other tests; some of these have trees of 65,000.
+FAST = ("-k", "not differences and not million")
+
 
 @pytest.mark.parametrize(
-    ("seed", "arguments"),
+    ("seed", "shared_bytes", "arguments"),
     [
-        # Finite differences are thousands of launches, which another order does not make more telling. A tree of a
-        # million vertices takes as long as a third of all other tests; some of these have trees of 65,000.
-        (1, ("-k", "not differences and not million")),
-        pytest.param(2, (), marks=pytest.mark.slow),
+        (1, CARDS[0], FAST),
+        (2, CARDS[-1], FAST),
+        pytest.param(3, CARDS[0], (), marks=pytest.mark.slow),
+        pytest.param(4, CARDS[-1], (), marks=pytest.mark.slow),
     ],
+    ids=["smallest", "largest", "smallest-all", "largest-all"],
 )
-def test_operators_pass_their_tests(seed: int, arguments: tuple) -> None:
-    result = run_tests(arguments, seed=seed)
+def test_operators_pass_their_tests(seed: int, shared_bytes: int, arguments: tuple) -> None:
+    result = run_tests(arguments, seed=seed, shared_bytes=shared_bytes)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 

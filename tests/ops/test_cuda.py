@@ -84,6 +84,22 @@ def test_a_replay_that_changes_the_tree_changes_later_scans() -> None:
     assert torch.equal(tree_scan(x, decay, tree), tree_scan(x, decay, grid_tree(weight, 20, 30)))
 
 
+def test_a_replay_that_changes_an_eager_tree_changes_later_scans() -> None:
+    x = torch.randn(1, 600, 16, device="cuda")
+    decay = torch.rand_like(x)
+    tree, *others = (grid_tree(torch.rand(1, 2 * 600 - 50, device="cuda"), 20, 30) for _ in range(4))
+    source = [part.clone() for part in others[0]]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for part, value in zip(tree, source, strict=True):
+            part.copy_(value)
+    for other in others:
+        for part, value in zip(source, other, strict=True):
+            part.copy_(value)
+        graph.replay()
+        assert torch.equal(tree_scan(x, decay, tree), tree_scan(x, decay, other))
+
+
 def test_a_replayed_scan_follows_its_tree() -> None:
     x = torch.randn(1, 600, 16, device="cuda")
     decay = torch.rand_like(x)

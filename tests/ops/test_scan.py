@@ -200,6 +200,21 @@ def test_non_contiguous_inputs_are_not_written(device: torch.device) -> None:
         assert torch.equal(strided_tensor.cpu(), tensor)
 
 
+@pytest.mark.parametrize("channels", [3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_strides_of_a_single_vertex(channels: int, dtype: torch.dtype, device: torch.device) -> None:
+    """A dimension of size 1 may have any stride, also in a tensor that is contiguous, and in gradients."""
+    generator = torch.Generator().manual_seed(0)
+    x, decay, grad = (torch.rand(3, 1, channels, generator=generator).to(device, dtype) for _ in range(3))
+    tree = Tree(*(torch.zeros(3, 1, dtype=torch.int32, device=device) for _ in range(2)))
+    for strides in ((channels, 1, 1), (channels, 3 * channels, 1), (channels, 7, 1)):
+        strided = [value.as_strided(value.shape, strides).detach().requires_grad_() for value in (x, decay)]
+        h = tree_scan(*strided, tree)
+        assert torch.equal(h, x)
+        h.backward(grad.as_strided(grad.shape, strides))
+        assert torch.equal(strided[0].grad, grad)
+
+
 @pytest.mark.cpu_kernels
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     x, decay, tree = random_scan(3, 20, 20, 96, seed=0, dtype=torch.float32)

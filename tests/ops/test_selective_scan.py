@@ -142,6 +142,36 @@ def test_slices_of_projections_are_taken_as_they_are(device: torch.device) -> No
     assert all(torch.equal(inputs[name], before[name]) for name in inputs)
 
 
+def test_slices_of_a_flat_buffer(device: torch.device) -> None:
+    """Parameters and activations that start anywhere in memory, as flat buffers of parameters make them."""
+    inputs, tree = sample(2, 5, 4, 24, 3, seed=0, dtype=torch.float32)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    flat = torch.cat([torch.zeros(1, device=device), *(value.flatten() for value in inputs.values())])
+    start, sliced = 1, {}
+    for name, value in inputs.items():
+        sliced[name] = flat[start : start + value.numel()].view_as(value)
+        start += value.numel()
+    results = []
+    for values in (inputs, sliced):
+        leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+        y = tree_selective_scan(**leaves, tree=tree.to(device))
+        y.square().sum().backward()
+        results.append([y, *(leaf.grad for leaf in leaves.values())])
+    assert all(map(torch.equal, *results))
+
+
+def test_strides_of_a_single_vertex(device: torch.device) -> None:
+    """A dimension of size 1 may have any stride."""
+    inputs, tree = sample(3, 1, 1, 24, 3, seed=0, dtype=torch.float32)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    expected = tree_selective_scan(**inputs, tree=tree.to(device))
+    for name in ("x", "gate", "dt", "b", "c"):
+        channels = inputs[name].shape[2]
+        for stride in (1, 3 * channels, 7):
+            strided = inputs[name].as_strided(inputs[name].shape, (channels, stride, 1))
+            assert torch.equal(tree_selective_scan(**{**inputs, name: strided}, tree=tree.to(device)), expected)
+
+
 @pytest.mark.cpu_kernels
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     def run() -> list[torch.Tensor]:

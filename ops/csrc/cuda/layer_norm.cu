@@ -24,11 +24,6 @@ namespace {
 // The widest rows of our kernels; for wider ones, PyTorch's kernel with a block per row is as fast.
 constexpr int64_t kMostChannels = 1024;
 
-bool is_packed_tensor(const at::Tensor& tensor, int width) {
-  return !tensor.defined() ||
-         reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % (width * tensor.element_size()) == 0;
-}
-
 // Calls call(layout) with the layout for rows of `channels`; `packed` if they can be read in packs of four.
 template <typename Call>
 void with_layout(int64_t channels, bool packed, const Call& call) {
@@ -112,7 +107,7 @@ struct Cuda {
     }
     bool packed = true;
     for (const at::Tensor& tensor : {in.x, in.branch, in.weight, in.bias}) {
-      packed = packed && is_packed_tensor(tensor, 4);
+      packed = packed && (!tensor.defined() || starts_pack(tensor, 4));
     }
     with_layout(channels, packed, [&](auto layout) {
       with_scalar(in.x.scalar_type(), [&](auto zero) {
@@ -161,7 +156,7 @@ struct Cuda {
     }
     bool packed = true;
     for (const at::Tensor& tensor : {grad_sum, grad_normed, in.x, in.weight}) {
-      packed = packed && is_packed_tensor(tensor, 4);
+      packed = packed && (!tensor.defined() || starts_pack(tensor, 4));
     }
     at::Tensor sums;
     with_layout(channels, packed, [&](auto layout) {

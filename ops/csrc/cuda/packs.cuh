@@ -3,6 +3,7 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/MemoryFormat.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -109,17 +110,24 @@ inline bool has_even_rows(const at::Tensor& tensor) {
          (tensor.size(0) == 1 || tensor.stride(0) == tensor.size(1) * tensor.stride(1));
 }
 
+// Whether packs of `width` elements can be read from the start of a tensor; views may start anywhere.
+inline bool starts_pack(const at::Tensor& tensor, int64_t width) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % (width * tensor.element_size()) == 0;
+}
+
 // The tensor if its rows (B, L, C) can be read `width` channels at a time, otherwise a copy.
 inline at::Tensor readable_rows(const at::Tensor& tensor, int64_t width) {
-  const auto is_readable = [width](const at::Tensor& rows) {
-    return has_even_rows(rows) && rows.stride(1) % width == 0 &&
-           reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % (width * rows.element_size()) == 0;
-  };
-  if (is_readable(tensor)) {
+  if (has_even_rows(tensor) && tensor.stride(1) % width == 0 && starts_pack(tensor, width)) {
     return tensor;
   }
+  // contiguous() and clone() may keep any stride of a dimension of size 1.
+  return tensor.clone(at::MemoryFormat::Contiguous);
+}
+
+// The tensor if it is contiguous and can be read `width` elements at a time, otherwise a copy.
+inline at::Tensor readable_vector(const at::Tensor& tensor, int64_t width) {
   const at::Tensor dense = tensor.contiguous();
-  return is_readable(dense) ? dense : dense.clone();
+  return starts_pack(dense, width) ? dense : dense.clone();
 }
 
 template <typename T>

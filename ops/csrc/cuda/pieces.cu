@@ -81,7 +81,7 @@ PieceTensors pieces_in(const at::Tensor& memory, int64_t vertices) {
 }  // namespace
 
 PieceTensors allocate_pieces(int64_t batch, int64_t vertices, const at::TensorOptions& options) {
-  TORCH_CHECK_VALUE(vertices < int64_t{1} << 29, "trees must have less than 2^29 vertices, got ", vertices);
+  TORCH_CHECK_VALUE(vertices < int64_t{1} << 28, "trees must have less than 2^28 vertices, got ", vertices);
   return pieces_in(at::empty({batch, Pieces::entries(vertices)}, options.dtype(at::kInt)), vertices);
 }
 

@@ -96,7 +96,7 @@ struct Prepared {
       : in(inputs.map_parts(
             [](const at::Tensor& activation) { return readable_rows(activation, 1); },
             [](const at::Tensor& parameter) {
-              return parameter.to(c10::CppTypeToScalarType<acc_t>::value).contiguous();
+              return readable_vector(parameter.to(c10::CppTypeToScalarType<acc_t>::value), kPack);
             })),
         trees(cut_trees(parent, order, cut)),
         propagation(propagation),

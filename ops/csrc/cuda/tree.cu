@@ -179,8 +179,7 @@ __global__ void __launch_bounds__(kThreadsOfMany)
 // Upper bound on the components that tiles leave: each has a vertex at the border to another tile.
 int64_t most_components(int64_t height, int64_t width) {
   const auto lines = [](int64_t extent) { return 2 * (divide_up<int64_t>(extent, kTileSide) - 1); };
-  const int64_t rows = lines(height) - (height % kTileSide == 1 && height > 1);
-  const int64_t columns = lines(width) - (width % kTileSide == 1 && width > 1);
+  const int64_t rows = lines(height), columns = lines(width);
   return std::max<int64_t>(1, rows * width + columns * height - rows * columns);
 }
 
@@ -243,12 +242,8 @@ Trees make_trees(const at::Tensor& edge_weight, int64_t height, int64_t width, i
   const int64_t batch = weight.size(0), vertices = height * width;
   const auto integers = weight.options().dtype(at::kInt);
   Trees trees{at::empty({batch, vertices}, integers), at::empty({batch, vertices}, integers), {}};
-  PieceTensors pieces;
-  if (with_cut) {
-    pieces = allocate_pieces(batch, vertices, integers);
-    trees.cut = pieces.memory;
-  }
   if (batch == 0) {
+    trees.cut = with_cut ? allocate_pieces(batch, vertices, integers).memory : at::Tensor();
     return trees;
   }
   const Grid grid{static_cast<int>(height), static_cast<int>(width)};
@@ -260,6 +255,11 @@ Trees make_trees(const at::Tensor& edge_weight, int64_t height, int64_t width, i
       trees.cut = cut_trees(trees.parent, trees.order, c10::nullopt).memory;
     }
     return trees;
+  }
+  PieceTensors pieces;
+  if (with_cut) {
+    pieces = allocate_pieces(batch, vertices, integers);
+    trees.cut = pieces.memory;
   }
   int* const parents = trees.parent.mutable_data_ptr<int>();
   int* const orders = trees.order.mutable_data_ptr<int>();
