@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# All checks that need a GPU, in two commands. Each step runs even if an earlier one failed or timed out; the exit
-# status says whether all of them passed.
+# All checks that need a GPU, in two commands. Each step runs even if an earlier one failed or timed out. The exit status
+# is 0 if all of them have passed, 1 if one failed, and 2 if none failed but some are left for another call.
 #
 # usage: .dev_scripts/check_gpu.sh [FOLDER]              tests, then benchmarks, for LIMIT seconds
 #        .dev_scripts/check_gpu.sh --sanitize [FOLDER]   the operator tests under the tools of compute-sanitizer
 # Output is written to FOLDER (default: work_dirs/gpu) line by line, so that an interrupted run keeps its results so
 # far. Failed tests are appended to failures.txt with their tracebacks as they fail. Called again with the same sources,
-# the script runs only the steps that have not passed.
+# PyTorch and GPU, the script runs only the steps that have not passed.
 #
 # PYTHON   the interpreter of an environment with grootvl_mm built for CUDA (default: .venv/bin/python)
-# WORKERS  processes that share the GPU for the tests (default: 4; 0 without pytest-xdist)
-# LIMIT    total seconds for all steps, except those of --sanitize (default: 570)
+# WORKERS  processes that share the GPU for the tests, if there is pytest-xdist (default: 4)
+# LIMIT    total seconds for all steps, except those of --sanitize, which may take an hour each (default: 570)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
@@ -18,7 +18,7 @@ SANITIZE=0
 if [[ ${1:-} == --sanitize ]]; then SANITIZE=1; shift; fi
 readonly SANITIZE PYTHON=${PYTHON:-.venv/bin/python} OUT=${1:-work_dirs/gpu}
 readonly WORKERS=${WORKERS:-4} LIMIT=${LIMIT:-570}
-readonly OPERATORS=(tests/ops/test_tree.py tests/ops/test_scan.py tests/ops/test_selective_scan.py)
+readonly OPERATORS=(tests/ops/test_{tree,scan,selective_scan,norm,conv}.py)
 FAILED=() LEFT=()
 
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
@@ -34,11 +34,12 @@ step() {
   fi
   if ((SANITIZE == 0 && start + 20 > LIMIT)); then
     LEFT+=("$name")
+    echo "[$name] left for another call" >>"$OUT/steps.txt"
     return
   fi
   if ((SANITIZE == 0 && start + limit > LIMIT)); then limit=$((LIMIT - start)); fi
   timeout --signal=INT --kill-after=15 "$limit" "$@" 2>&1 | tee "$OUT/$name.txt" ||
-    { status=failed; FAILED+=("$name"); }
+    { [[ ${PIPESTATUS[0]} == 124 ]] && status="timed out" || status=failed; FAILED+=("$name"); }
   echo "[$name] $status after $((SECONDS - start)) s" | tee -a "$OUT/steps.txt"
 }
 
@@ -50,16 +51,21 @@ benchmark() {
 }
 
 "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || fail "torch finds no GPU"
+"$PYTHON" -c 'import torch; raise SystemExit(torch.cuda.get_device_capability() < (8, 0))' ||
+  fail "the GPU is too old; the kernels need compute capability 8.0"
+"$PYTHON" -c 'import matplotlib, mmengine, pytest, scipy, torchvision, tqdm' || fail "a package is missing in $PYTHON"
 # Without importing the package, which falls back to PyTorch operators if CUDA kernels are missing.
-"$PYTHON" -c 'import importlib.util, pathlib, torch
-folder = pathlib.Path(importlib.util.find_spec("grootvl_mm").origin).parent
-torch.ops.load_library(next(folder.glob("_C*.so")))
+"$PYTHON" -c 'import pathlib, torch
+for library in pathlib.Path("grootvl_mm").glob("_C*.so"):
+    torch.ops.load_library(library.resolve())
 raise SystemExit(not torch._C._dispatch_has_kernel_for_dispatch_key("grootvl::tree_scan", "CUDA"))' ||
-  fail "grootvl_mm is built without CUDA; see docs/cuda.md"
+  fail "no CUDA operators in this checkout; build them: FORCE_CUDA=1 $PYTHON -m pip install --no-build-isolation -e ."
 mkdir -p "$OUT"
-sources=$(find grootvl_mm ops tests tools -type f ! -name '*.pyc' -print0 | sort -z | xargs -0 sha256sum | sha256sum)
+sources=$(find .dev_scripts/check_gpu.sh grootvl_mm ops tests tools -type f ! -name '*.pyc' -print0 | sort -z |
+  xargs -0 sha256sum | sha256sum)
+sources+=$("$PYTHON" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())')
 if [[ $sources != "$(cat "$OUT/sources.txt" 2>/dev/null)" ]]; then
-  rm -f "$OUT/steps.txt"
+  rm -f "$OUT/steps.txt" "$OUT/failures.txt"
   echo "$sources" >"$OUT/sources.txt"
 fi
 # Keeps the compiled code of torch.compile, so that later runs reuse it.
@@ -68,20 +74,24 @@ export TORCHINDUCTOR_CACHE_DIR
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 if [[ $SANITIZE == 1 ]]; then
+  PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
   command -v compute-sanitizer >/dev/null || fail "compute-sanitizer is missing; it comes with the CUDA toolkit"
   # The caching allocator would hide out-of-bounds accesses between tensors.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  # All kernels: initcheck must see what PyTorch's write.
   for tool in memcheck racecheck synccheck initcheck; do
-    step "$tool" 3600 compute-sanitizer --tool "$tool" --kernel-regex kns=grootvl --error-exitcode 1 \
+    step "$tool" 3600 compute-sanitizer --tool "$tool" --error-exitcode 1 \
       "$PYTHON" -m pytest "${OPERATORS[@]}" -m gpu -k "not differences and not random"
   done
 else
-  step gpu 30 nvidia-smi -q -d CLOCK,MEMORY
+  step gpu 30 nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm --format=csv
+  workers=(-n "$WORKERS")
+  "$PYTHON" -c 'import xdist' 2>/dev/null || workers=()
   # Without a limit, each worker would start one thread per core for the reference results that it computes on the CPU.
   threads=$(($(nproc) / (WORKERS > 1 ? WORKERS : 1)))
   step tests 330 env GROOTVL_FAILURES="$OUT/failures.txt" OMP_NUM_THREADS=$((threads > 1 ? threads : 1)) \
     "$PYTHON" -m pytest tests/ops tests/layers tests/models \
-    -m "gpu and not slow" -v --durations=20 -n "$WORKERS" -p tests.helpers.failures_at_once
+    -m "gpu and not slow" -v --durations=20 "${workers[@]}" -p tests.helpers.failures_at_once
   # The most informative ones first.
   benchmark ops_float32 120 ops
   benchmark ops_bfloat16 120 ops --autocast bfloat16
@@ -98,3 +108,4 @@ else
 fi
 [[ ${#LEFT[@]} == 0 ]] || echo "left for another call: ${LEFT[*]}"
 [[ ${#FAILED[@]} == 0 ]] || fail "failed: ${FAILED[*]}"
+[[ ${#LEFT[@]} == 0 ]] || exit 2

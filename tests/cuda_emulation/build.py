@@ -101,7 +101,7 @@ def compile_library(
     of_kernels, of_all = SANITIZERS[sanitizer]
     flags = (*FLAGS, *of_all, *flags)
     own = sorted(path for path in FOLDER.rglob("*") if path.suffix in ("", ".h", ".cpp") and path.is_file())
-    key = hashlib.sha256(repr((of_kernels, flags, _run([compiler, "--version"]))).encode())
+    key = hashlib.sha256(repr((of_kernels, flags, run([compiler, "--version"]))).encode())
     for path in (Path(__file__), *own, *headers):
         key.update(path.name.encode() + b"\0" + path.read_bytes())
     folder = BUILD / f"cuda_emulation-{key.hexdigest()[:16]}"
@@ -110,29 +110,29 @@ def compile_library(
 
     def put_translated(path: Path, name: str) -> Path:
         target = folder / path.relative_to(base).with_name(name)
-        return _made_once(target, lambda unfinished: unfinished.write_text(translate(path), encoding="utf-8"))
+        return made_once(target, lambda unfinished: unfinished.write_text(translate(path), encoding="utf-8"))
 
     def compile_one(path: Path) -> Path:
         emulator = path.parent == FOLDER and path.suffix == ".cpp"
-        source = path if emulator else put_translated(path, f"{path.stem}-{_digest(path.read_bytes())}{path.suffix}")
+        source = path if emulator else put_translated(path, f"{path.stem}-{digest(path.read_bytes())}{path.suffix}")
         own_flags = flags if emulator else (*flags, *of_kernels)
         command = [compiler, *include, *own_flags, "-x", "c++", "-c", str(source), "-o"]
-        return _made_once(folder / f"{source.name}.o", lambda target: _run([*command, str(target)]))
+        return made_once(folder / f"{source.name}.o", lambda target: run([*command, str(target)]))
 
     for path in headers:
         put_translated(path, path.name)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(path) for path in pool.map(compile_one, (*sources, FOLDER / "emulator.cpp"))]
     command = [compiler, "-shared", *flags, *of_kernels, *objects, *link, "-o"]
-    library = folder / f"library-{_digest(repr(command).encode())}.so"
-    return _made_once(library, lambda target: _run([*command, str(target)]))
+    library = folder / f"library-{digest(repr(command).encode())}.so"
+    return made_once(library, lambda target: run([*command, str(target)]))
 
 
-def _digest(content: bytes) -> str:
+def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _made_once(target: Path, make: Callable[[Path], object]) -> Path:
+def made_once(target: Path, make: Callable[[Path], object]) -> Path:
     """Create a file in one process, while other processes that need it wait."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
@@ -182,11 +182,11 @@ def sanitizer_environment(sanitizer: str) -> dict[str, str]:
         options = {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1 halt_on_error=1"}
         runtime = "libtsan.so"
     # AddressSanitizer looks for the functions that throw exceptions when it starts, so the C++ library must be there.
-    libraries = [_run([compiler, f"-print-file-name={name}"]).strip() for name in (runtime, "libstdc++.so")]
+    libraries = [run([compiler, f"-print-file-name={name}"]).strip() for name in (runtime, "libstdc++.so")]
     return options | {"LD_PRELOAD": " ".join(str(Path(library).resolve()) for library in libraries)}
 
 
-def _run(command: list[str]) -> str:
+def run(command: list[str]) -> str:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")

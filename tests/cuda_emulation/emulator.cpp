@@ -182,6 +182,8 @@ const void* kernel_arguments;
 size_t dynamic_bytes, static_bytes, most_shared_bytes;
 // The steps of the running block, which its barriers separate.
 uint64_t steps;
+// Of the running grid: the most copies that a thread had started when it waited, and the bytes of all copies.
+uint64_t most_copies, copied_bytes;
 
 std::ostream& operator<<(std::ostream& out, const uint3& index) {
   return out << '(' << index.x << ", " << index.y << ", " << index.z << ')';
@@ -608,6 +610,7 @@ void run(
     }
   } memory;
   uint64_t most_steps = 0;
+  most_copies = copied_bytes = 0;
   leave_work(&work_of_grid[0]);
   for (size_t run = 0; run < order.size(); ++run) {
     const uint32_t i = order[run];
@@ -626,7 +629,9 @@ void run(
   take_over_work(&work_of_grid[1]);
   if (const char* file = std::getenv("GROOTVL_EMULATION_LOG")) {
     std::ofstream(file, std::ios::app) << "{\"signature\": \"" << signature << "\", \"blocks\": " << order.size()
-                                       << ", \"threads\": " << num_threads << ", \"steps\": " << most_steps << "}\n";
+                                       << ", \"threads\": " << num_threads << ", \"steps\": " << most_steps
+                                       << ", \"shared_bytes\": " << shared_bytes << ", \"copies\": " << most_copies
+                                       << ", \"copied_bytes\": " << copied_bytes << "}\n";
   }
 }
 
@@ -690,6 +695,7 @@ void copy_later(void* to, const void* from, size_t bytes, const char* function, 
   __tsan_write_range(to, bytes);
 #endif
   fill_with_garbage(to, bytes);
+  copied_bytes += bytes;
   current->copies.push_back({to, from, bytes, current->batches});
 }
 
@@ -699,6 +705,7 @@ void commit_copies() {
 
 void wait_for_copies(size_t batches) {
   std::vector<Copy>& copies = current->copies;
+  most_copies = std::max<uint64_t>(most_copies, copies.size());
   const auto end = std::find_if(
       copies.begin(), copies.end(), [&](const Copy& copy) { return copy.batch + batches >= current->batches; });
   for (auto copy = copies.begin(); copy != end; ++copy) {

@@ -6,8 +6,8 @@ The trees are those of random maps with the spectrum of photographs, cut into pi
 as in ``tiles.cuh``. The time of a kernel is the longest of three times: that of its memory traffic at the bandwidth of
 a copy; that of its instructions at one per cycle and scheduler; and that of its blocks, which run one after another in
 the resident slots of the multiprocessors, each waiting for memory and then for its longest piece. The model ignores
-everything else, so it is a lower bound: an H100 took about twice as long for the design called "before" here. Use it to
-decide which of two designs to implement.
+everything else, so it is a lower bound: an H100 took up to twice as long. Use it to decide which of two designs to
+implement.
 """
 
 from bisect import bisect_right

@@ -28,12 +28,25 @@ DETECTION = (2, 200, 334)
 
 
 class Launch(NamedTuple):
-    """One line of the emulator's log."""
+    """One line of the emulator's log.
+
+    Attributes:
+        parameters: Template parameters of the kernel.
+        blocks: Number of blocks.
+        threads: Threads per block.
+        steps: The most steps of a block, which barriers separate.
+        shared_bytes: Dynamic shared memory of a block.
+        copies: The most asynchronous copies that a thread had in flight when it waited for them.
+        copied_bytes: The bytes of all asynchronous copies.
+    """
 
     parameters: str
     blocks: int
     threads: int
     steps: int
+    shared_bytes: int
+    copies: int
+    copied_bytes: int
 
 
 def run_kernels(code: str, folder: Path, library: Path, card: int = CARDS[-1]) -> list[Launch]:
@@ -175,7 +188,6 @@ def test_pieces_of_a_tile_are_of_like_length(shape: latency_model.Shape, streams
     assert latency_model.useful_share(latency_model.make_tiles(pieces, latency_model.AFTER, streams)) >= 0.85
 
 
-@pytest.mark.slow
 def test_a_tree_is_cut_once(tmp_path: Path) -> None:
     """For all scans along it, forward and backward."""
     launches = run_kernels(

@@ -8,12 +8,13 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from torch.utils import cpp_extension
+
+from tests.cuda_emulation.build import BUILD, CSRC, digest, made_once, run
 
 # Limits of a multiprocessor of compute capability 9.0: registers, bytes of shared memory, warps; shared memory that is
 # reserved for each block.
@@ -104,29 +105,45 @@ class Code:
         )
 
 
+def compile_cubin(stem: str) -> Path:
+    """Compile a source of ``ops/csrc/cuda`` for compute capability 9.0, or return the cached file.
+
+    Raises:
+        RuntimeError: it does not compile; the message includes the compiler's output.
+    """
+    source = CSRC / "cuda" / f"{stem}.cu"
+    include = [flag for path in (CSRC, *cpp_extension.include_paths("cuda")) for flag in ("-isystem", str(path))]
+    command = [str(Path(cpp_extension.CUDA_HOME, "bin", "nvcc")), "-cubin", "-arch=sm_90", "-O3", "-std=c++20"]
+    command += [*cpp_extension.COMMON_NVCC_FLAGS, *include, str(source), "-o"]
+    headers = [path for pattern in ("*.h", "cuda/*.h", "cuda/*.cuh") for path in sorted(CSRC.glob(pattern))]
+    key = repr((command, run([command[0], "--version"]))).encode()
+    key += b"".join(path.read_bytes() for path in (source, *headers))
+    return made_once(BUILD / f"{stem}-{digest(key)}.cubin", lambda target: run([*command, str(target)]))
+
+
 def read_usage(library: Path) -> dict[str, Usage]:
-    """Resource usage of each kernel, by its mangled name.
+    """Resource usage of each kernel of a library or cubin, by its mangled name.
 
     Raises:
         FileNotFoundError: there is no ``cuobjdump``.
     """
-    said = _run("-res-usage", library)
+    said = _dump("-res-usage", library)
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", said)
     return {name: Usage(*map(int, numbers)) for name, *numbers in found}
 
 
 def read_code(library: Path) -> dict[str, Code]:
-    """The instructions of each kernel, by its mangled name.
+    """The instructions of each kernel of a library or cubin, by its mangled name.
 
     Raises:
         FileNotFoundError: there is no ``cuobjdump``.
     """
-    parts = re.split(r"^\s*Function : (\S+)$", _run("-sass", library), flags=re.MULTILINE)
+    parts = re.split(r"^\s*Function : (\S+)$", _dump("-sass", library), flags=re.MULTILINE)
     return {name: Code(listing) for name, listing in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-def _run(flag: str, library: Path) -> str:
+def _dump(flag: str, library: Path) -> str:
     tool = cuobjdump()
     if tool is None:
         raise FileNotFoundError("no cuobjdump, neither in the CUDA toolkit nor in triton")
-    return subprocess.run([tool, flag, str(library)], capture_output=True, text=True, check=True).stdout
+    return run([tool, flag, str(library)])
