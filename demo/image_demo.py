@@ -6,6 +6,7 @@ Images keep their names, a video becomes an MP4 file. The task depends on the co
 """
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from mmengine.registry import init_default_scope
 from tqdm import tqdm
 
 from grootvl_mm.apis import cli, zoo
-from grootvl_mm.apis.images import decode_image, find_images, read_image
+from grootvl_mm.apis.images import IMAGE_SUFFIXES, decode_image, find_images, read_image
 from grootvl_mm.apis.whole_files import whole_file
 
 FPS = 25.0  # for videos without a frame rate
@@ -72,7 +73,8 @@ def open_input(path: Path) -> Input:
     if path.is_dir():
         paths = find_images([path])
         return Input(((child.name, read_image(child)) for child in paths), len(paths), None)
-    image = decode_image(path)
+    # OpenCV would also open an image that is cut off as a video.
+    image = read_image(path) if path.suffix.lower() in IMAGE_SUFFIXES else decode_image(path)
     if image is not None:
         return Input(iter([(path.name, image)]), 1, None)
     video = mmcv.VideoReader(str(path))
@@ -174,21 +176,26 @@ TASKS: dict[str, Callable[[Config, str, argparse.Namespace], Draw]] = {
 
 
 def make_folder(folder: Path, source: Path) -> None:
-    """Create the folder for the results; it must not be that of the input, whose files have the same names."""
+    """Create the folder for the results, none of which may be a file of the input, also through links."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         cli.fail(f"cannot create the folder --out-dir '{folder}': {error.strerror}")
-    if folder.resolve() == (source if source.is_dir() else source.parent).resolve():
+    files = find_images([source]) if source.is_dir() else [source]
+    results = {os.path.realpath(folder / file.name) for file in files}
+    same_folder = folder.resolve() == (source if source.is_dir() else source.parent).resolve()
+    if same_folder or not results.isdisjoint(map(os.path.realpath, files)):
         cli.fail(f"--out-dir '{folder}' is the folder of the input, whose files would be overwritten; give another one")
 
 
 def write_image(path: Path, image: np.ndarray) -> Path:
     """Write an RGB image; as PNG if OpenCV cannot write the format of the name."""
-    if not cv2.haveImageWriter(path.name):
-        path = path.with_name(f"{path.name}.png")
+    pixels = mmcv.rgb2bgr(image)
+    is_encoded, content = cv2.imencode(path.suffix, pixels) if cv2.haveImageWriter(f"a{path.suffix}") else (False, b"")
+    if not is_encoded:
+        path, (_, content) = path.with_name(f"{path.name}.png"), cv2.imencode(".png", pixels)
     with whole_file(path) as partial:
-        partial.write_bytes(cv2.imencode(path.suffix, mmcv.rgb2bgr(image))[1])
+        partial.write_bytes(content)
     return path
 
 
@@ -241,7 +248,7 @@ def main() -> None:
     args.device = check_device(args.device or get_device())
     make_folder(args.out_dir, args.input)
     init_default_scope(cfg.default_scope)
-    cfg.get("visualizer", {}).pop("vis_backends", None)  # this script writes the images itself
+    (cfg.get("visualizer") or {}).pop("vis_backends", None)  # this script writes the images itself
     with cli.checkpoint_errors(checkpoint):
         draw = TASKS[cfg.default_scope](cfg, checkpoint, args)
     with cli.file_errors(args.out_dir):

@@ -8,13 +8,18 @@ import cv2
 import mmcv
 import numpy as np
 from mmengine.config import Config, ConfigDict
-from mmengine.dataset import Compose, pseudo_collate
+from mmengine.dataset import BaseDataset, Compose, pseudo_collate
+from mmengine.registry import DATASETS
 from torch import Tensor, nn
 
 from grootvl_mm.apis import cli
 from grootvl_mm.visualization.figures import Picture
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+# What the hosts' datasets raise if their files are missing or damaged.
+ABSENT = (OSError, AssertionError, RuntimeError, ValueError, KeyError)
 
 
 class SeenImage(NamedTuple):
@@ -48,29 +53,41 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     """List the given files and the images in the given folders; exit with an error if one of them has none."""
     found = []
     for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(child for child in path.iterdir() if child.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
-                cli.fail(f"the folder '{path}' has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            cli.fail(f"image '{path}' does not exist; give image files or folders of images")
+        try:
+            if path.is_dir():
+                inside = sorted(child for child in path.iterdir() if child.suffix.lower() in IMAGE_SUFFIXES)
+                if not inside:
+                    cli.fail(f"the folder '{path}' has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+                found += inside
+            elif path.is_file():
+                found.append(path)
+            else:
+                cli.fail(f"image '{path}' does not exist; give image files or folders of images")
+        except OSError as error:
+            cli.fail(f"cannot read '{path}': {error.strerror}")
     return found
 
 
 def decode_image(path: Path) -> np.ndarray | None:
-    """Read an image file, (H, W, 3) uint8, BGR, upright; None if it is not an image, or cut off."""
-    # The reader is found by the first bytes; the rest may be missing.
-    return mmcv.imread(str(path)) if cv2.haveImageReader(str(path)) else None
+    """Read an image file, (H, W, 3) uint8, BGR, upright; None if it is not an image, or cut off.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    # Not by name: OpenCV crashes if a name is not UTF-8.
+    content = Path(path).read_bytes()
+    try:
+        return mmcv.imfrombytes(content) if content else None
+    except cv2.error:
+        return None
 
 
 def read_image(path: Path) -> np.ndarray:
     """Read an image file, (H, W, 3) uint8, BGR, upright, or exit with a one-line error."""
-    if not Path(path).is_file():
-        cli.fail(f"image '{path}' does not exist or is not a file")
-    image = decode_image(path)
+    try:
+        image = decode_image(path)
+    except OSError as error:
+        cli.fail(f"cannot read image '{path}': {error.strerror}")
     if image is None:
         cli.fail(f"OpenCV cannot read '{path}' as an image; repair or remove it")
     return image
@@ -81,13 +98,21 @@ def single_dataset(cfg: Config) -> ConfigDict:
 
     Exits with an error if it has no pipeline.
     """
-    dataset = cfg.test_dataloader.dataset
-    while "pipeline" not in dataset:
-        inner = dataset.get("dataset") or next(iter(dataset.get("datasets") or ()), None)
-        if inner is None:
-            cli.fail("the dataset of the config's test_dataloader has no pipeline, through which images are read")
-        dataset = inner
+    dataset = (cfg.get("test_dataloader") or {}).get("dataset")
+    while dataset and not dataset.get("pipeline"):
+        dataset = dataset.get("dataset") or next(iter(dataset.get("datasets") or ()), None)
+    if not dataset:
+        cli.fail("the config needs a test_dataloader whose dataset has a pipeline: images are read through it")
     return dataset
+
+
+def build_test_set(cfg: Config) -> BaseDataset:
+    """The config's test set, or an exit with a one-line error if its files cannot be read."""
+    single_dataset(cfg)
+    try:
+        return DATASETS.build(cfg.test_dataloader.dataset)
+    except ABSENT as error:
+        cli.fail(f"cannot read the config's test set: {cli.one_line(error)}")
 
 
 def type_name(step: ConfigDict) -> str:
@@ -110,10 +135,8 @@ class ImageReader:
     """
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
-        if "test_dataloader" not in cfg or not hasattr(model, "data_preprocessor"):
-            cli.fail(
-                "the config needs a test_dataloader, and its model a data_preprocessor: images are read through them"
-            )
+        if not hasattr(model, "data_preprocessor"):
+            cli.fail("the model needs a data_preprocessor: images are read through it")
         self.pipeline = Compose(without_annotations(cfg))
         self.preprocessor = model.data_preprocessor
 
@@ -129,6 +152,8 @@ class ImageReader:
             if "img" in results:
                 followed.step(type(step).__name__, results["img"].shape[:2])
         inputs = self.preprocessor(pseudo_collate([results]), False)["inputs"]
+        if not isinstance(inputs, Tensor):
+            cli.fail(f"the model's data_preprocessor, a {type(self.preprocessor).__name__}, does not batch images")
         picture = Picture.of(results["inputs"], followed.size).padded(*inputs.shape[2:])
         return SeenImage(path, inputs, picture, followed.file_size, followed.locate)
 

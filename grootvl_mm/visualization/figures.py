@@ -26,6 +26,7 @@ PANEL = 3.2  # inches
 MARKER = "#ff2d87"
 # Inches: between panels, above each panel, above the figure, and below it or beside a panel for a colour bar.
 _GAP, _HEADING, _TITLE, _SCALE, _SCALE_MARGIN = 0.08, 0.24, 0.32, 0.72, 0.4
+_LEAST_WIDTH = 6.4  # for the labels of colour bars
 _LABELS = {
     "order": "rank of the edge by weight: first (similar) to last (dissimilar)",
     "weight": "edge weight",
@@ -310,7 +311,8 @@ def _layout(
     width, height = (panel * side / max(height, width) for side in (width, height))
     top = _TITLE if title is not None else 0.05
     lefts = np.cumsum([_GAP, *(width + _GAP + margin for margin in margins)])
-    size = lefts[-1], top + rows * (height + _HEADING) + _SCALE
+    lefts += max(_LEAST_WIDTH - lefts[-1], 0) / 2
+    size = max(lefts[-1], _LEAST_WIDTH), top + rows * (height + _HEADING) + _SCALE
     figure = Figure(figsize=size)
     grid = np.empty((rows, columns), dtype=object)
     for row in range(rows):

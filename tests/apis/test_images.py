@@ -1,5 +1,6 @@
 """Images as models see them."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,6 +91,23 @@ def test_files_that_are_cut_off(config: str, suffix: str, image: Path) -> None:
     assert read_image(path).shape == (100, 150, 3)
 
 
+def test_names_and_permissions(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names need not be UTF-8; a file that may not be read is not called damaged."""
+    odd = Path(os.fsdecode(os.fsencode(image.parent) + b"/\xff\xfe.png"))
+    odd.write_bytes(image.read_bytes())
+    assert (read_image(odd) == read_image(image)).all()
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    with pytest.raises(SystemExit, match=r"cannot read image '.*image.png': Permission denied"):
+        read_image(image)
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    with pytest.raises(SystemExit, match=r"cannot read '.*': Permission denied"):
+        find_images([image.parent])
+
+
 def test_pipelines_in_wrappers_and_classes(image: Path) -> None:
     """Wrapped test sets, steps given by class as in configs in pure Python, and a size that changes after padding."""
     cfg = load_config(ROOT / "configs" / "demo/mask-rcnn_grootv-pico_fpn_demo.py")
@@ -108,7 +126,7 @@ def test_pipelines_in_wrappers_and_classes(image: Path) -> None:
             assert torch.equal(found.inputs, expected.inputs)
             assert found.locate(*DOT) == expected.locate(*DOT)
         cfg.test_dataloader.dataset = {"type": "ConcatDataset", "datasets": []}
-        with pytest.raises(SystemExit, match="has no pipeline"):
+        with pytest.raises(SystemExit, match="whose dataset has a pipeline"):
             reader(cfg)
         pad = {"type": "mmdet.Pad", "size": (300, 200)}  # width, height
         halve = {"type": "mmdet.Resize", "scale_factor": 0.5}
@@ -126,15 +144,16 @@ def test_what_is_no_image(tmp_path: Path, image: Path) -> None:
         read = reader(cfg)
         with pytest.raises(SystemExit, match=r"OpenCV cannot read '.*text.png' as an image"):
             read(text)
-        with pytest.raises(SystemExit, match=r"image '.*no.png' does not exist or is not a file"):
+        with pytest.raises(SystemExit, match=r"cannot read image '.*no.png': No such file"):
             read(tmp_path / "no.png")
         seen = read(image).padded(80, 96)
     assert (seen.inputs.shape, seen.picture.pixels.shape) == ((1, 3, 80, 96), (80, 96, 3))
     assert (seen.inputs[..., 64:, :] == 0).all()
     with pytest.raises(SystemExit, match=r"cannot pad '.*image.png' to 16 16: the preprocessed image has size 64 64"):
         seen._replace(inputs=seen.inputs[..., :64, :64]).padded(16, 16)
-    with pytest.raises(SystemExit, match="needs a test_dataloader"):
-        ImageReader(Config({"model": {}}), SimpleNamespace(data_preprocessor=None))
+    for dataloader in ({}, {"test_dataloader": None}, {"test_dataloader": {"dataset": None}}):
+        with pytest.raises(SystemExit, match="needs a test_dataloader whose dataset has a pipeline"):
+            ImageReader(Config({"model": {}, **dataloader}), SimpleNamespace(data_preprocessor=None))
 
 
 def test_files_and_folders(tmp_path: Path, image: Path) -> None:

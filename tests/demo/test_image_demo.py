@@ -101,6 +101,14 @@ def test_formats_that_opencv_reads_but_does_not_write(
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["photo.png"]
 
 
+def test_colours_in_a_format_of_grey_images(
+    call: Callable, checkpoints: dict, image: np.ndarray, tmp_path: Path
+) -> None:
+    cv2.imwrite(str(tmp_path / "grey.pgm"), cv2.cvtColor(image, cv2.COLOR_BGR2GRAY))
+    assert call(tmp_path / "grey.pgm", CLASSIFIER, checkpoints["cls"], "--device", "cpu") is None
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["grey.pgm.png"]
+
+
 def test_checkpoint_from_the_config(call: Callable, checkpoints: dict, images: Path, tmp_path: Path) -> None:
     options = ("--device", "cpu", "--cfg-options", f"load_from={checkpoints['cls']}")
     assert call(images, CLASSIFIER, *options) is None
@@ -110,14 +118,13 @@ def test_checkpoint_from_the_config(call: Callable, checkpoints: dict, images: P
 WRONG = {
     "missing input": (("nowhere.png", CLASSIFIER, "CHECKPOINT"), "input 'nowhere.png' does not exist; give an image"),
     "empty folder": (("empty", CLASSIFIER, "CHECKPOINT"), "the folder 'empty' has no images (.bmp, .gif, "),
-    "text": (
-        ("text.png", CLASSIFIER, "CHECKPOINT"),
-        "OpenCV cannot read 'text.png', neither as an image nor as a video",
+    "text": (("text.png", CLASSIFIER, "CHECKPOINT"), "OpenCV cannot read 'text.png' as an image"),
+    "text without suffix": (
+        ("text", CLASSIFIER, "CHECKPOINT"),
+        "cannot read 'text', neither as an image nor as a video",
     ),
-    "empty file": (
-        ("empty.png", CLASSIFIER, "CHECKPOINT"),
-        "OpenCV cannot read 'empty.png', neither as an image nor as a video",
-    ),
+    "empty file": (("empty.png", CLASSIFIER, "CHECKPOINT"), "OpenCV cannot read 'empty.png' as an image"),
+    "cut off": (("cut.jpg", CLASSIFIER, "CHECKPOINT"), "OpenCV cannot read 'cut.jpg' as an image"),
     "broken image": (("broken", CLASSIFIER, "CHECKPOINT"), "OpenCV cannot read 'broken/a.png' as an image"),
     "unknown model": (("images", "mask-rcnn_grootv-tiny", "CHECKPOINT"), "has no model 'mask-rcnn_grootv-tiny'; sim"),
     "missing config": (("images", "nothing.py", "CHECKPOINT"), "config 'nothing.py' does not exist"),
@@ -132,9 +139,10 @@ WRONG = {
     "folder is a file": (("images", CLASSIFIER, "CHECKPOINT", "--out-dir", "text.png"), "cannot create the folder"),
     "own folder": (("images", CLASSIFIER, "CHECKPOINT", "--out-dir", "images"), "is the folder of the input"),
     "folder of the file": (
-        ("text.png", CLASSIFIER, "CHECKPOINT", "--out-dir", "."),
-        "neither as an image nor as a video",
+        ("links/b.png", CLASSIFIER, "CHECKPOINT", "--out-dir", "links"),
+        "is the folder of the input",
     ),
+    "links": (("links", CLASSIFIER, "CHECKPOINT", "--out-dir", "images"), "whose files would be overwritten"),
 }
 
 
@@ -143,8 +151,11 @@ def test_one_clear_error(case: str, call: Callable, checkpoints: dict, images: P
     arguments, message = WRONG[case]
     for folder in ("empty", "broken"):
         (tmp_path / folder).mkdir()
-    for name in ("text.png", "broken/a.png"):
+    for name in ("text.png", "text", "broken/a.png"):
         (tmp_path / name).write_text("hello")
+    (tmp_path / "cut.jpg").write_bytes((images / "a.jpg").read_bytes()[:400])
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "b.png").symlink_to(images / "b.png")
     (tmp_path / "empty.png").touch()
     torch.save({"state_dict": {"conv1.weight": torch.ones(1)}}, tmp_path / "other.pth")
     error = call(*(checkpoints["cls"] if argument == "CHECKPOINT" else argument for argument in arguments))

@@ -2,13 +2,28 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from matplotlib.figure import Figure
 from mmengine.structures import BaseDataElement
 from PIL import ExifTags, Image
 
 from grootvl_mm.visualization.explorer import Box, Overlay
-from tests.helpers.tool_runs import load_script
+from tests.helpers.config_cases import ROOT
+from tests.helpers.tool_runs import call_script, load_script
+
+
+def test_test_sets_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mmdet")
+    monkeypatch.chdir(tmp_path)
+    config = ROOT / "configs" / "demo" / "mask-rcnn_grootv-pico_fpn_demo.py"
+    options = ("--cfg-options", "model.backbone.init_cfg=None")
+    error = call_script("tools/visualization/draw_predictions.py", config, "none", "a.png", *options)
+    assert error.startswith("error: cannot read the config's test set: ")
+    error = call_script("tools/visualization/draw_predictions.py", config, "none", "a.png", "--cfg-options",
+                        "test_dataloader=None")  # fmt: skip
+    assert "needs a test_dataloader whose dataset has a pipeline" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_images_are_upright(tmp_path: Path) -> None:

@@ -158,6 +158,7 @@ def test_one_clear_error(tool: str, change: dict, message: str, call: Callable, 
         ("draw_affinity", ("--at", 64, 2), "--at 64 2 is outside 'images/b.png', which has 64x48 pixels"),
         ("draw_affinity", (), 2),
         ("draw_affinity", (*AT, "--panel", 0), 2),
+        ("draw_affinity", (*AT, "--panel", 40, "--dpi", 600), 2),
     ],
 )
 def test_what_the_model_does_not_have(

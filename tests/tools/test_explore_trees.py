@@ -65,6 +65,27 @@ def test_without_checkpoint_and_data(task: str, picture: Path, monkeypatch: pyte
     assert image["width"] >= 64
 
 
+@pytest.mark.parametrize("wrapper", ["ConcatDataset", "RepeatDataset"])
+@pytest.mark.parametrize("data", ["missing", "damaged"])
+def test_wrapped_test_sets_without_data(
+    wrapper: str, data: str, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(picture.parent)
+    if data == "damaged":
+        folder = picture.parent / "data" / "demo" / "annotations"
+        folder.mkdir(parents=True)
+        (folder / "instances_val.json").write_text("{")
+    inner = {"ConcatDataset": "datasets=[dataset]", "RepeatDataset": "dataset=dataset, times=1"}[wrapper]
+    config = picture.with_name("wrapped.py")
+    config.write_text(
+        f"_base_ = {str(ROOT / 'configs' / 'demo' / SHIPPED['det'])!r}\n"
+        "dataset = _base_.test_dataloader.dataset\n"
+        f"test_dataloader = dict(dataset=dict(_delete_=True, type='{wrapper}', {inner}))\n"
+    )
+    assert call(config, "none", picture) is None
+    assert read_page(picture.with_name("explorer.html"))["images"][0]["overlays"] == []
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

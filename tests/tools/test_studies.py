@@ -132,7 +132,7 @@ def test_results_need_suitable_ground_truth(segmenter: Path, demo_data: Path, tm
         tool.ClassMaps(tmp_path, demo_data / "images" / "val")
 
 
-@pytest.mark.parametrize(("missing", "message"), [("annotations", "has less than two images"), ("images", "not exist")])
+@pytest.mark.parametrize(("missing", "message"), [("annotations", "less than two images"), ("images", "No such file")])
 def test_quality_needs_images(missing: str, message: str, monkeypatch, demo_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("mmdet")
     annotations = json.loads((demo_data / "annotations" / "instances_val.json").read_text())
@@ -144,6 +144,30 @@ def test_quality_needs_images(missing: str, message: str, monkeypatch, demo_data
     options = ("--images", images, "--annotations", path, "--number", 2, "--out", tmp_path / "out")
     with pytest.raises(SystemExit, match=message):
         run_here(monkeypatch, "tree_quality.py", DETECTOR, *options)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"images": [{"id": 1}], "annotations": [], "categories": []}'])
+def test_annotations_that_cannot_be_read(content: str, tmp_path: Path) -> None:
+    pytest.importorskip("mmdet")
+    path = tmp_path / "instances.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit, match=r"instances.json'( as a JSON file of COCO instances)?: "):
+        load_script("tools/analysis_tools/image_results.py").Instances(path)
+
+
+def test_class_maps_with_a_palette(tmp_path: Path) -> None:
+    """As in Pascal VOC: the values are the classes, the palette is for viewers."""
+    pytest.importorskip("mmseg")
+    for folder in ("images", "maps"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (6, 4)).save(tmp_path / "images" / "a.jpg")
+    classes = np.arange(24, dtype=np.uint8).reshape(4, 6) % 3
+    palette = Image.fromarray(classes, "P")
+    palette.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200])
+    palette.save(tmp_path / "maps" / "a.png")
+    truth = load_script("tools/analysis_tools/image_results.py").ClassMaps(tmp_path / "maps", tmp_path / "images")
+    (image,) = truth.images(5)
+    assert (truth.labels(image) == classes).all()
 
 
 def test_names_of_checkpoints_for_readers() -> None:
@@ -256,6 +280,13 @@ def test_robustness_of_a_model_that_overflows(monkeypatch, images: Path, tmp_pat
     found, _ = read_results(tmp_path / "out", "robustness")
     assert found["not finite"]
     assert found["changes"]["cosine, first"]["noise 2"]["moved"] is None
+
+
+def test_ties_of_maps_of_a_single_position() -> None:
+    pytest.importorskip("mmpretrain")
+    tool = load_script("tools/analysis_tools/robustness.py")
+    model = load_script("tools/analysis_tools/tree_measures.py").build_model(load_config(CLASSIFIER), "none")
+    assert all(0 < row["ties"] <= 1 for row in tool.measure_ties(model, 32, tool.Finite()).values())
 
 
 def test_values_that_are_not_finite_are_found() -> None:

@@ -142,6 +142,19 @@ def test_titles_are_file_names(name: str, images: Tensor, picture: Picture) -> N
     assert to_array(figure, 30).std() > 0
 
 
+def test_labels_fit_into_narrow_figures(images: Tensor) -> None:
+    """Of portrait images, with panels in the middle."""
+    picture = Picture(np.zeros((200, 20, 3), np.uint8), (200, 20))
+    records = records_of(images.transpose(2, 3)[:, :, :, :4])[:1]
+    for figure in (draw_trees(records, picture), draw_affinity(records[0], picture, [(5, 5)])):
+        figure.draw_without_rendering()
+        width = figure.get_window_extent().width
+        for axes in figure.axes:
+            box = axes.get_tightbbox()
+            assert box.x0 >= 0
+            assert box.x1 <= width
+
+
 def test_maps_of_a_single_vertex(picture: Picture) -> None:
     records = records_of(torch.randn(1, 3, 4, 4))
     assert [(record.height, record.width) for record in records] == [(1, 1)] * 3

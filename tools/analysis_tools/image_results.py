@@ -29,8 +29,14 @@ class Instances:
     """Ground truth of a JSON file of COCO instances."""
 
     def __init__(self, path: Path) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.coco = COCO(str(path))
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.coco = COCO(str(path))
+            has_sizes = all({"height", "width"} <= image.keys() for image in self.coco.imgs.values())
+        except (AssertionError, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            cli.fail(f"cannot read '{path}' as a JSON file of COCO instances: {cli.one_line(error)}")
+        if not has_sizes:
+            cli.fail(f"'{path}': each image needs its height and width")
 
     def images(self, number: int) -> list[dict[str, Any]]:
         """The first images that have instances: ``id`` and ``file_name`` at least."""
@@ -69,7 +75,7 @@ class ClassMaps:
 
     def labels(self, image: dict[str, Any]) -> np.ndarray:
         """(H, W) int64, the class of each pixel, ``OUTSIDE`` where there is none."""
-        values = mmcv.imread(str(self.folder / f"{image['id']}.png"), "unchanged").astype(np.int64)
+        values = mmcv.imread(str(self.folder / f"{image['id']}.png"), "unchanged", backend="pillow").astype(np.int64)
         if values.ndim != 2:
             cli.fail(f"'{self.folder / image['id']}.png' has {values.shape[2]} channels; class maps have one")
         return np.where(values == NO_CLASS, OUTSIDE, values)

@@ -278,7 +278,7 @@ def measure_ties(model: nn.Module, size: int, finite: Finite) -> dict[str, Any]:
         parents = [[level.tree.parent for level in seen.levels] for seen in (alone, again, batch)]
         in_batch = [torch.equal(one[0], other[1]) for one, other in zip(parents[0], parents[2], strict=True)]
         results[name] = {
-            "ties": float(np.mean([1 - len(weight.unique()) / len(weight) for weight in weights])),
+            "ties": float(np.mean([1 - len(weight.unique()) / max(len(weight), 1) for weight in weights])),
             "same again": all(map(torch.equal, parents[0], parents[1])),
             "same in a batch": all(in_batch),
             "depth": int(max(int(level.tree.depth().max()) for level in alone.levels)),

@@ -11,6 +11,7 @@ import mmcv
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measuring import at_least
 from mmengine.config import Config
 from scipy import ndimage
 from scipy.stats import rankdata
@@ -59,7 +60,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         f"initial weights (default: {NO_CHECKPOINT})",
     )  # fmt: skip
     parser.add_argument(
-        "--longest", type=int, metavar="N", help="scale the longer side of images to N pixels (default: no scaling)"
+        "--longest",
+        type=at_least(1),
+        metavar="N",
+        help="scale the longer side of images to N pixels (default: no scaling)",
     )
 
 

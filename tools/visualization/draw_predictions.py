@@ -16,11 +16,10 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
 from mmengine.logging import MMLogger
-from mmengine.registry import DATASETS
 from mmengine.structures import BaseDataElement
 
 from grootvl_mm.apis import cli
-from grootvl_mm.apis.images import read_image
+from grootvl_mm.apis.images import build_test_set, read_image
 from grootvl_mm.apis.models import load_model
 from grootvl_mm.visualization.explorer import Overlay, make_overlays
 
@@ -53,7 +52,9 @@ def predict(cfg: Config, checkpoint: str, num: int) -> tuple[list[BaseDataElemen
         The data samples, with ground truth and prediction, and the dataset's metainfo.
     """
     model = load_model(cfg, checkpoint).to(get_device())
-    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    dataset = build_test_set(cfg)
+    if not len(dataset):
+        cli.fail("the config's test set is empty")
     samples = []
     for index in np.linspace(0, len(dataset) - 1, min(num, len(dataset))).round().astype(int):
         with torch.no_grad():

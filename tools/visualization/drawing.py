@@ -1,6 +1,8 @@
 """Shared code of the tools that show trees: command line arguments, model, images and output files."""
 
 import argparse
+import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +22,7 @@ from grootvl_mm.visualization import TreeRecord, record_trees
 from grootvl_mm.visualization.figures import PANEL
 
 FORMATS = ("png", "pdf")
+MOST_PIXELS = 8000  # on the longer side of a panel
 OTHER_FORMATS = IMAGE_SUFFIXES | {".eps", ".jfif", ".ps", ".svg"}
 
 
@@ -89,6 +92,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--dpi must be at least 10, got {args.dpi}")
     if not 0.5 <= args.panel <= 40:
         parser.error(f"--panel must be between 0.5 and 40 inches, got {args.panel:g}")
+    if args.dpi * args.panel > MOST_PIXELS:
+        parser.error(f"--dpi times --panel must be at most {MOST_PIXELS} pixels, got {args.dpi * args.panel:g}")
 
 
 def record_images(args: argparse.Namespace) -> Iterator[Recorded]:
@@ -126,10 +131,10 @@ def _outputs(args: argparse.Namespace, paths: list[Path]) -> list[Path]:
     if out.exists() and out.is_dir() == is_file:
         found = "a folder, not a file" if out.is_dir() else "a file, but neither .png nor .pdf"
         cli.fail(f"-o '{out}' is {found}; give another path")
-    inputs = {path.resolve() for path in paths}
-    for output in outputs:
-        if output.resolve() in inputs:
+    inputs = set(map(os.path.realpath, paths))
+    for output, count in Counter(outputs).items():
+        if os.path.realpath(output) in inputs:
             cli.fail(f"the output '{output}' would overwrite an input image; give another folder to -o")
-        if outputs.count(output) > 1:
+        if count > 1:
             cli.fail(f"several images of the same name would be drawn to '{output}'; draw them one by one")
     return outputs

@@ -7,6 +7,7 @@ can be overlaid on the image, and so can the ground truth if the image is in the
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mmengine.registry import DATASETS
 from tqdm import tqdm
 
 from grootvl_mm.apis import cli
-from grootvl_mm.apis.images import find_images
+from grootvl_mm.apis.images import ABSENT, find_images, single_dataset
 from grootvl_mm.apis.models import NO_CHECKPOINT
 from grootvl_mm.visualization import record_trees
 from grootvl_mm.visualization.explorer import (
@@ -29,9 +30,6 @@ from grootvl_mm.visualization.explorer import (
     explorer_page,
     make_overlays,
 )
-
-# What the hosts' datasets raise if their files are missing.
-ABSENT = (OSError, AssertionError, RuntimeError)
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,27 +59,27 @@ class Overlays:
 
     def __init__(self, opened: Opened, predicts: bool, score_thr: float) -> None:
         self.model, self.read, self.predicts, self.score_thr = opened.model, opened.read, predicts, score_thr
-        self.dataset = DATASETS.build({**opened.cfg.test_dataloader.dataset, "lazy_init": True})
-        self.indices: dict[Path, int] = {}
+        self.metainfo = DATASETS.build({**single_dataset(opened.cfg), "lazy_init": True}).metainfo
+        self.indices: dict[str, int] = {}
         try:
-            self.dataset.full_init()
+            self.dataset = DATASETS.build(opened.cfg.test_dataloader.dataset)
             infos = map(self.dataset.get_data_info, range(len(self.dataset)))
-            self.indices = {Path(info["img_path"]).resolve(): index for index, info in enumerate(infos)}
+            self.indices = {os.path.realpath(info["img_path"]): index for index, info in enumerate(infos)}
         except ABSENT as error:
             MMLogger.get_instance("explore_trees").info(
-                "No ground truth: cannot read the config's test set (%s)", error
+                "No ground truth: cannot read the config's test set (%s)", cli.one_line(error)
             )
 
     def __call__(self, path: Path, size: tuple[int, int]) -> list[Overlay]:
         """The overlays of an image file, for a preprocessed image of this height and width."""
-        index = self.indices.get(path.resolve())
+        index = self.indices.get(os.path.realpath(path))
         data: dict[str, Any]
         data = self.read.pipeline({"img_path": str(path), "img_id": 0}) if index is None else self.dataset[index]
         sample = data["data_samples"]
         if self.predicts:
             with torch.no_grad():
                 (sample,) = self.model.test_step(pseudo_collate([data]))
-        return make_overlays(sample.cpu(), self.dataset.metainfo, size, self.score_thr)
+        return make_overlays(sample.cpu(), self.metainfo, size, self.score_thr)
 
 
 def explore(args: argparse.Namespace, paths: list[Path]) -> list[ExplorerImage]:

@@ -74,7 +74,7 @@ export class Explorer {
 
   /** Change some fields of the state, adapt the others to them, and redraw. */
   async change(patch) {
-    const next = { ...(this.pending ?? this.state), ...patch }; // also what an image is still being loaded for
+    const next = { ...(this.pending?.state ?? this.state), ...patch }; // also what an image is still being loaded for
     next.image = Math.min(next.image, this.meta.images.length - 1);
     const info = this.meta.images[next.image];
     const at = { stage: next.stage, block: next.block };
@@ -88,14 +88,15 @@ export class Explorer {
     if (next.a === null) next.b = null;
 
     const all = edgesOf(blockInfo);
-    if (patch.edges === undefined && this.block && this.block.edges !== all) {
-      next.edges = Math.round((all * next.edges) / Math.max(1, this.block.edges)); // the same share of another tree
+    const before = this.pending?.all ?? this.block?.edges ?? all;
+    if (patch.edges === undefined && before !== all) {
+      next.edges = Math.round((all * next.edges) / Math.max(1, before)); // the same share of another tree
     }
     next.edges = Math.min(next.edges ?? all, all);
 
-    this.pending = next;
+    const pending = (this.pending = { state: next, all });
     const image = await this.open(next.image);
-    if (this.pending !== next) return; // superseded by a later change
+    if (this.pending !== pending) return; // superseded by a later change
     this.pending = null;
     this.state = next;
     this.image = image;

@@ -6,6 +6,8 @@ const WEIGHT_CLASSES = 24;
 const WIDTH_CLASSES = 4;
 const MARK = { a: "#ffffff", b: "#ffd166" };
 
+const MOST_PIXELS = 16384; // browsers draw nothing on a canvas that is higher
+
 export class Panel {
   /** @param {string} scan tree, raster or cross */
   constructor(scan, title, listen) {
@@ -45,8 +47,10 @@ export class Panel {
   /** Match the canvas to its size on the screen; return whether it has changed. */
   fit() {
     const density = Math.min(window.devicePixelRatio || 1, 2);
-    const width = Math.max(1, Math.round(this.canvas.clientWidth * density));
-    const height = Math.max(1, Math.round((width * this.image.height) / this.image.width));
+    const wished = this.canvas.clientWidth * density;
+    const scale = Math.min(1, (MOST_PIXELS * this.image.width) / (wished * this.image.height || 1));
+    const width = Math.max(1, Math.floor(wished * scale));
+    const height = Math.min(MOST_PIXELS, Math.max(1, Math.round((width * this.image.height) / this.image.width)));
     if (width === this.canvas.width && height === this.canvas.height) return false;
     for (const canvas of [this.canvas, this.under, this.over]) {
       canvas.width = width;

@@ -249,6 +249,17 @@ def test_changes_while_an_image_is_loaded(page) -> None:
     assert page.locator("#image").input_value() == "1"
 
 
+def test_very_tall_images_are_drawn(visit: Callable, tmp_path: Path) -> None:
+    """Browsers leave larger canvases blank."""
+    image, _ = make_image(GrootV("pico").eval(), size=(1600, 8))
+    page = visit(write_page(tmp_path, image))
+    page.evaluate("() => new Promise(requestAnimationFrame)")
+    sizes = page.evaluate("[...document.querySelectorAll('canvas')].map(({ width, height }) => [width, height])")
+    assert all(width >= 1 and 8000 < height <= 16384 for width, height in sizes)
+    drawn = page.locator("#tree").evaluate("(canvas) => canvas.getContext('2d').getImageData(0, 8000, 9, 1).data[3]")
+    assert drawn == 255
+
+
 def test_the_published_page_of_the_demo(visit: Callable) -> None:
     page = visit(ROOT / "docs" / "_static" / "explorer_demo.html", "#image=2&overlay=prediction")
     assert page.evaluate("[explorer.state.image, explorer.state.overlay]") == [2, "prediction"]
