@@ -80,7 +80,7 @@ def may_share(tensor: Tensor) -> bool:
     """
     return (
         tensor.device.type in _library.CUTTING_DEVICES
-        and not (tensor.is_inference() or torch.is_inference_mode_enabled())
         and is_eager(tensor)
+        and not (tensor.is_inference() or torch.is_inference_mode_enabled())
         and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     )
