@@ -326,9 +326,10 @@ def test_a_model_that_does_not_run(classification: list, folder: Path) -> None:
     assert_fails(folder, "the model does not run on images of 64x64: ", classification[0], "out.pt2", *wrong)
 
 
-def test_no_compiler(classification: list, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    assert_fails(folder, "--aoti needs a C++ compiler, and none was found", *classification, "out.pt2", "--aoti")
+def test_no_compiler(classification: list, folder: Path) -> None:
+    # Not by monkeypatch, which would leave the option hidden from later tests.
+    with torch._inductor.config.patch("cpp.cxx", ("no-such-compiler",)):
+        assert_fails(folder, "--aoti needs a C++ compiler, and none was found", *classification, "out.pt2", "--aoti")
 
 
 def test_no_operators(classification: list, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
