@@ -164,8 +164,8 @@ def make_data(task: str, args: argparse.Namespace) -> None:
     """Generate the data of a task if they do not exist."""
     script = "make_curve_data.py" if is_curves(task) else "make_demo_data.py"
     train, val = counts_of(task, args)
-    counts = ("--train", train, "--val", val)
-    run(f"dataset_converters/{script}", "--out", data_folder(task, args), *counts, *TASKS[task].data)
+    options = ("--out", data_folder(task, args), "--train", train, "--val", val, *TASKS[task].data)
+    run(f"dataset_converters/{script}", *options)
 
 
 def peer_backbone(peer: str, channels: int, depths: Sequence[int], out_indices: Sequence[int]) -> dict[str, Any]:

@@ -16,8 +16,6 @@ from grootvl_mm.apis import cli
 from grootvl_mm.visualization.figures import Picture
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-
-
 # What the hosts' datasets raise if their files are missing or damaged.
 ABSENT = (OSError, AssertionError, RuntimeError, ValueError, KeyError)
 
@@ -104,6 +102,11 @@ def single_dataset(cfg: Config) -> ConfigDict:
     if not dataset:
         cli.fail("the config needs a test_dataloader whose dataset has a pipeline: images are read through it")
     return dataset
+
+
+def metainfo_of(cfg: Config) -> dict[str, Any]:
+    """The metainfo of the config's test set, such as its classes, without reading the files of the set."""
+    return DATASETS.build({**single_dataset(cfg), "lazy_init": True}).metainfo
 
 
 def build_test_set(cfg: Config) -> BaseDataset:

@@ -10,7 +10,6 @@ import mmcv
 import numpy as np
 import torch
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -18,7 +17,7 @@ from torch import nn
 from tree_measures import OUTSIDE
 
 from grootvl_mm.apis import cli
-from grootvl_mm.apis.images import find_images, single_dataset, type_name, without_annotations
+from grootvl_mm.apis.images import find_images, metainfo_of, single_dataset, type_name, without_annotations
 
 NO_CLASS = 255  # in class maps
 MAX_NAMES = 200  # characters of class names in an error
@@ -93,7 +92,7 @@ class Detections:
         first, *others = without_annotations(model.cfg)
         self.pipeline = Compose([{**first, "type": "mmdet.LoadImageFromNDArray"}, *others])
         ids = {category["name"]: category["id"] for category in coco.loadCats(coco.getCatIds())}
-        names = DATASETS.build({**single_dataset(model.cfg), "lazy_init": True}).metainfo["classes"]
+        names = metainfo_of(model.cfg)["classes"]
         self.categories = [ids.get(name) for name in names]  # None: the ground truth does not have this class
         if not any(name in ids for name in names):
             cli.fail(f"no class of the model is in the annotations, whose classes are {', '.join(ids)[:MAX_NAMES]}")

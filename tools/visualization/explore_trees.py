@@ -19,7 +19,7 @@ from mmengine.registry import DATASETS
 from tqdm import tqdm
 
 from grootvl_mm.apis import cli
-from grootvl_mm.apis.images import ABSENT, find_images, single_dataset
+from grootvl_mm.apis.images import ABSENT, find_images, metainfo_of
 from grootvl_mm.apis.models import NO_CHECKPOINT
 from grootvl_mm.visualization import record_trees
 from grootvl_mm.visualization.explorer import (
@@ -59,7 +59,7 @@ class Overlays:
 
     def __init__(self, opened: Opened, predicts: bool, score_thr: float) -> None:
         self.model, self.read, self.predicts, self.score_thr = opened.model, opened.read, predicts, score_thr
-        self.metainfo = DATASETS.build({**single_dataset(opened.cfg), "lazy_init": True}).metainfo
+        self.metainfo = metainfo_of(opened.cfg)
         self.indices: dict[str, int] = {}
         try:
             self.dataset = DATASETS.build(opened.cfg.test_dataloader.dataset)
